@@ -1,0 +1,23 @@
+"""What every test runs under: the CPU, strict dtypes and ranks, several devices to shard over, and one `key`.
+
+`pyproject.toml` makes warnings errors. `pytest --jaxtyping-packages=lowbit_jax,beartype.beartype` also checks the
+shapes in every signature.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # expected values are those of float32 products; a GPU may use TF32
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", 4)  # a 2 x 2 mesh
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A fixed random key: a test that needs another one splits it."""
+    return jax.random.key(0)
