@@ -1,0 +1,56 @@
+"""The measurements run, on sizes that say nothing about speed, and what they write can be read again."""
+
+import json
+
+import pytest
+
+from benchmarks import breakdown, train_step
+from benchmarks.contenders import contenders
+from benchmarks.models import WORKLOADS
+from benchmarks.timing import compile_program, ratio
+
+
+def test_ratio_is_taken_within_a_round():
+    """A machine that slows down threefold between rounds does not change the ratio 2."""
+    assert ratio([2.0, 6.0, 2.0], [1.0, 3.0, 1.0]) == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+@pytest.mark.parametrize("model", ["mlp", "llama"])
+def test_train_step_report(model, tmp_path):
+    config = train_step.Config(
+        models=(model,), widths=(128,), depths=(1,), tokens=64, scaling=(32,), rounds=2, compiles=1,
+        only=("quest_w4a4",), output=tmp_path,
+    )  # fmt: skip
+    report = json.loads(train_step.main(config).read_text())
+    rows = report["tables"][0]["rows"]
+    assert set(rows) == {"float32", "quest_w4a4"}
+    assert rows["float32"]["step_ratio"]["median"] == 1.0
+    assert all(row["step_ms"] > 0 and row["peak_mib"] > row["temp_mib"] > 0 for row in rows.values())
+    page = (tmp_path / "train_step_cpu.md").read_text()
+    assert "quest_w4a4" in page and "Cost a token" in page
+
+
+@pytest.mark.parametrize("name", [n for n in contenders() if n != "float32"])
+def test_contender_quantizes_the_named_layers_and_nothing_is_left_out(name):
+    """Every contender's output differs from float32's by a 4-bit error: it neither passes through nor breaks."""
+    work = WORKLOADS["mlp"]
+    x, _ = work.batch(32, 128)
+    model = work.build(128, 1)
+    plain, quantized = model(x) - x, contenders()[name](model, x, work.layers)(x) - x
+    error = float(((plain - quantized) ** 2).mean() / (plain**2).mean()) ** 0.5
+    assert 0.05 < error < 0.5
+
+
+def test_unknown_contender(tmp_path):
+    with pytest.raises(ValueError, match="no contender .'gptq'.*quest_w4a4"):
+        train_step.measure(train_step.Config(only=("gptq",), output=tmp_path))
+
+
+def test_every_operation_has_an_owner():
+    work = WORKLOADS["mlp"]
+    batch = work.batch(32, 128)
+    program = compile_program(contenders()["quest_w4a4"](work.build(128, 1), batch[0], work.layers), work.loss, batch)
+    found = breakdown.accounts(program)
+    assert {"product", "optimizer"} <= set(found)
+    assert any("rotation" in name for name in found)
+    assert all(seconds > 0 for seconds in found.values())

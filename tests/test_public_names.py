@@ -1,0 +1,68 @@
+"""The front door: the names users rely on, and what opening it costs."""
+
+import subprocess
+import sys
+
+import lowbit_jax as lb
+
+CALLABLES = (
+    "Quantizer quest_quantizer QTensor LinearRecipe Gemm quest dot_general einsum conv_general_dilated"
+    " quantize convert explain calibrate"
+).split()
+ROOMS = "formats rounding coding packing scaling rotation sparsity estimators ops methods nn".split()
+
+
+def test_names():
+    missing = [name for name in CALLABLES if not callable(getattr(lb, name, None))]
+    assert not missing
+    missing = [name for name in ROOMS if not hasattr(lb, name)]
+    assert not missing
+
+
+def test_all_is_the_public_list():
+    assert sorted(lb.__all__) == sorted(set(lb.__all__))
+    assert set(CALLABLES) <= set(lb.__all__)
+    assert all(hasattr(lb, name) for name in lb.__all__)
+
+
+def test_every_callable_has_a_docstring():
+    assert not [name for name in CALLABLES if not (getattr(lb, name).__doc__ or "").strip()]
+
+
+def in_a_fresh_python(code: str) -> str:
+    """What `code` prints in a new interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_cheap():
+    """Less than 0.3 s on top of jax and flax (CPU time, best of three), no device started, no optional package loaded."""
+    code = """
+import time, sys
+import jax, jax.numpy, flax.nnx, flax.linen
+before, start = set(sys.modules), time.process_time()
+import lowbit_jax
+seconds = time.process_time() - start
+extras = {"grain", "matplotlib", "tokenizers", "tensorboardX", "tyro", "triton", "qwix", "aqt", "chex", "beartype"}
+assert not extras & (set(sys.modules) - before), extras & set(sys.modules)
+print(seconds)
+"""
+    assert min(float(in_a_fresh_python(code)) for _ in range(3)) < 0.3
+
+
+def test_import_starts_no_device():
+    """With a platform that does not exist, the first array would raise; the import must not."""
+    in_a_fresh_python(
+        """
+import os
+os.environ["JAX_PLATFORMS"] = "nowhere"
+import lowbit_jax, jax
+try:
+    jax.devices()
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("the platform 'nowhere' was found: this test shows nothing")
+"""
+    )
