@@ -1,0 +1,21 @@
+"""lowbit_jax: train and run neural networks at 1 to 8 bits in JAX and Flax.
+
+    import lowbit_jax as lb
+    dense = lb.quantize(nnx.Linear(512, 2048, rngs=rngs), lb.quest(4))
+"""
+
+from lowbit_jax import estimators, formats, methods, ops, rounding, scaling, sparsity
+from lowbit_jax.methods.quest import quest, quest_quantizer
+from lowbit_jax.ops import (
+    FORWARD,
+    Gemm,
+    LinearRecipe,
+    conv_general_dilated,
+    dot_general,
+    einsum,
+)
+from lowbit_jax.qtensor import QTensor
+from lowbit_jax.quantizer import Quantizer, block_quantizer
+from lowbit_jax.rotation import Hadamard
+
+__version__ = "0.1.0"

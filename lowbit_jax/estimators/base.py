@@ -1,0 +1,73 @@
+"""The one place where a rounding meets autodiff.
+
+    u = x / scale,   q = round(u) on the support, 0 off it,   x_hat = scale q
+
+An estimator sees u and q once, in the forward, and keeps what it needs (`residuals`); in the backward it turns the
+cotangent of x_hat into those of x and of the scale. u and q are in grid units, so one rule serves every scale.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lowbit_jax.formats.base import Format
+from lowbit_jax.scaling.fit import reciprocal
+
+
+class Estimator(Protocol):
+    def residuals(
+        self, u: Float[Array, "*s"], q: Float[Array, "*s"], fmt: Format, support: Bool[Array, "*s"] | None
+    ) -> Any:
+        """What the backward needs."""
+        ...
+
+    def gradients(
+        self, residuals: Any, g: Float[Array, "*s"], fmt: Format, tile_size: int
+    ) -> tuple[Float[Array, "*s"], Float[Array, "*s"] | None]:
+        """Cotangents of x and, before the sum over each tile, of the scale (None: zero) for the cotangent g of x_hat."""
+        ...
+
+    def describe(self) -> str: ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def quantize_through(
+    estimator: Estimator,
+    fmt: Format,
+    rounding: Callable,
+    x: Float[Array, "*s"],
+    scale: Float[Array, "*#s"],
+    support: Bool[Array, "*s"] | None,
+    key: Array | None,
+) -> Float[Array, "*s"]:
+    """`scale * rounding(x / scale)` on the support, zero off it; gradients by `estimator`. A scale of 0 gives 0."""
+    return _forward(estimator, fmt, rounding, x, scale, support, key)[0]
+
+
+def _forward(estimator, fmt, rounding, x, scale, support, key):
+    u = x * reciprocal(scale)
+    q = rounding(u, fmt, key)
+    if support is not None:
+        q = jnp.where(support, q, jnp.zeros_like(q))
+    return q * scale, (estimator.residuals(u, q, fmt, support), scale, support, key)
+
+
+def _backward(estimator, fmt, rounding, saved, g):
+    residuals, scale, support, key = saved
+    tile = tuple(a for a in range(g.ndim) if scale.shape[a] == 1)
+    dx, dscale = estimator.gradients(residuals, g, fmt, math.prod(g.shape[a] for a in tile))
+    if dscale is None:
+        dscale = jnp.zeros_like(scale)
+    else:
+        dscale = jnp.sum(dscale, axis=tile, keepdims=True).astype(scale.dtype)
+    no_gradient = lambda a: None if a is None else np.zeros(a.shape, jax.dtypes.float0)
+    return dx, dscale, no_gradient(support), no_gradient(key)
+
+
+quantize_through.defvjp(_forward, _backward)

@@ -1,0 +1,54 @@
+"""Estimators whose scale is a parameter: its gradient is part of the rule."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from lowbit_jax.scaling.fit import reach
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LSQ:
+    """Learned step size. With u = x / s and levels from Qn to Qp:
+
+        dx = g where Qn < u < Qp, else 0
+        ds = (N Qp)^-1/2 sum of g (q - u) where Qn < u < Qp, g Qn or g Qp outside;  N the elements that share s
+
+    Source: Esser et al. 2019, arXiv:1902.08153, eq. 3, 5 and section 2.2 (the gradient's scale)."""
+
+    def residuals(self, u, q, fmt, support):
+        inside = (u > fmt.min_finite) & (u < fmt.max_finite)
+        return inside, jnp.where(inside, q - u, q)
+
+    def gradients(self, residuals, g, fmt, tile_size):
+        inside, slope = residuals
+        gain = 1 / math.sqrt(max(tile_size, 1) * reach(fmt))
+        return jnp.where(inside, g, jnp.zeros_like(g)), g * (slope * gain)
+
+    def describe(self) -> str:
+        return "learned step"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PACT:
+    """Learned clipping level alpha = s Qp on an unsigned grid:
+
+        dx = g where 0 <= x < alpha, else 0;      d alpha = sum of g where x >= alpha
+
+    (so ds = Qp d alpha). A signed grid clips both ends, and the low end pulls with the opposite sign.
+    Source: Choi et al. 2018, arXiv:1805.06085, eq. 2 and 3. Its l2 penalty on alpha is the optimizer's weight decay."""
+
+    def residuals(self, u, q, fmt, support):
+        above, below = u >= fmt.max_finite, u < fmt.min_finite
+        return above, below
+
+    def gradients(self, residuals, g, fmt, tile_size):
+        above, below = residuals
+        outside = jnp.where(above, g * fmt.max_finite, jnp.zeros_like(g))
+        if fmt.min_finite < 0:
+            outside = jnp.where(below, g * fmt.min_finite, outside)
+        return jnp.where(above | below, jnp.zeros_like(g), g), outside
+
+    def describe(self) -> str:
+        return "pact"

@@ -1,0 +1,35 @@
+"""The identity, and the identity inside the grid."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StraightThrough:
+    """dx = g. Source: Bengio et al. 2013, arXiv:1308.3432."""
+
+    def residuals(self, u, q, fmt, support):
+        return None
+
+    def gradients(self, residuals, g, fmt, tile_size):
+        return g, None
+
+    def describe(self) -> str:
+        return "straight-through"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClippedStraightThrough:
+    """dx = g where the smallest level <= x / scale <= the largest, else 0.
+
+    Source: Hubara et al. 2016, arXiv:1602.02830, eq. 4."""
+
+    def residuals(self, u, q, fmt, support):
+        return (u >= fmt.min_finite) & (u <= fmt.max_finite)
+
+    def gradients(self, residuals, g, fmt, tile_size):
+        return jnp.where(residuals, g, jnp.zeros_like(g)), None
+
+    def describe(self) -> str:
+        return "clipped"

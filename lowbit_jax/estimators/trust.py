@@ -1,0 +1,38 @@
+"""QuEST's trust estimator: a gradient passes where the quantizer is close to what it replaces."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trust:
+    """dx = g where |x_hat - x| <= T, T half the gap of the two largest levels, else 0.
+
+    For the mid-rise grid T = alpha* rms / (2^b - 1), half a step: everything inside the grid is trusted, and outside it
+    what lies within half a step of the end. The test is written on u itself, |u| <= max + T, so that a float error at a
+    tie inside the grid cannot flip it; an element off a sparse support is trusted where |u| <= T, its distance to 0.
+    `outer` replaces the limit by |u| <= outer * max (QuEST's tuned clip_scale of 1-bit runs, 1.30).
+    Source: Panferov et al. 2025, arXiv:2502.05003, section 3.3 and algorithm 1.
+    Raises: ValueError unless `outer` is None or positive."""
+
+    outer: float | None = None
+
+    def __post_init__(self):
+        if self.outer is not None and not self.outer > 0:
+            raise ValueError(f"Trust(outer={self.outer}): the limit is a positive multiple of the largest level, or None.")
+
+    def residuals(self, u, q, fmt, support):
+        radius = fmt.top_gap / 2
+        if self.outer is None:
+            low, high = fmt.min_finite - radius, fmt.max_finite + radius
+        else:
+            low, high = self.outer * fmt.min_finite, self.outer * fmt.max_finite
+        trusted = (u >= low) & (u <= high) if low != -high else jnp.abs(u) <= high
+        return trusted if support is None else jnp.where(support, trusted, jnp.abs(u) <= radius)
+
+    def gradients(self, residuals, g, fmt, tile_size):
+        return jnp.where(residuals, g, jnp.zeros_like(g)), None
+
+    def describe(self) -> str:
+        return "trust" if self.outer is None else f"trust (outer {self.outer:g})"

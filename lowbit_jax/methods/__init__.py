@@ -1,0 +1,59 @@
+"""The literature as data: one function a method, each returns a `LinearRecipe`; here the names and their sources."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+
+from lowbit_jax.methods.integer import absmax_integer, bitnet
+from lowbit_jax.methods.qat import lsq, pact, straight_through
+from lowbit_jax.methods.quest import quest, quest_quantizer
+from lowbit_jax.ops.recipe import LinearRecipe
+
+_REGISTRY: dict[str, Callable[..., LinearRecipe]] = {
+    "quest": quest,
+    "lsq": lsq,
+    "pact": pact,
+    "straight_through": straight_through,
+    "absmax_integer": absmax_integer,
+    "bitnet": bitnet,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The methods of the catalogue."""
+    return tuple(_REGISTRY)
+
+
+def get(name: str, **options) -> LinearRecipe:
+    """The recipe of a method by its name; `options` are the arguments of its function.
+
+    Raises: ValueError for an unknown name (with near matches), TypeError for an unknown option."""
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"lb.methods.get({name!r}): no such method.{hint} The methods are {', '.join(_REGISTRY)}.")
+    method = _REGISTRY[name]
+    legal = inspect.signature(method).parameters
+    if unknown := sorted(set(options) - set(legal)):
+        raise TypeError(f"lb.methods.get({name!r}): no option {', '.join(unknown)}. Its options are {', '.join(legal)}.")
+    return method(**options)
+
+
+def source(name: str) -> str:
+    """Where a method comes from: the `Source:` line of its docstring."""
+    text = inspect.getdoc(_REGISTRY[name]) or ""
+    return next((line.partition("Source:")[2].strip() for line in text.splitlines() if "Source:" in line), "")
+
+
+__all__ = [
+    "absmax_integer",
+    "bitnet",
+    "get",
+    "lsq",
+    "names",
+    "pact",
+    "quest",
+    "quest_quantizer",
+    "source",
+    "straight_through",
+]

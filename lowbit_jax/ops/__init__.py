@@ -1,0 +1,17 @@
+"""Products of quantized operands: the recipe of a layer and the JAX products that follow it."""
+
+from lowbit_jax.ops.conv import conv_general_dilated
+from lowbit_jax.ops.dot_general import dot_general, pack_rhs, quantize_rhs
+from lowbit_jax.ops.einsum import einsum
+from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
+
+__all__ = [
+    "FORWARD",
+    "Gemm",
+    "LinearRecipe",
+    "conv_general_dilated",
+    "dot_general",
+    "einsum",
+    "pack_rhs",
+    "quantize_rhs",
+]

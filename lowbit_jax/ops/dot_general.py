@@ -1,0 +1,185 @@
+"""`lax.dot_general` with a recipe.
+
+Operands are quantized along the contraction axis in the layout they come in; several contraction axes are merged into
+one first. Two operands rotated alike meet in the rotated space and skip the way back; one that is rotated alone is
+un-rotated first (or, for packed weights, the activation follows it into the rotated space, which is exact too).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowbit_jax.ops.product import Dims, Forward, original_operands, product
+from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.qtensor import QTensor
+
+DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
+"""((lhs contraction axes, rhs contraction axes), (lhs batch axes, rhs batch axes)), as `lax.dot_general` takes them."""
+
+
+def dot_general(
+    lhs: Float[Array, "*lhs"],
+    rhs: Float[Array, "*rhs"] | QTensor,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+    recipe: LinearRecipe,
+    key: Array | None = None,
+    scales: Mapping[str, Array] | None = None,
+) -> Float[Array, "*out"]:
+    """`lax.dot_general(lhs, rhs, dimension_numbers)` with the operands, and the gradients, of `recipe`.
+
+    `rhs` may be packed (`pack_rhs`, `lb.convert`): then only the activation is quantized here. The result has the dtype of
+    `lhs`, so a float32 master weight may meet a bfloat16 activation. `key` feeds stochastic roundings; `scales` holds the
+    parameters of learned fits, under "lhs" and "rhs".
+    Raises: TypeError for operands that are not floating or a recipe that is none; ValueError for sizes that disagree,
+    products without a contraction, missing keys or scales, and groups that do not divide the contraction."""
+    if not isinstance(recipe, LinearRecipe):
+        raise TypeError(f"lb.dot_general got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
+    scales = checked_scales(recipe, scales, packed=isinstance(rhs, QTensor))
+    out_dtype = lhs.dtype if preferred_element_type is None else preferred_element_type
+    lhs, rhs, dims = _one_contraction(lhs, rhs, dimension_numbers)
+    lhs_key, rhs_key, backward_key = (None, None, None) if key is None else jax.random.split(key, 3)
+    rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
+    lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, scales.get("lhs"))
+    if isinstance(rhs, QTensor):
+        if rhs.quantizer.rotation is not None and not rotated:
+            lhs_hat = rhs.quantizer.rotation.apply(lhs_hat, dims.lhs)
+        rhs_hat = rhs.values(lhs.dtype)
+    elif recipe.rhs_ready:
+        rhs_hat = rhs
+    else:
+        rhs_hat = _operand(recipe.out.rhs, rhs, dims.rhs, rotated, rhs_key, scales.get("rhs"))
+    lhs_hat, rhs_hat = lhs_hat.astype(lhs.dtype), rhs_hat.astype(lhs.dtype)
+    forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
+    if recipe.plain_backward or isinstance(rhs, QTensor):
+        return forward(lhs_hat, rhs_hat)
+    originals = original_operands(lhs, rhs, dims, recipe, rotated)
+    return product(forward, recipe, lhs_hat, rhs_hat, originals, backward_key)
+
+
+def quantize_rhs(
+    rhs: Float[Array, "*rhs"],
+    dimension_numbers: DimensionNumbers,
+    lhs_ndim: int,
+    recipe: LinearRecipe,
+    *,
+    key: Array | None = None,
+    scale: Array | None = None,
+) -> Float[Array, "*rhs"]:
+    """The weight as the product uses it, in its own shape and dtype, differentiable.
+
+    Quantize once, then run many microbatches with `recipe.with_rhs_ready()` and pull their summed gradient back through
+    this function once. `lhs_ndim` is the rank of the activations it will meet (only their layout matters)."""
+    if recipe.out.rhs is None or recipe.rhs_ready:
+        return rhs
+    axes = _contraction(dimension_numbers, 1, rhs.ndim)
+    merged, axis, restore = _merge(rhs, axes)
+    return restore(_operand(recipe.out.rhs, merged, axis, recipe.shared_rotation, key, scale)).astype(rhs.dtype)
+
+
+def pack_rhs(
+    rhs: Float[Array, "*rhs"],
+    dimension_numbers: DimensionNumbers,
+    lhs_ndim: int,
+    recipe: LinearRecipe,
+    *,
+    key: Array | None = None,
+    scale: Array | None = None,
+) -> QTensor:
+    """The weight as packed codes and scales; several contraction axes are merged into one.
+
+    Raises: ValueError when the recipe keeps the weight in high precision."""
+    if recipe.out.rhs is None:
+        raise ValueError("pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack.")
+    merged, axis, _ = _merge(rhs, _contraction(dimension_numbers, 1, rhs.ndim))
+    return recipe.out.rhs.quantize(merged, axis=axis, key=key, scale=scale)
+
+
+def _operand(quantizer, x, axis, rotated, key, scale):
+    """`x` as the forward product takes it: in the rotated space when its partner is rotated alike."""
+    if quantizer is None:
+        return x
+    return (quantizer.in_rotated_space if rotated else quantizer)(x, axis=axis, key=key, scale=scale)
+
+
+def checked_scales(recipe: LinearRecipe, scales: Mapping[str, Array] | None, packed: bool) -> dict[str, Array]:
+    """`scales` as a dict that holds just the learned scales of this product."""
+    scales = dict(scales or {})
+    wanted = set(recipe.learned) - ({"rhs"} if packed or recipe.rhs_ready else set())
+    if wanted - set(scales):
+        raise ValueError(
+            f"lb.dot_general: the recipe learns the scale of {sorted(wanted)}, and `scales` holds {sorted(scales)}."
+            " Start from quantizer.initial_scale(x), or let lb.quantize hold them in the layer."
+        )
+    if set(scales) - set(recipe.learned):
+        raise ValueError(f"lb.dot_general: `scales` for {sorted(set(scales) - set(recipe.learned))}, which are not learned.")
+    return scales
+
+
+def _contraction(dimension_numbers, side, ndim):
+    return tuple(a % ndim for a in dimension_numbers[0][side])
+
+
+def _merge(x, axes):
+    """One contraction axis in place of several adjacent ones (moved last where they are not), and the way back."""
+    if len(axes) == 1:
+        return x, axes[0], lambda y: y
+    shape = x.shape
+    length = math.prod(shape[a] for a in axes)
+    if axes == tuple(range(axes[0], axes[0] + len(axes))):
+        merged = x.reshape(*shape[: axes[0]], length, *shape[axes[-1] + 1 :])
+        return merged, axes[0], lambda y: y.reshape(shape)
+    last = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+    moved = last.shape
+    back = lambda y: jnp.moveaxis(y.reshape(moved), range(len(moved) - len(axes), len(moved)), axes)
+    return last.reshape(*moved[: x.ndim - len(axes)], length), x.ndim - len(axes), back
+
+
+def _merged_batch(batch, axes, ndim):
+    """Where the batch axes lie after `_merge`."""
+    if len(axes) == 1:
+        return batch
+    if axes == tuple(range(axes[0], axes[0] + len(axes))):
+        return tuple(b if b < axes[0] else b - len(axes) + 1 for b in batch)
+    kept = [a for a in range(ndim) if a not in axes]
+    return tuple(kept.index(b) for b in batch)
+
+
+def _one_contraction(lhs, rhs, dimension_numbers):
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        if not isinstance(x, QTensor) and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"lb.dot_general got {name} of {x.dtype}; it quantizes floating arrays. Cast it first.")
+    (lc, rc), (lb, rb) = dimension_numbers
+    lhs_axes, lhs_batch = tuple(a % lhs.ndim for a in lc), tuple(a % lhs.ndim for a in lb)
+    if not lhs_axes:
+        raise ValueError("lb.dot_general: no contraction axes, so there is no axis to quantize along. Multiply instead.")
+    packed = isinstance(rhs, QTensor)
+    rhs_ndim = rhs.ndim + (len(lhs_axes) - 1 if packed else 0)
+    rhs_axes, rhs_batch = tuple(a % rhs_ndim for a in rc), tuple(a % rhs_ndim for a in rb)
+    if not packed:
+        sizes = [(lhs.shape[a], rhs.shape[b]) for a, b in zip(lhs_axes, rhs_axes, strict=True)]
+        if any(a != b for a, b in sizes):
+            raise ValueError(
+                f"lb.dot_general: contraction axes {lhs_axes} of lhs {lhs.shape} against {rhs_axes} of rhs {rhs.shape}"
+                " differ in length. Check dimension_numbers."
+            )
+    lhs, lhs_axis, _ = _merge(lhs, lhs_axes)
+    lhs_batch = _merged_batch(lhs_batch, lhs_axes, lhs.ndim + len(lhs_axes) - 1)
+    rhs_batch = _merged_batch(rhs_batch, rhs_axes, rhs_ndim)
+    if packed:
+        rhs_axis = rhs.ndim + rhs.axis
+        if rhs.length != lhs.shape[lhs_axis]:
+            raise ValueError(
+                f"lb.dot_general: the packed rhs holds {rhs.length} elements along its contraction axis and lhs"
+                f" {lhs.shape[lhs_axis]}. Pack the weight of this layer with pack_rhs."
+            )
+    else:
+        rhs, rhs_axis, _ = _merge(rhs, rhs_axes)
+    return lhs, rhs, Dims(lhs_axis, rhs_axis, lhs_batch, rhs_batch)

@@ -1,0 +1,69 @@
+"""Two-operand einsum as one `dot_general` and a transposition, so that the operands never change sides."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowbit_jax.ops.dot_general import DimensionNumbers, dot_general
+from lowbit_jax.ops.recipe import LinearRecipe
+
+
+def parse(spec: str, lhs_ndim: int, rhs_ndim: int) -> tuple[DimensionNumbers, tuple[int, ...]]:
+    """Dimension numbers of `spec`, and the permutation of `dot_general`'s output that `spec` asks for.
+
+    Raises: ValueError for anything but two operands, an explicit output, one letter an axis and no repeated letter
+    within a term; an ellipsis stands for leading axes of both operands or of one."""
+    compact = spec.replace(" ", "")
+    terms, arrow, out = compact.partition("->")
+    operands = terms.split(",")
+    if not arrow or len(operands) != 2:
+        raise ValueError(f"lb.einsum({spec!r}): write two operands and the output, as in '...k,kn->...n'.")
+    lhs, rhs = (_expand(term, ndim, spec) for term, ndim in zip(operands, (lhs_ndim, rhs_ndim), strict=True))
+    out = out.replace("...", "".join(sorted({c for c in lhs + rhs if c.isdigit()})))
+    for term in (lhs, rhs, out):
+        if len(set(term)) != len(term):
+            raise ValueError(f"lb.einsum({spec!r}): the letter that {term!r} repeats would need a diagonal. Take it first.")
+    if set(out) - set(lhs + rhs) or (set(lhs) ^ set(rhs)) - set(out):
+        raise ValueError(f"lb.einsum({spec!r}): each letter of one operand only must be in the output, and no other.")
+    shared = [c for c in lhs if c in rhs]
+    batch = [c for c in shared if c in out]
+    contract = [c for c in shared if c not in out]
+    numbers = (
+        (tuple(map(lhs.index, contract)), tuple(map(rhs.index, contract))),
+        (tuple(map(lhs.index, batch)), tuple(map(rhs.index, batch))),
+    )
+    produced = batch + [c for c in lhs if c not in shared] + [c for c in rhs if c not in shared]
+    return numbers, tuple(map(produced.index, out))
+
+
+def _expand(term: str, ndim: int, spec: str) -> str:
+    """The term with its ellipsis written as digits, aligned at the right as in NumPy."""
+    named = term.replace("...", "")
+    missing = ndim - len(named)
+    if missing < 0 or ("..." not in term and missing):
+        raise ValueError(f"lb.einsum({spec!r}): the term {term!r} names {len(named)} axes of an array with {ndim}.")
+    return term.replace("...", "".join(str(9 - i) for i in reversed(range(missing))))
+
+
+def einsum(
+    spec: str,
+    lhs: Float[Array, "*lhs"],
+    rhs: Float[Array, "*rhs"],
+    *,
+    recipe: LinearRecipe,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    key: Array | None = None,
+    scales: Any = None,
+) -> Float[Array, "*out"]:
+    """`jnp.einsum(spec, lhs, rhs)` through `lb.dot_general`; `lhs` is the activation and `rhs` the weight.
+
+    Raises: ValueError as `parse`, and as `lb.dot_general`."""
+    numbers, permutation = parse(spec, lhs.ndim, rhs.ndim)
+    sharding = out_sharding if permutation == tuple(range(len(permutation))) else None
+    out = dot_general(
+        lhs, rhs, numbers, precision, preferred_element_type, out_sharding=sharding, recipe=recipe, key=key, scales=scales
+    )
+    return jnp.transpose(out, permutation)

@@ -1,0 +1,126 @@
+"""The three matrix products themselves: the forward, and backward products with quantized operands of their own."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
+from lowbit_jax.quantizer import Quantizer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dims:
+    """Dimension numbers with one contraction axis on each side, non-negative."""
+
+    lhs: int
+    rhs: int
+    lhs_batch: tuple[int, ...]
+    rhs_batch: tuple[int, ...]
+
+    @property
+    def numbers(self):
+        return ((self.lhs,), (self.rhs,)), (self.lhs_batch, self.rhs_batch)
+
+    def free(self, side: str, ndim: int) -> tuple[int, ...]:
+        """Axes of an operand that are neither contracted nor batched."""
+        contracted, batch = (self.lhs, self.lhs_batch) if side == "lhs" else (self.rhs, self.rhs_batch)
+        return tuple(a for a in range(ndim) if a != contracted and a not in batch)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Forward:
+    """`lax.dot_general` with everything but its operands settled; hashable."""
+
+    dims: Dims
+    precision: Any
+    out_dtype: Any
+    out_sharding: Any = None
+
+    def __call__(self, lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"]) -> Float[Array, "*out"]:
+        extra = {} if self.out_sharding is None else {"out_sharding": self.out_sharding}
+        return lax.dot_general(lhs, rhs, self.dims.numbers, self.precision, self.out_dtype, **extra)
+
+
+def original_operands(
+    lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"], dims: Dims, recipe: LinearRecipe, rotated: bool
+) -> tuple[Array | None, Array | None]:
+    """The high-precision operands that the backward products of `recipe` read, in the space of the forward product.
+
+    Raises: ValueError when the weight came quantized (`rhs_ready`) and a backward product wants the original."""
+    lhs_original = None if recipe.grad_rhs.lhs == FORWARD else lhs
+    rhs_original = None if recipe.grad_lhs.rhs == FORWARD else rhs
+    if recipe.rhs_ready and rhs_original is not None:
+        raise ValueError(
+            "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD there,"
+            " or quantize the weight inside the product."
+        )
+    if rotated:
+        rotation = recipe.out.lhs.rotation
+        lhs_original = None if lhs_original is None else rotation.apply(lhs_original, dims.lhs)
+        rhs_original = None if rhs_original is None else rotation.apply(rhs_original, dims.rhs)
+    return jax.tree.map(lax.stop_gradient, (lhs_original, rhs_original))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def product(
+    forward: Forward,
+    recipe: LinearRecipe,
+    lhs_hat: Float[Array, "*lhs"],
+    rhs_hat: Float[Array, "*rhs"],
+    originals: tuple[Array | None, Array | None],
+    key: Array | None,
+) -> Float[Array, "*out"]:
+    """y = lhs_hat . rhs_hat;  d lhs_hat = Q(g) . Q(rhs),  d rhs_hat = Q(lhs) . Q(g)  as `recipe.grad_lhs`, `grad_rhs` say.
+
+    Each backward operand is quantized along the axis that its own product contracts: output channels in grad_lhs, tokens in
+    grad_rhs."""
+    return forward(lhs_hat, rhs_hat)
+
+
+def _product_forward(forward, recipe, lhs_hat, rhs_hat, originals, key):
+    return forward(lhs_hat, rhs_hat), (lhs_hat, rhs_hat, originals, key)
+
+
+def _product_backward(forward, recipe, saved, g):
+    lhs_hat, rhs_hat, (lhs, rhs), key = saved
+    keys = (None, None) if key is None else jax.random.split(key)
+    dims = forward.dims
+    batch = tuple(range(len(dims.lhs_batch)))
+    lhs_free, rhs_free = dims.free("lhs", lhs_hat.ndim), dims.free("rhs", rhs_hat.ndim)
+    g_lhs_free = tuple(range(len(batch), len(batch) + len(lhs_free)))
+    g_rhs_free = tuple(range(g.ndim - len(rhs_free), g.ndim))
+
+    numbers = ((g_rhs_free, rhs_free), (batch, dims.rhs_batch))
+    other = rhs_hat if recipe.grad_lhs.rhs == FORWARD else rhs
+    dlhs = _backward_product(g, other, numbers, recipe.grad_lhs, forward.precision, keys[0])
+    dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)))
+
+    numbers = ((lhs_free, g_lhs_free), (dims.lhs_batch, batch))
+    other = lhs_hat if recipe.grad_rhs.lhs == FORWARD else lhs
+    drhs = _backward_product(other, g, numbers, recipe.grad_rhs, forward.precision, keys[1])
+    drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)))
+
+    nothing = jax.tree.map(jnp.zeros_like, (lhs, rhs))
+    no_key = None if key is None else np.zeros(key.shape, jax.dtypes.float0)
+    return dlhs.astype(lhs_hat.dtype), drhs.astype(rhs_hat.dtype), nothing, no_key
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _backward_product(lhs, rhs, numbers, gemm: Gemm, precision, key):
+    """One backward product: again a `dot_general` with a recipe, that of its own two operands."""
+    from lowbit_jax.ops.dot_general import dot_general
+
+    chosen = {s: q if isinstance(q := getattr(gemm, s), Quantizer) else None for s in ("lhs", "rhs")}
+    common = jnp.promote_types(lhs.dtype, rhs.dtype)
+    if not numbers[0][0]:  # an outer product: nothing is contracted, so nothing is quantized
+        return lax.dot_general(lhs.astype(common), rhs.astype(common), numbers, precision)
+    recipe = LinearRecipe(out=Gemm(**chosen))
+    return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=recipe, key=key)

@@ -1,0 +1,78 @@
+"""Which operand of a layer's three products goes through which quantizer.
+
+    out       y  = lhs . rhs      lhs the activation, rhs the weight
+    grad_lhs  dx = g . rhs        the cotangent g stands where lhs stood
+    grad_rhs  dw = lhs . g        and here where rhs stood
+"""
+
+import dataclasses
+from typing import Literal
+
+from lowbit_jax.quantizer import Quantizer
+
+FORWARD: Literal["forward"] = "forward"
+"""In a backward product: the operand just as the forward product used it, quantized. Costs nothing more."""
+
+Operand = Quantizer | Literal["forward"] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Gemm:
+    """One matrix product. `None` keeps an operand in high precision; `FORWARD`, in a backward product only, reuses the
+    quantized operand of the forward. Raises: TypeError for anything else."""
+
+    lhs: Operand = None
+    rhs: Operand = None
+
+    def __post_init__(self):
+        for side in ("lhs", "rhs"):
+            operand = getattr(self, side)
+            if operand is not None and operand != FORWARD and not isinstance(operand, Quantizer):
+                raise TypeError(
+                    f"Gemm({side}={operand!r}): an operand is a Quantizer, None (high precision) or, in a backward"
+                    f" product, FORWARD. For a whole method use a recipe, such as lb.quest(4)."
+                )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRecipe:
+    """The three products of a linear layer; hashable, so it is a static attribute of a layer.
+
+    By default the backward products are what autodiff of the quantized forward gives: a high-precision cotangent times
+    the quantized operands. `rhs_ready` says that the weight arrives already rotated and quantized (`quantize_rhs`).
+    Raises: ValueError for FORWARD in `out`, or where a backward product reuses the operand it differentiates."""
+
+    out: Gemm = Gemm()
+    grad_lhs: Gemm = Gemm(rhs=FORWARD)
+    grad_rhs: Gemm = Gemm(lhs=FORWARD)
+    name: str = ""
+    rhs_ready: bool = False
+
+    def __post_init__(self):
+        if FORWARD in (self.out.lhs, self.out.rhs):
+            raise ValueError("LinearRecipe.out: FORWARD names the forward's operand, so only a backward product takes it.")
+        if self.grad_lhs.lhs == FORWARD or self.grad_rhs.rhs == FORWARD:
+            raise ValueError(
+                "LinearRecipe: the cotangent stands at grad_lhs.lhs and grad_rhs.rhs, and it has no forward form."
+                " Put None or a Quantizer there."
+            )
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Sides of the forward product ("lhs", "rhs") whose scale is a parameter."""
+        return tuple(s for s in ("lhs", "rhs") if getattr(self.out, s) is not None and getattr(self.out, s).learned)
+
+    @property
+    def shared_rotation(self) -> bool:
+        """Both operands of the forward product are rotated alike, so that the rotations cancel in it."""
+        lhs, rhs = self.out.lhs, self.out.rhs
+        return lhs is not None and rhs is not None and lhs.rotation is not None and lhs.rotation == rhs.rotation
+
+    @property
+    def plain_backward(self) -> bool:
+        """The backward products are those of autodiff."""
+        return self.grad_lhs == Gemm(rhs=FORWARD) and self.grad_rhs == Gemm(lhs=FORWARD)
+
+    def with_rhs_ready(self) -> "LinearRecipe":
+        """The same recipe for a weight that went through `quantize_rhs` before."""
+        return dataclasses.replace(self, rhs_ready=True)

@@ -1,0 +1,214 @@
+"""A quantizer is a format, a tiling, a fit and a rounding, seen through a rotation and answered by an estimator.
+
+    x_hat = T^-1( scale * round(x T / scale) on the support )
+
+The record is frozen and hashable: it can be a static argument of a jitted function, and equal quantizers never retrace.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from lowbit_jax import coding, packing, rounding
+from lowbit_jax.estimators import ClippedStraightThrough, Estimator, quantize_through
+from lowbit_jax.formats.base import BlockFormat, Format
+from lowbit_jax.formats.catalogue import INT8
+from lowbit_jax.qtensor import QTensor
+from lowbit_jax.rotation import Hadamard
+from lowbit_jax.scaling import (
+    FLOAT32,
+    Block,
+    Fit,
+    Group,
+    Learned,
+    PerRow,
+    PowerOfTwo,
+    ScaleFormat,
+    Tiling,
+    TwoLevel,
+    absmax,
+)
+from lowbit_jax.scaling.fit import reciprocal
+from lowbit_jax.scaling.tiling import Axis, join, normalized_axes
+from lowbit_jax.sparsity import Support, compress
+
+Rounding = Callable[..., Array]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizer:
+    """Composes the parts; every slot has a default, which is absmax INT8 for each row with a clipped gradient.
+
+    Calling it is differentiable fake quantization; `quantize` gives the real, packed codes. In both, `axis` is the
+    contraction axis of the product that `x` will enter (default: the last), along which rotation, groups and supports lie;
+    statistics are float32 whatever the dtype of `x`, and the result has the shape and dtype of `x`.
+    Raises: TypeError for slots of the wrong kind and for arrays that are not floating."""
+
+    format: Format = INT8
+    tiling: Tiling = PerRow()
+    fit: Fit = absmax
+    rounding: Rounding = rounding.nearest
+    scale_format: ScaleFormat = FLOAT32
+    rotation: Hadamard | None = None
+    sparsity: Support | None = None
+    estimator: Estimator = ClippedStraightThrough()
+
+    def __post_init__(self):
+        if isinstance(self.format, BlockFormat):
+            raise TypeError(
+                f"Quantizer(format={self.format.name}): a block format fixes format, tile and scale together."
+                " Use lb.block_quantizer(format) to get the whole quantizer."
+            )
+        if not hasattr(self.format, "levels"):
+            raise TypeError(f"Quantizer(format={self.format!r}): give a format, such as lb.formats.get('int4').")
+        for slot in ("fit", "rounding"):
+            if not callable(getattr(self, slot)):
+                raise TypeError(f"Quantizer({slot}={getattr(self, slot)!r}): give a function; see lb.scaling, lb.rounding.")
+        if isinstance(self.tiling, type) or not hasattr(self.tiling, "split"):
+            raise TypeError(f"Quantizer(tiling={self.tiling!r}): give a tiling, such as PerRow() or Group(32).")
+        if isinstance(self.estimator, type) or not hasattr(self.estimator, "gradients"):
+            raise TypeError(f"Quantizer(estimator={self.estimator!r}): give an estimator, such as StraightThrough().")
+
+    @property
+    def learned(self) -> bool:
+        """Whether the scale is a parameter that the caller holds and passes as `scale=`."""
+        return isinstance(self.fit, Learned)
+
+    def __call__(
+        self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
+    ) -> Float[Array, "*s"]:
+        """Fake quantization: an array near `x`, on the grid in the rotated space; gradient by the estimator."""
+        quantized = self.in_rotated_space(x, axis=axis, key=key, scale=scale)
+        if self.rotation is not None:
+            quantized = self.rotation.undo(quantized, normalized_axes(axis, x.ndim, "Quantizer")[-1])
+        return quantized.astype(x.dtype)
+
+    def in_rotated_space(
+        self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
+    ) -> Float[Array, "*s"]:
+        """Fake quantization without the way back: float32, for a product whose other operand is rotated alike."""
+        h, tiles, axes, scale, support = self._fitted(x, axis, scale)
+        out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key)
+        return join(out, h.shape)
+
+    def quantize(
+        self, x: Float[Array, "*s"], *, axis: int = -1, key: Array | None = None, scale: Array | None = None
+    ) -> QTensor:
+        """The packed codes and stored scales of `x`.
+
+        Raises: ValueError when `axis` names several axes (a packed row lies along one)."""
+        if not isinstance(axis, int):
+            raise ValueError(f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself.")
+        h, tiles, axes, scale, support = self._fitted(x, axis, scale, rounded=False)
+        at = axis % x.ndim
+        stored = self.scale_format.store(scale, self.format)
+        rounded = self.rounding(tiles * reciprocal(self.scale_format.load(stored)), self.format, key)
+        codes = jnp.moveaxis(coding.encode(join(rounded, h.shape), self.format), at, -1)
+        marks = None
+        if support is not None:
+            mask = jnp.moveaxis(join(support, h.shape), at, -1)
+            codes, marks = compress(codes, mask, self.sparsity)
+            marks = packing.pack(marks, 1)
+        return QTensor(
+            words=packing.pack(codes, self.format.bits),
+            scales=stored,
+            marks=marks,
+            quantizer=self,
+            axis=at - x.ndim,
+            length=x.shape[at],
+            dtype=jnp.dtype(x.dtype),
+        )
+
+    def initial_scale(self, x: Float[Array, "*s"], *, axis: Axis = -1) -> Float[Array, "*tiles"]:
+        """Starting value of a learned scale, fitted to `x`: shape () for a tensor, else one entry a tile.
+
+        Raises: ValueError when the fit is not learned."""
+        if not self.learned:
+            raise ValueError(f"Quantizer.initial_scale: the fit {_name(self.fit)} reads its scale off the data; nothing to hold.")
+        _, tiles, axes = self._tiles(x, axis)
+        scale = self.fit.initial(tiles, self.format, axes)
+        return scale.reshape([n for a, n in enumerate(tiles.shape) if a not in axes])
+
+    def _tiles(self, x, axis):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise TypeError(
+                f"Quantizer got an array of {jnp.result_type(x)}; it quantizes floating arrays."
+                " Cast first, as in x.astype(jnp.float32)."
+            )
+        if x.ndim == 0:
+            raise ValueError("Quantizer got a scalar; it needs at least the contraction axis. Reshape to (1,).")
+        axes = normalized_axes(axis, x.ndim, "Quantizer")
+        h = x.astype(jnp.float32) if self.rotation is None else self.rotation.apply(x, axes[-1])
+        return h, *self.tiling.split(h, axes)
+
+    def _fitted(self, x, axis, scale, rounded=True):
+        h, tiles, axes = self._tiles(x, axis)
+        tile_scale_shape = tuple(1 if a in axes else n for a, n in enumerate(tiles.shape))
+        if self.learned:
+            if scale is None:
+                self.fit(tiles, self.format, axes)
+            scale = _as_tile_scale(scale, tile_scale_shape)
+        elif scale is not None:
+            raise ValueError(
+                f"Quantizer got `scale=`, but its fit {_name(self.fit)} reads the scale off the data."
+                " Drop the argument, or use fit=Learned()."
+            )
+        else:
+            scale = lax.stop_gradient(self.fit(lax.stop_gradient(tiles), self.format, axes))
+        if rounded and self.scale_format != FLOAT32:
+            stored = self.scale_format.load(self.scale_format.store(lax.stop_gradient(scale), self.format))
+            scale = scale + lax.stop_gradient(stored - scale) if self.learned else stored
+        support = None
+        if self.sparsity is not None:
+            mask = self.sparsity.mask(lax.stop_gradient(h), normalized_axes(axis, x.ndim, "Quantizer")[-1])
+            support = mask.reshape(tiles.shape)
+        return h, tiles, axes, scale, support
+
+    def explain(self, length: int | None = None) -> dict[str, str]:
+        """The slots in words; `length`, the contraction size, settles the rotation's block."""
+        return {
+            "format": self.format.name,
+            "tiling": self.tiling.describe(),
+            "fit": _name(self.fit),
+            "rounding": _name(self.rounding),
+            "scale_format": self.scale_format.describe(),
+            "rotation": "none" if self.rotation is None else self.rotation.describe(length),
+            "sparsity": "dense" if self.sparsity is None else self.sparsity.describe(),
+            "estimator": self.estimator.describe(),
+            "bits_per_element": f"{self.element_bits():g}",
+        }
+
+    def element_bits(self) -> float:
+        """Storage bits of an element without its share of the scale; a support's marks are counted."""
+        if self.sparsity is None:
+            return float(self.format.bits)
+        return self.format.bits * self.sparsity.kept / self.sparsity.group + 1 / self.sparsity.run
+
+
+def _as_tile_scale(scale: Array, shape: tuple[int, ...]) -> Array:
+    scale = jnp.asarray(scale, jnp.float32)
+    count = 1
+    for n in shape:
+        count *= n
+    if scale.size not in (1, count):
+        raise ValueError(f"Quantizer got a scale of shape {scale.shape}; this tiling has {count} tiles, shape {shape}.")
+    return jnp.broadcast_to(scale.reshape([1] * len(shape)), shape) if scale.size == 1 else scale.reshape(shape)
+
+
+def _name(part) -> str:
+    return getattr(part, "__name__", None) or str(part)
+
+
+def block_quantizer(fmt: BlockFormat, **slots) -> Quantizer:
+    """The quantizer that a block format fixes: its elements, tile and scale format; `slots` set the rest.
+
+    Raises: TypeError for a format that is not a block format."""
+    if not isinstance(fmt, BlockFormat):
+        raise TypeError(f"block_quantizer({fmt!r}): give a block format, such as lb.formats.MXFP4; others go to Quantizer.")
+    tiling = Group(fmt.block) if isinstance(fmt.block, int) else Block(*fmt.block)
+    scale_format = TwoLevel(fmt.scale) if fmt.tensor_scale else PowerOfTwo(fmt.scale_rounding)
+    return Quantizer(**dict(format=fmt.element, tiling=tiling, fit=absmax, scale_format=scale_format) | slots)

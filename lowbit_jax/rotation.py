@@ -1,0 +1,138 @@
+"""Orthogonal maps of the contraction axis that spread outliers before a fit, and cancel in the product.
+
+A block Hadamard rotation is y = x blockdiag(H), H the Sylvester matrix of `block` rows over sqrt(block); with random
+signs, y = x diag(d) blockdiag(H). H is symmetric and orthonormal: (xH)(wH)^T = x w^T, and H undoes itself.
+Source: Ashkboos et al. 2024, arXiv:2404.00456; in training, Panferov et al. 2025, arXiv:2502.05003, section 3.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+_DENSE = 16  # the innermost factor of the transform, a small matrix product; what is above it is butterflies
+
+
+@functools.cache
+def hadamard_matrix(size: int) -> np.ndarray:
+    """Sylvester's matrix of +1 and -1, float32 [size, size]; `size` is a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def largest_block(length: int, limit: int) -> int:
+    """The largest power of two up to `limit` that divides `length` (1 for an odd length)."""
+    return min(length & -length, limit) if length else 1
+
+
+def _butterflies(x: Float[Array, "*s"], axes: range) -> Float[Array, "*s"]:
+    """(a, b) -> (a + b, a - b) along each of `axes`, all of length 2, as one elementwise expression."""
+    for axis in axes:
+        signs = np.ones([1] * x.ndim, np.float32).repeat(2, axis)
+        signs[(slice(None),) * axis + (1,)] = -1
+        x = x * signs + jnp.flip(x, axis)
+    return x
+
+
+def _last_axis_fast(x: Float[Array, "*rows K"], block: int) -> Float[Array, "*rows K"]:
+    """Butterflies above a dense factor of 16: about the price of two copies on a CPU, half that of the dense product."""
+    inner = min(block, _DENSE)
+    stages = int(math.log2(block // inner))
+    matrix = hadamard_matrix(inner) * np.float32(block**-0.5)
+    y = _butterflies(x.reshape(-1, *[2] * stages, inner), range(1, 1 + stages))
+    return lax.dot(y.reshape(-1, inner), jnp.asarray(matrix), precision=lax.Precision.HIGHEST).reshape(x.shape)
+
+
+def _dense(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
+    """One matrix product a block. Half-precision inputs stay so: +1 and -1 are exact, sums are float32."""
+    tiles = x.reshape(*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :])
+    matrix = jnp.asarray(hadamard_matrix(block), x.dtype)
+    y = lax.dot_general(
+        tiles,
+        matrix,
+        (((axis + 1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return (jnp.moveaxis(y, -1, axis + 1) * np.float32(block**-0.5)).reshape(x.shape)
+
+
+def _transform(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
+    if x.size == 0:
+        return x.astype(jnp.float32)
+    if axis != x.ndim - 1:
+        return _dense(x, block, axis)
+    on_cpu = lambda x: _last_axis_fast(x.astype(jnp.float32), block)
+    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: _dense(x, block, axis))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def block_hadamard(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
+    """x blockdiag(H) along `axis`, in float32 whatever the dtype of `x`; its gradient is the same map.
+
+    `block` is a power of two that divides the axis."""
+    return _transform(x, block, axis)
+
+
+def _block_hadamard_forward(x, block, axis):
+    return _transform(x, block, axis), jnp.zeros((0,), x.dtype)
+
+
+def _block_hadamard_backward(block, axis, residual, g):
+    return (_transform(g, block, axis).astype(residual.dtype),)
+
+
+block_hadamard.defvjp(_block_hadamard_forward, _block_hadamard_backward)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hadamard:
+    """Block Hadamard rotation of the contraction axis.
+
+    A length that `block` does not divide gets the largest power of two that does (1: no rotation), which
+    `lb.explain` reports; nothing is padded. `signs`, a seed, flips fixed random signs first.
+    Raises: ValueError unless `block` is a power of two."""
+
+    block: int = 128
+    signs: int | None = None
+
+    def __post_init__(self):
+        if self.block < 1 or self.block & (self.block - 1):
+            raise ValueError(f"Hadamard(block={self.block}): a Sylvester matrix has 2^n rows. Use 32, 64, 128, 256 ...")
+
+    def block_for(self, length: int) -> int:
+        """The block that an axis of this length gets."""
+        return largest_block(length, self.block)
+
+    def _flip(self, x: Float[Array, "*s"], axis: int) -> Float[Array, "*s"]:
+        if self.signs is None:
+            return x
+        signs = np.random.default_rng(self.signs).integers(0, 2, x.shape[axis]) * 2 - 1
+        return x * jnp.asarray(signs, x.dtype).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+
+    def apply(self, x: Float[Array, "*s"], axis: int = -1) -> Float[Array, "*s"]:
+        """The rotated array, float32."""
+        axis %= x.ndim
+        block = self.block_for(x.shape[axis])
+        x = self._flip(x, axis)
+        return x.astype(jnp.float32) if block == 1 else block_hadamard(x, block, axis)
+
+    def undo(self, y: Float[Array, "*s"], axis: int = -1) -> Float[Array, "*s"]:
+        """The array that `apply` rotated, float32."""
+        axis %= y.ndim
+        block = self.block_for(y.shape[axis])
+        return self._flip(y.astype(jnp.float32) if block == 1 else block_hadamard(y, block, axis), axis)
+
+    def describe(self, length: int | None = None) -> str:
+        block = self.block if length is None else self.block_for(length)
+        signs = "" if self.signs is None else f" signs {self.signs}"
+        if length is not None and block != self.block:
+            return f"hadamard {block} ({self.block} does not divide {length}){signs}"
+        return f"hadamard {block}{signs}"

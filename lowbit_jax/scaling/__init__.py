@@ -1,0 +1,38 @@
+"""How large is one grid step, and which elements share it?"""
+
+from lowbit_jax.scaling.fit import (
+    CandidateSearch,
+    Fit,
+    Learned,
+    Percentile,
+    absmax,
+    mean_abs,
+    rms_optimal,
+)
+from lowbit_jax.scaling.gaussian import gaussian_mse, optimal_clip, optimal_scale
+from lowbit_jax.scaling.scale_format import BFLOAT16, FLOAT32, CastScale, PowerOfTwo, ScaleFormat, TwoLevel
+from lowbit_jax.scaling.tiling import Block, Group, PerRow, PerTensor, Tiling
+
+__all__ = [
+    "BFLOAT16",
+    "FLOAT32",
+    "Block",
+    "CandidateSearch",
+    "CastScale",
+    "Fit",
+    "Group",
+    "Learned",
+    "PerRow",
+    "PerTensor",
+    "Percentile",
+    "PowerOfTwo",
+    "ScaleFormat",
+    "Tiling",
+    "TwoLevel",
+    "absmax",
+    "gaussian_mse",
+    "mean_abs",
+    "optimal_clip",
+    "optimal_scale",
+    "rms_optimal",
+]

@@ -1,0 +1,122 @@
+"""Which elements of a tile are kept. A support answers a boolean mask of the array's shape; the rest becomes zero."""
+
+import dataclasses
+from typing import Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt8
+
+
+class Support(Protocol):
+    @property
+    def group(self) -> int:
+        """Elements in one group of the pattern."""
+        ...
+
+    @property
+    def kept(self) -> int:
+        """Elements kept of each group."""
+        ...
+
+    @property
+    def run(self) -> int:
+        """Neighbors that share one bit of the mask."""
+        ...
+
+    def mask(self, x: Float[Array, "*s"], axis: int) -> Bool[Array, "*s"]: ...
+
+    def describe(self) -> str: ...
+
+
+def compress(
+    codes: UInt8[Array, "*rows K"], mask: Bool[Array, "*rows K"], support: Support
+) -> tuple[UInt8[Array, "*rows kept"], UInt8[Array, "*rows marks"]]:
+    """The kept codes in order, and one 0/1 mark for each `support.run` neighbors."""
+    marks = mask[..., :: support.run].astype(jnp.uint8)
+    groups = codes.reshape(*codes.shape[:-1], -1, support.group)
+    first = jnp.argsort(~mask.reshape(groups.shape), axis=-1, stable=True)[..., : support.kept]
+    return jnp.take_along_axis(groups, first, axis=-1).reshape(*codes.shape[:-1], -1), marks
+
+
+def expand(
+    kept: UInt8[Array, "*rows kept"], marks: UInt8[Array, "*rows marks"], support: Support
+) -> tuple[UInt8[Array, "*rows K"], Bool[Array, "*rows K"]]:
+    """What `compress` was given; the code where nothing is kept means nothing."""
+    mask = jnp.repeat(marks == 1, support.run, axis=-1)
+    groups = mask.reshape(*mask.shape[:-1], -1, support.group)
+    rank = jnp.clip(jnp.cumsum(groups, axis=-1) - 1, 0, support.kept - 1)
+    codes = jnp.take_along_axis(kept.reshape(*groups.shape[:-1], support.kept), rank, axis=-1)
+    return codes.reshape(mask.shape), mask
+
+
+def _keep_largest(score: Float[Array, "*groups n"], keep: int) -> Bool[Array, "*groups n"]:
+    """True for the `keep` largest of each last axis; of equals the first wins, so that the count is exact."""
+    ahead = score[..., None, :] > score[..., :, None]
+    index = jnp.arange(score.shape[-1])
+    earlier = (score[..., None, :] == score[..., :, None]) & (index[None, :] < index[:, None])
+    return jnp.sum(ahead | earlier, axis=-1) < keep
+
+
+def _groups(x: Float[Array, "*s"], axis: int, size: int, who: str) -> Float[Array, "*rows groups size"]:
+    if x.shape[axis] % size:
+        raise ValueError(
+            f"{who} cuts axis {axis} of length {x.shape[axis]} into groups of {size}, which leaves"
+            f" {x.shape[axis] % size}. Pad by {-x.shape[axis] % size}, or leave this layer dense by a rule."
+        )
+    last = jnp.moveaxis(x, axis, -1)
+    return last.reshape(*last.shape[:-1], -1, size)
+
+
+def _ungroup(mask: Bool[Array, "*rows groups size"], axis: int) -> Bool[Array, "*s"]:
+    return jnp.moveaxis(mask.reshape(*mask.shape[:-2], -1), -1, axis)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NofM:
+    """The `n` largest magnitudes of each `m` consecutive elements. Source: Mishra et al. 2021, arXiv:2104.08378."""
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self):
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"NofM({self.n}, {self.m}): keep at least 1 and at most m of each m, as in NofM(2, 4).")
+
+    group = property(lambda self: self.m)
+    kept = property(lambda self: self.n)
+    run = property(lambda self: 1)
+
+    def mask(self, x, axis):
+        axis %= x.ndim
+        return _ungroup(_keep_largest(jnp.abs(_groups(x, axis, self.m, f"{self.n}:{self.m}")), self.n), axis)
+
+    def describe(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PairsNofM:
+    """Pairs of neighbors kept or dropped together: of each `2 m` elements, the `n` pairs of largest l2 norm.
+
+    `PairsNofM(2, 4)` is the 4:8 support of QuEST's sparse INT4 weights (arXiv:2502.05003, section 4)."""
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self):
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"PairsNofM({self.n}, {self.m}): keep at least 1 and at most m of each m pairs.")
+
+    group = property(lambda self: 2 * self.m)
+    kept = property(lambda self: 2 * self.n)
+    run = property(lambda self: 2)
+
+    def mask(self, x, axis):
+        axis %= x.ndim
+        groups = _groups(x, axis, 2 * self.m, self.describe())
+        pairs = groups.reshape(*groups.shape[:-1], self.m, 2)
+        kept = _keep_largest(jnp.sum(pairs * pairs, axis=-1), self.n)
+        return _ungroup(jnp.repeat(kept, 2, axis=-1), axis)
+
+    def describe(self) -> str:
+        return f"{2 * self.n}:{2 * self.m} pairs"
