@@ -1,8 +1,8 @@
 """Where a quantized step's time goes, told in two ways that check each other.
 
 By parts: the step with weights only, with activations only, without rotation, and whole, each over float32.
-By operations: the profiler's time of every compiled operation, put to the account of the room of `lowbit_jax` (or of the
-model or optimizer) that traced it; an operation fused from several rooms is named by all of them.
+By operations: the profiler's time of every compiled operation, put to the account of the room of `lowbit_jax` (or of
+the model or optimizer) that traced it; an operation fused from several rooms is named by all of them.
 """
 
 import collections

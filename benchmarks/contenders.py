@@ -19,6 +19,11 @@ def float32(model: nnx.Module, x: jax.Array, layers: tuple[str, ...]) -> nnx.Mod
     return model
 
 
+def paths_of(layers: tuple[str, ...]) -> str:
+    """The regular expression that both Qwix's rules and ours take for the modules held by these attributes."""
+    return rf"(.*/)?({'|'.join(layers)})(/.*)?"
+
+
 @dataclasses.dataclass(frozen=True)
 class Ours:
     """`lb.quantize` with a recipe."""
@@ -27,15 +32,14 @@ class Ours:
 
     def __call__(self, model: nnx.Module, x: jax.Array, layers: tuple[str, ...]) -> nnx.Module:
         del x
-        return lb.quantize(model, self.recipe, rules=[(f"**/{layer}/**", self.recipe) for layer in layers])
+        return lb.quantize(model, rules=[(paths_of(layers), self.recipe)])
 
 
 def qwix_w4a4(model: nnx.Module, x: jax.Array, layers: tuple[str, ...]) -> nnx.Module:
     """Qwix, int4 weights and activations in the forward products. Its int4 products need 3-D inputs on the CPU."""
     import qwix
 
-    path = rf"(.*/)?({'|'.join(layers)})(/.*)?"
-    rule = qwix.QtRule(module_path=path, weight_qtype="int4", act_qtype="int4")
+    rule = qwix.QtRule(module_path=paths_of(layers), weight_qtype="int4", act_qtype="int4")
     return qwix.quantize_model(model, qwix.QtProvider([rule]), x)
 
 

@@ -10,8 +10,8 @@ FLOORS = (
     {"rounding", "coding", "packing"},
     {"scaling"},
     {"rotation", "sparsity"},
-    {"estimators"},
-    {"qtensor"},
+    {"estimators", "qtensor"},
+    {"quantizer"},
     {"ops"},
     {"methods"},
     {"nn"},
@@ -36,9 +36,14 @@ def room_of(path: pathlib.Path) -> str:
 
 
 def imported(path: pathlib.Path) -> set[str]:
-    """Absolute dotted names that the file imports, at any depth; `from a import b` counts as `a.b`."""
+    """Absolute dotted names that the file imports, at any depth; `from a import b` counts as `a.b`.
+
+    What stands under `if TYPE_CHECKING:` is read by people and type checkers only, and does not count."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test).endswith("TYPE_CHECKING")]:
+        node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -37,7 +37,7 @@ def in_a_fresh_python(code: str) -> str:
 
 
 def test_import_is_cheap():
-    """Less than 0.3 s on top of jax and flax (CPU time, best of three), no device started, no optional package loaded."""
+    """Less than 0.3 s of CPU time on top of jax and flax (best of three), and no optional package is loaded."""
     code = """
 import time, sys
 import jax, jax.numpy, flax.nnx, flax.linen
