@@ -1,0 +1,264 @@
+"""NNX: a quantized view of a module, with the same parameters at the same paths.
+
+The view is new modules around the very same Variables, as `nnx.view` makes: training it trains the original's parameters,
+while the original keeps computing in full precision (`nnx.clone` the model first for independent parameters). In a
+quantized layer only static attributes differ: its product and its `promote_dtype`. Learned scales and random streams, where
+a recipe asks for them, live in a small module in place of the product.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import lax
+from jaxtyping import Array
+
+from lowbit_jax.nn.check import check_site
+from lowbit_jax.nn.policy import Node, Policy, assign
+from lowbit_jax.nn.product import KeepMaster, Product
+from lowbit_jax.nn.site import Site, initial_scales, needs_key
+from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.ops.einsum import parse
+from lowbit_jax.qtensor import QTensor
+
+
+class Scale(nnx.Param):
+    """A learned scale: a parameter like the kernel, apart from it by type for weight decay or learning rates of its own."""
+
+
+class PackedWeight(nnx.Param):
+    """A weight as packed codes: its value is a `QTensor`, whose leaves are uint8 words and float scales."""
+
+    def get_value(self, *, index: Any = ...) -> QTensor:
+        """The QTensor; `[...]`, as layers read their kernel, is the whole of it."""
+        if index is not ...:
+            raise TypeError(
+                f"PackedWeight[{index}]: a packed weight is read whole. Use .get_value().dequantize() first."
+            )
+        return super().get_value()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerType:
+    """Where a Flax layer keeps its product: attribute, what Flax puts there by default, and the site that it is."""
+
+    attribute: str
+    default: Any
+    site: Callable[[Any, str], Site]
+
+
+def _linear(layer: nnx.Linear, path: str) -> Site:
+    return Site(path, "dot_general", (layer.in_features, layer.out_features), (0,))
+
+
+def _linear_general(layer: nnx.LinearGeneral, path: str) -> Site:
+    batch = tuple(layer.batch_axis.values())
+    shape = (*batch, *layer.in_features, *layer.out_features)
+    return Site(path, "dot_general", shape, tuple(range(len(batch), len(batch) + len(layer.in_features))))
+
+
+def _einsum(layer: nnx.Einsum, path: str) -> Site:
+    shape, spec = tuple(layer.kernel_shape), layer.einsum_str
+    return Site(path, "einsum", shape, einsum_contraction(spec, shape), spec)
+
+
+def _conv(layer: nnx.Conv, path: str) -> Site:
+    shape = tuple(layer.kernel_shape)
+    return Site(path, "conv_general_dilated", shape, tuple(range(len(shape) - 1)))
+
+
+LAYERS: dict[type, LayerType] = {
+    nnx.Linear: LayerType("dot_general", lax.dot_general, _linear),
+    nnx.LinearGeneral: LayerType("dot_general", None, _linear_general),
+    nnx.Einsum: LayerType("einsum_op", jnp.einsum, _einsum),
+    nnx.Conv: LayerType("conv_general_dilated", lax.conv_general_dilated, _conv),
+}
+
+
+def einsum_contraction(spec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of the weight (the second operand) that `spec` sums over."""
+    letters = spec.partition(",")[0].replace("...", "").replace(" ", "")
+    numbers, _ = parse(spec, len(letters), len(shape))
+    return numbers[0][1]
+
+
+def layer_type(module: Any) -> tuple[type, LayerType] | None:
+    return next(((base, LAYERS[base]) for base in type(module).__mro__ if base in LAYERS), None)
+
+
+class StatefulProduct(nnx.Module):
+    """A `Product` with what its recipe must keep: learned scales (parameters) and a stream of random keys."""
+
+    def __init__(self, product: Product, scales: dict[str, Array], rngs: nnx.RngStream | None):
+        self.product = product
+        for side, value in scales.items():
+            setattr(self, f"{side}_scale", Scale(value))
+        if rngs is not None:
+            self.rngs = rngs
+        self.calibrating = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        if self.calibrating:
+            self._calibrate(*args)
+        sides = [s for s in ("lhs", "rhs") if hasattr(self, f"{s}_scale")]
+        scales = {side: getattr(self, f"{side}_scale").get_value() for side in sides}
+        key = self.rngs() if hasattr(self, "rngs") else None
+        return self.product.compute(args, kwargs, key=key, scales=scales or None)
+
+    def _calibrate(self, *args: Any) -> None:
+        """Sets the activation's scale from the activation that arrives."""
+        lhs = next(a for a in args if not isinstance(a, str))
+        site, quantizer = self.product.site, self.product.recipe.out.lhs
+        lhs = lhs.reshape(-1, lhs.shape[-1]) if site.kind == "conv_general_dilated" else lhs
+        self.lhs_scale.set_value(quantizer.initial_scale(lax.stop_gradient(lhs)))
+
+
+def hook(module: Any) -> Product | None:
+    """The product that `quantize` put into a layer, or None."""
+    found = layer_type(module)
+    held = getattr(module, found[1].attribute) if found else None
+    held = held.product if isinstance(held, StatefulProduct) else held
+    return held if isinstance(held, Product) else None
+
+
+def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream | None, who: str) -> nnx.Module:
+    """The quantized view; see `lb.quantize`."""
+    found = modules(module)
+    assigned = assign(policy, [_node(m, paths) for m, paths in found], who)
+    products = {}
+    for layer, paths in found:
+        if paths[0] in assigned:
+            product = _product(layer, paths[0], assigned[paths[0]], who)
+            if needs_key(product.recipe) and rngs is None:
+                raise ValueError(
+                    f"{who}: the recipe of {paths[0]!r} rounds stochastically, which takes random keys. Pass"
+                    " rngs=nnx.Rngs(quantize=0); each layer then owns a stream of keys."
+                )
+            products |= dict.fromkeys(paths, product)
+
+    def change(layer: nnx.Module, product: Product) -> None:
+        attribute = layer_type(layer)[1].attribute
+        keep = KeepMaster(layer.promote_dtype)
+        scales = initial_scales(product.recipe, product.site, layer.kernel.get_value())
+        stream = _stream(rngs, layer, product) if needs_key(product.recipe) else None
+        if scales or stream is not None:
+            setattr(layer, attribute, nnx.data(StatefulProduct(product, scales, stream)))
+        else:
+            setattr(layer, attribute, product)
+        layer.promote_dtype = keep
+
+    return edited(module, products, change)
+
+
+def edited(module: nnx.Module, changes: dict[str, Any], change: Callable[[nnx.Module, Any], None]) -> nnx.Module:
+    """A view of `module`, same Variables, in which `change(layer, changes[path])` was applied to each layer named."""
+
+    def visit(path: tuple, node: Any) -> Any:
+        name = "/".join(map(str, path))
+        if isinstance(node, nnx.Module) and name in changes:
+            change(node, changes[name])
+        return node
+
+    return nnx.recursive_map(visit, module, graph=True)
+
+
+def modules(module: nnx.Module) -> list[tuple[nnx.Module, tuple[str, ...]]]:
+    """Every module inside, each once, with all of its paths; hooks of ours are not modules of the model."""
+    found: dict[int, tuple[nnx.Module, list[str]]] = {}
+    for path, node in _walk(module, (), ()):
+        found.setdefault(id(node), (node, []))[1].append("/".join(path))
+    return [(node, tuple(paths)) for node, paths in found.values()]
+
+
+def _walk(node: Any, path: tuple[str, ...], above: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], nnx.Module]]:
+    if isinstance(node, nnx.Variable | nnx.Rngs | nnx.RngStream | StatefulProduct) or id(node) in above:
+        return
+    if isinstance(node, nnx.Module):
+        yield path, node
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    for keys, child in children:
+        if keys and not isinstance(child, jax.Array | np.ndarray):
+            part = tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
+            if part != ("_pytree__state",):
+                yield from _walk(child, (*path, *part), (*above, id(node)))
+
+
+_ELEMENTWISE = {"scale", "bias"}  # parameters by these names, and vectors, enter no product
+
+
+def _node(module: nnx.Module, paths: tuple[str, ...]) -> Node:
+    kind = type(module).__name__
+    if layer_type(module) is not None:
+        return Node(paths, kind, layer=True)
+    own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+    opaque = [name for name, p in own.items() if name not in _ELEMENTWISE and np.ndim(p.get_value()) > 1]
+    return Node(paths, kind, opaque=tuple(opaque))
+
+
+def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
+    """Checks that the layer's product can be taken over, whole; raises with its path otherwise."""
+    base, kind = layer_type(layer)
+    where = f"{who}: the layer {path!r} ({type(layer).__name__})" if path else f"{who}: this {type(layer).__name__}"
+    if hook(layer) is not None or isinstance(layer.kernel, PackedWeight):
+        raise ValueError(
+            f"{where} is quantized already. Quantize the original model, or leave this layer out by a rule."
+        )
+    taken = [a for a in (kind.attribute, "dot_general_cls") if getattr(layer, a, None) not in (None, kind.default)]
+    if taken:
+        raise ValueError(
+            f"{where} has a {taken[0]} of its own, which quantizing would drop. Build it without, or leave it out."
+        )
+    if layer.promote_dtype is not promote_dtype:
+        raise ValueError(
+            f"{where} has a promote_dtype of its own, which quantizing would bypass. Leave it out by a rule."
+        )
+    check_subclass(layer, base, where)
+    if getattr(layer, "mask", None) is not None:
+        raise NotImplementedError(
+            f"{where} has a mask. Quantized weights do not keep its zeros (a rotation mixes them, mid-rise grids have no zero)."
+            " Leave the layer out by a rule."
+        )
+    if base is nnx.Einsum and layer.einsum_str is None:
+        raise ValueError(f"{where} gets its einsum_str in the call. Give it when you build the layer.")
+    site = kind.site(layer, path)
+    check_site(site, recipe, layer.kernel.get_value(), where)
+    return Product(recipe, site)
+
+
+def check_subclass(layer: Any, base: type, where: str) -> None:
+    """Raises where a subclass reads the kernel in code of its own, a product that the quantizer would not see."""
+    for klass in type(layer).__mro__[: type(layer).__mro__.index(base)]:
+        for name, member in vars(klass).items():
+            if name != "__init__" and "kernel" in _names_used(member):
+                raise ValueError(
+                    f"{where}: {klass.__name__}.{name} uses `kernel` itself, and that product would stay in high precision."
+                    f" Let it call super().__call__, or leave the layer out by a rule and use lb.dot_general in {name}."
+                )
+
+
+def _names_used(member: Any) -> set[str]:
+    """Attribute names in the code of a function, a property, or what wraps one."""
+    member = (
+        getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", None) or member
+    )
+    code = getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None)
+    names, pending = set(), [code] if code else []
+    while pending:
+        code = pending.pop()
+        names |= set(code.co_names)
+        pending += [c for c in code.co_consts if inspect.iscode(c)]
+    return names
+
+
+def _stream(rngs: nnx.Rngs | nnx.RngStream, layer: nnx.Module, product: Product) -> nnx.RngStream:
+    """A stream for this layer; one for each of a stack."""
+    source = rngs.quantize if isinstance(rngs, nnx.Rngs) else rngs
+    stack = layer.kernel.get_value().shape[: layer.kernel.get_value().ndim - len(product.site.shape)]
+    own = source.fork()
+    return own.split(stack) if stack else own

@@ -1,0 +1,94 @@
+"""NNX: the same model with its weights packed (`convert`) or quantized once for many microbatches (`prepare`)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from lowbit_jax.nn.nnx import PackedWeight, StatefulProduct, edited, hook, layer_type, modules
+from lowbit_jax.nn.product import Product
+from lowbit_jax.nn.site import needs_key, stacked
+from lowbit_jax.nn.weight import packed_weight, ready_weight, to_nearest
+
+
+def convert(model: nnx.Module) -> nnx.Module:
+    """The packed view; see `lb.convert`."""
+    products = _quantized(model, "lb.convert", "nothing to pack")
+
+    def change(layer: nnx.Module, product: Product) -> None:
+        if isinstance(layer.kernel, PackedWeight):
+            raise ValueError(
+                f"lb.convert: the layer {product.site.path!r} is packed already. Convert the training form once."
+            )
+        if product.recipe.rhs_ready:
+            raise ValueError(
+                f"lb.convert: the layer {product.site.path!r} is prepared. Convert the model that you prepared."
+            )
+        recipe = to_nearest(product.recipe)
+        if recipe.out.rhs is not None:
+            pack = lambda kernel, scale: packed_weight(kernel, recipe, product.site, scale=scale)
+            layer.kernel = PackedWeight(_over_stack(pack, layer, product))
+        _replace(layer, dataclasses.replace(product, recipe=recipe), drop=("rhs_scale", "rngs"))
+
+    return edited(model, products, change)
+
+
+def prepare(model: nnx.Module) -> nnx.Module:
+    """The view with quantized weights; see `lb.nn.prepare`."""
+    products = _quantized(model, "lb.nn.prepare", "no weight to prepare")
+
+    def change(layer: nnx.Module, product: Product) -> None:
+        if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
+            return
+        key = _held(layer).rngs() if needs_key(product.recipe) else None
+        ready = lambda kernel, scale: ready_weight(kernel, product.recipe, product.site, scale=scale, key=key)
+        layer.kernel = layer.kernel.replace(_over_stack(ready, layer, product))
+        _replace(layer, dataclasses.replace(product, recipe=product.recipe.with_rhs_ready()), drop=("rhs_scale",))
+
+    return edited(model, products, change)
+
+
+def _quantized(model: Any, who: str, otherwise: str) -> dict[str, Product]:
+    """Products of the quantized layers, under all of their paths."""
+    products = {}
+    for module, paths in modules(model):
+        if layer_type(module) is not None and (product := hook(module)) is not None:
+            products |= dict.fromkeys(paths, product)
+    if not products:
+        raise ValueError(
+            f"{who}: this {type(model).__name__} has no quantized layer, so {otherwise}. Call lb.quantize first."
+        )
+    return products
+
+
+def _held(layer: nnx.Module) -> Any:
+    return getattr(layer, layer_type(layer)[1].attribute)
+
+
+def _over_stack(function: Callable[..., Any], layer: nnx.Module, product: Product) -> Any:
+    """`function(kernel, scale)` of each layer of a stack."""
+    kernel, scale = layer.kernel.get_value(), getattr(_held(layer), "rhs_scale", None)
+    if scale is None:
+        return stacked(lambda k: function(k, None), kernel, product.site)(kernel)
+    return stacked(function, kernel, product.site)(kernel, scale.get_value())
+
+
+def _replace(layer: nnx.Module, product: Product, drop: tuple[str, ...]) -> None:
+    """Puts `product` in the layer and keeps what it still needs of a stateful one."""
+    attribute, held = layer_type(layer)[1].attribute, _held(layer)
+    if not isinstance(held, StatefulProduct):
+        setattr(layer, attribute, product)
+        return
+    kept = {
+        name: value
+        for name, value in vars(held).items()
+        if name in ("lhs_scale", "rhs_scale", "rngs") and name not in drop
+    }
+    if not kept:
+        setattr(layer, attribute, product)
+        return
+    fresh = StatefulProduct(product, {}, None)
+    for name, value in kept.items():
+        setattr(fresh, name, value)
+    setattr(layer, attribute, nnx.data(fresh))

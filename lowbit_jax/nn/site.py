@@ -1,0 +1,111 @@
+"""Where a weight enters a product of a layer, and what a recipe needs there."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lowbit_jax import rounding
+from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.quantizer import Quantizer
+
+Kind = Literal["dot_general", "einsum", "conv_general_dilated"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """The product of one layer. path: of the layer in its model. shape: of the weight of one layer, without the leading axes of
+    layers stacked for a scan. contract: axes of the weight that the product sums over. spec: the einsum's, without blanks."""
+
+    path: str
+    kind: Kind
+    shape: tuple[int, ...]
+    contract: tuple[int, ...]
+    spec: str | None = None
+
+    @property
+    def tag(self) -> str:
+        """Name scope of the product, found again in the compiled program by `lb.explain`."""
+        return f"lowbit[{self.path.replace('/', '.')}]"
+
+    @property
+    def length(self) -> int:
+        """Elements that one sum runs over."""
+        return int(np.prod([self.shape[a] for a in self.contract], dtype=np.int64))
+
+    @property
+    def numbers(self):
+        """Dimension numbers whose right side is the weight's; the left side stands in for any activation."""
+        return (self.contract, self.contract), ((), ())
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Adds the layer's path to an error on its way up."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        error.add_note(f"This was in the quantized layer {path or 'itself (the whole module)'!r}.")
+        raise
+
+
+def quantizers(recipe: LinearRecipe) -> list[Quantizer]:
+    """Every quantizer of the three products."""
+    operands = [
+        getattr(gemm, side) for gemm in (recipe.out, recipe.grad_lhs, recipe.grad_rhs) for side in ("lhs", "rhs")
+    ]
+    return [q for q in operands if isinstance(q, Quantizer)]
+
+
+def needs_key(recipe: LinearRecipe) -> bool:
+    """Whether some rounding of the recipe is stochastic."""
+    return any(q.rounding is rounding.stochastic for q in quantizers(recipe))
+
+
+def initial_scales(recipe: LinearRecipe, site: Site, kernel: Array) -> dict[str, Array]:
+    """Starting values of the learned scales: the weight's from the weight, the activation's from a unit Gaussian.
+
+    Raises: ValueError when an activation's scale has more than one entry (it would depend on the batch)."""
+    scales = {}
+    if "lhs" in recipe.learned:
+        size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length
+        gaussian = jax.random.normal(jax.random.key(0), (256, size), jnp.float32)
+        scale = recipe.out.lhs.initial_scale(gaussian)
+        check_activation_scale(scale, recipe, site)
+        scales["lhs"] = jnp.broadcast_to(scale, kernel.shape[: kernel.ndim - len(site.shape)])
+    if "rhs" in recipe.learned:
+        scales["rhs"] = stacked(lambda k: initial_weight_scale(k, recipe, site), kernel, site)(kernel)
+    return scales
+
+
+def initial_weight_scale(kernel: Array, recipe: LinearRecipe, site: Site) -> Array:
+    axis = site.contract if len(site.contract) > 1 else site.contract[0]
+    return recipe.out.rhs.initial_scale(kernel, axis=axis)
+
+
+def check_activation_scale(scale: Array, recipe: LinearRecipe, site: Site) -> None:
+    if scale.ndim:
+        raise ValueError(
+            f"the layer {site.path!r}: a learned activation scale needs one entry for the tensor; {recipe.name or 'this recipe'}"
+            f" tiles it by {recipe.out.lhs.tiling}. Use tiling=PerTensor()."
+        )
+
+
+def stacked(function: Callable[..., Any], kernel: Array, site: Site) -> Callable[..., Any]:
+    """`function(kernel, ...)` for the weight of one layer, mapped over the leading axes of layers stacked for a scan.
+
+    Raises: ValueError when the trailing axes are not the layer's."""
+    extra = kernel.ndim - len(site.shape)
+    if extra < 0 or tuple(kernel.shape[extra:]) != site.shape:
+        raise ValueError(
+            f"the layer {site.path!r} has a weight of shape {tuple(kernel.shape)}; its configuration says {site.shape}, after"
+            " leading axes of stacked layers. Stack layers on axis 0, as nnx.vmap does."
+        )
+    for _ in range(extra):
+        function = jax.vmap(function)
+    return function

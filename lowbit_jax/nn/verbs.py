@@ -1,0 +1,101 @@
+"""The verbs on whole modules, for both of Flax's APIs; Flax itself is imported when the first one is called."""
+
+import sys
+from typing import Any, Literal
+
+from lowbit_jax.nn.policy import Rules, make_policy
+from lowbit_jax.ops import LinearRecipe
+
+
+def framework(module: Any, who: str) -> Literal["nnx", "linen"]:
+    """Which API the module belongs to. Raises: TypeError, with the way out, for what is no module."""
+    for name, library in (("nnx", sys.modules.get("flax.nnx")), ("linen", sys.modules.get("flax.linen"))):
+        base = getattr(library, "Module", None)
+        if base is None:
+            continue
+        if isinstance(module, base):
+            return name
+        if isinstance(module, type) and issubclass(module, base):
+            raise TypeError(f"{who} got the class {module.__name__}. Build the module first and pass the instance.")
+    if hasattr(module, "dtype") and hasattr(module, "shape"):
+        way = "For an array call a quantizer, such as lb.quest_quantizer(4)(x)."
+    elif isinstance(module, dict) or type(module).__name__ in ("State", "FrozenDict", "GraphDef"):
+        way = "Parameters alone do not say how they are used: pass the module that they belong to."
+    elif callable(module):
+        way = "Functions hold no layers: call lb.dot_general with a recipe inside, or pass a Flax module."
+    else:
+        way = "Pass an instance of flax.nnx.Module or flax.linen.Module."
+    raise TypeError(f"{who} got a {type(module).__name__}, which is no Flax module. {way}")
+
+
+def quantize(module: Any, recipe: LinearRecipe | None = None, *, rules: Rules | None = None, rngs: Any = None) -> Any:
+    """The quantized form of a Flax layer or model: same class, call, parameters and paths; the original stays as it is.
+
+    `recipe` goes to every layer that no rule names; by default it is `lb.quest(4)`, or high precision when some rule brings
+    a recipe. `rules` is an ordered list of `(pattern, recipe or None)`: see `lowbit_jax.nn.policy`. Quantized are the products
+    of NNX's Linear, LinearGeneral, Einsum, Conv and of Linen's Dense, DenseGeneral, Einsum, Conv, with their subclasses
+    and whatever is made of them (attention, whole models, stacks for a scan), however they are called.
+
+    NNX: a view that shares the original's Variables, so training it trains them (`nnx.clone` the original first for a twin).
+    Learned scales (LSQ, PACT) are `nnx.Param`s in the layer, at `<layer>/<dot_general, ...>/lhs_scale` and `rhs_scale`;
+    `rngs` gives each layer of a stochastic recipe a stream of keys.
+    Linen: learned scales are in `params`, under the layer; keys come from the stream "quantize" of `init` and `apply`. Rules are
+    checked when the model is traced.
+    Raises: TypeError for what is no module or no recipe; ValueError for rules that match nothing or name what cannot be
+    quantized, for layers quantized already, sizes that a group does not divide, and models with nothing to quantize."""
+    who = "lb.quantize"
+    kind = framework(module, who)
+    policy = make_policy(recipe, rules, who)
+    if kind == "nnx":
+        from lowbit_jax.nn import nnx
+
+        return nnx.quantize(module, policy, rngs, who)
+    from lowbit_jax.nn import linen
+
+    if rngs is not None:
+        raise TypeError(
+            "lb.quantize(rngs=...): Linen modules take keys in the call: model.apply(..., rngs={'quantize': key})."
+        )
+    return linen.quantize(module, policy, who)
+
+
+def convert(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Training form to packed form: weights stored as packed codes (`QTensor`), same call, same outputs up to rounding.
+
+    NNX: `lb.convert(model)` is a view whose kernels are `PackedWeight`s; everything else is shared. Linen:
+    `lb.convert(model, variables, *args)` answers `(model, variables)`; `args` are inputs of one call (shapes are enough),
+    which tell how the weights are used. Layers stacked for a scan stay stacked. A stochastic rounding becomes nearest.
+    Packed and training form compute with the same values; sums may be ordered differently, and a weight rotated alone
+    rotates its activation here instead: outputs agree to about `K * eps` of the compute dtype.
+    Raises: ValueError when nothing is quantized or it is packed already; TypeError for what is no module."""
+    if framework(model, "lb.convert") == "nnx":
+        from lowbit_jax.nn import nnx_convert
+
+        if args or kwargs:
+            raise TypeError("lb.convert: an nnx model holds its parameters; call lb.convert(model) alone.")
+        return nnx_convert.convert(model)
+    from lowbit_jax.nn import linen_convert
+
+    return linen_convert.convert(model, *args, **kwargs)
+
+
+def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model with every weight rotated and quantized once; differentiable, for many microbatches in one step.
+
+    Call it inside the differentiated function, and run all microbatches through its result:
+
+        def loss(model, microbatches):
+            ready = lb.nn.prepare(model)
+            return jnp.mean(jax.lax.map(lambda batch: batch_loss(ready, batch), microbatches))
+
+    NNX: `prepare(model)`. Linen: `prepare(model, variables, *args)` answers `(model, variables)`.
+    Raises: ValueError when nothing is quantized."""
+    if framework(model, "lb.nn.prepare") == "nnx":
+        from lowbit_jax.nn import nnx_convert
+
+        if args or kwargs:
+            raise TypeError("lb.nn.prepare: an nnx model holds its parameters; call lb.nn.prepare(model) alone.")
+        return nnx_convert.prepare(model)
+    from lowbit_jax.nn import linen_convert
+
+    return linen_convert.prepare(model, *args, **kwargs)

@@ -1,0 +1,74 @@
+"""The weight of a site, quantized once: as an array that gradients pass (`ready_weight`), or packed (`packed_weight`).
+
+Convolutions rotate the channels of a weight and share its scales over window and channels; packed, both are one axis.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowbit_jax import rounding
+from lowbit_jax.nn.site import Site
+from lowbit_jax.ops import LinearRecipe, pack_rhs, quantize_rhs
+from lowbit_jax.qtensor import QTensor
+from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.rotation import Hadamard, largest_block
+
+
+def ready_weight(
+    kernel: Float[Array, "*s"],
+    recipe: LinearRecipe,
+    site: Site,
+    *,
+    scale: Array | None = None,
+    key: Array | None = None,
+) -> Float[Array, "*s"]:
+    """The weight as the product uses it, for `recipe.with_rhs_ready()`; differentiable, same shape and dtype."""
+    if site.kind != "conv_general_dilated":
+        return quantize_rhs(kernel, site.numbers, kernel.ndim, recipe, scale=scale, key=key)
+    if recipe.out.rhs is None or recipe.rhs_ready:
+        return kernel
+    quantizer = channel_rotation(recipe.out.rhs, kernel.shape[-2])
+    function = quantizer.in_rotated_space if recipe.shared_rotation else quantizer
+    return function(kernel, axis=site.contract, scale=scale, key=key).astype(kernel.dtype)
+
+
+def packed_weight(
+    kernel: Float[Array, "*s"], recipe: LinearRecipe, site: Site, *, scale: Array | None = None
+) -> QTensor:
+    """Packed codes and scales of the weight, its contraction axes merged into one."""
+    if site.kind != "conv_general_dilated":
+        return pack_rhs(kernel, site.numbers, kernel.ndim, recipe, scale=scale)
+    quantizer = recipe.out.rhs
+    rotation = quantizer.rotation
+    if rotation is not None and rotation.signs is not None:
+        raise NotImplementedError(
+            "random signs along the channels of a convolution have no packed form. Use Hadamard(signs=None) for it."
+        )
+    merged = kernel.reshape(-1, kernel.shape[-1])
+    return channel_rotation(quantizer, kernel.shape[-2]).quantize(merged, axis=0, scale=scale)
+
+
+def convolution_weight(packed: QTensor, recipe: LinearRecipe, site: Site, dtype: Any) -> Float[Array, "*s"]:
+    """The array that `ready_weight` would give, from the packed form: rotated when the activation is rotated alike."""
+    values = packed.values(jnp.float32) if recipe.shared_rotation else packed.dequantize(jnp.float32)
+    return values.reshape(site.shape).astype(dtype)
+
+
+def channel_rotation(quantizer: Quantizer, channels: int) -> Quantizer:
+    """The quantizer with a block that divides the channels of one window position."""
+    if quantizer.rotation is None:
+        return quantizer
+    rotation = Hadamard(block=largest_block(channels, quantizer.rotation.block), signs=quantizer.rotation.signs)
+    return dataclasses.replace(quantizer, rotation=rotation)
+
+
+def to_nearest(recipe: LinearRecipe) -> LinearRecipe:
+    """The forward product with stochastic roundings replaced by nearest, as a converted model computes it."""
+    change = lambda q: (
+        dataclasses.replace(q, rounding=rounding.nearest) if q and q.rounding is rounding.stochastic else q
+    )
+    out = dataclasses.replace(recipe.out, lhs=change(recipe.out.lhs), rhs=change(recipe.out.rhs))
+    return LinearRecipe(out=out, name=recipe.name)
