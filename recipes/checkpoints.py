@@ -1,0 +1,174 @@
+"""Checkpoints that are whole or absent: Orbax arrays, a checksum of every array, one rename.
+
+    <folder>/step_00000050/arrays/         written by Orbax
+    <folder>/step_00000050/manifest.json   name -> shape, dtype, SHA-256, and what else the caller must have back
+
+A checkpoint is written under a hidden name, flushed, and renamed, so a kill leaves the earlier ones as they were. Orbax
+does not notice a flipped bit; the manifest does, and `latest` then warns and answers with the checkpoint before it."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+VERSION = 1
+Tree = Any
+
+
+class CorruptCheckpoint(Exception):
+    """What was read is not what was written."""
+
+
+class Checkpoints:
+    """The newest `keep` checkpoints of one run."""
+
+    def __init__(self, folder: pathlib.Path, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"Checkpoints: keep must be at least 1, not {keep}.")
+        self.folder, self.keep = pathlib.Path(folder).absolute(), keep
+
+    def save(self, step: int, tree: Tree, **extra) -> pathlib.Path:
+        """Writes `tree` and the JSON values `extra`. Raises: OSError when the disk refuses; what is there stays."""
+        final, hidden = self._path(step), self.folder / f".writing-{step:08d}"
+        try:
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
+            write(hidden, tree, step=step, **extra)
+            if final.exists():  # the same step of an earlier try; what is there did not verify
+                shutil.rmtree(final)
+            os.rename(hidden, final)
+            _flush(self.folder)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise OSError(
+                f"Checkpoints could not write step {step} to {self.folder}: {error}. Earlier checkpoints"
+                f" ({self.steps() or 'none'}) are untouched; free space or choose another --out, and run again."
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self._path(old), ignore_errors=True)
+        return final
+
+    def latest(self, like: Tree) -> tuple[int, Tree, dict] | None:
+        """Step, arrays in the structure of `like`, and extras of the newest good checkpoint; None where none is.
+
+        Raises: ValueError when a checkpoint is whole but of another shape or dtype than `like`, or none verifies."""
+        for hidden in self.folder.glob(".writing-*"):
+            shutil.rmtree(hidden, ignore_errors=True)
+        for step in reversed(self.steps()):
+            try:
+                tree, manifest = read(self._path(step), like)
+            except CorruptCheckpoint as error:
+                warnings.warn(
+                    f"Checkpoint {self._path(step)} is damaged ({error}); trying the one before it.", stacklevel=2
+                )
+                continue
+            return step, tree, manifest["extra"]
+        if self.steps():
+            raise ValueError(f"No checkpoint in {self.folder} verifies. Remove the folder to start from the beginning.")
+        return None
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self.folder / f"step_{step:08d}"
+
+
+def write(folder: pathlib.Path, tree: Tree, *, step: int = 0, **extra) -> None:
+    """One tree of arrays and its manifest into an existing folder, flushed to the disk."""
+    arrays = {name: np.asarray(leaf) for name, leaf in _named(tree).items()}
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save((folder / "arrays").absolute(), {name: array for name, array in arrays.items() if array.size})
+    entries = {name: _describe(array) | {"sha256": _digest(array)} for name, array in arrays.items()}
+    manifest = {"version": VERSION, "step": step, "arrays": entries, "extra": extra}
+    with (folder / "manifest.json").open("w") as file:
+        json.dump(manifest | {"sha256": _digest_of_json(manifest)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _flush(folder)
+
+
+def read(folder: pathlib.Path, like: Tree) -> tuple[Tree, dict]:
+    """Arrays in the structure of `like`, and the manifest.
+
+    Raises: CorruptCheckpoint; ValueError when names, shapes or dtypes are not those of `like`."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        checksum = manifest.pop("sha256")
+        if checksum != _digest_of_json(manifest):
+            raise CorruptCheckpoint("the manifest does not have its checksum")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CorruptCheckpoint(f"the manifest cannot be read: {error}") from error
+    if manifest["version"] != VERSION:
+        raise ValueError(
+            f"Checkpoint {folder} is of version {manifest['version']}; this recipe reads version {VERSION}."
+        )
+    wanted = _named(like)
+    _refuse_other_structure(folder, manifest["arrays"], wanted)
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
+            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted if name not in empty}
+            arrays = (
+                reader.restore((folder / "arrays").absolute(), restore_args=as_numpy) | empty
+            )  # Orbax refuses those
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise CorruptCheckpoint(f"{type(error).__name__}: {str(error)[:200]}") from error
+    for name, entry in manifest["arrays"].items():
+        if _digest(np.asarray(arrays[name])) != entry["sha256"]:
+            raise CorruptCheckpoint(f"the array {name!r} does not have its checksum")
+    leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest
+
+
+def size_on_disk(folder: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _refuse_other_structure(folder: pathlib.Path, entries: dict, wanted: dict) -> None:
+    other = set(entries) ^ set(wanted)
+    if other:
+        raise ValueError(
+            f"Checkpoint {folder} and this run differ in the arrays {sorted(other)[:5]}. Use another --out."
+        )
+    for name, leaf in wanted.items():
+        stored, expected = entries[name], _describe(leaf)
+        if any(stored[key] != expected[key] for key in expected):
+            raise ValueError(
+                f"Checkpoint {folder} stores {name!r} as {stored}; this run needs {expected}. Use another --out."
+            )
+
+
+def _named(tree: Tree) -> dict[str, Any]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    assert len(set(names)) == len(names), names
+    return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def _describe(array) -> dict:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8) if array.ndim else array.tobytes()).hexdigest()
+
+
+def _digest_of_json(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(folder: pathlib.Path) -> None:
+    """Makes the folder's entries durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

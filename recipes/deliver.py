@@ -1,0 +1,108 @@
+"""What a finished run hands over: held-out loss, packed weights and their size, their text, curves, results.json."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+from flax import nnx
+
+import lowbit_jax as lb
+from recipes import checkpoints, display, plots, sampling, text, train_loop
+
+
+def results(
+    folder: pathlib.Path, config, corpus: text.Corpus, plan: train_loop.Plan, runs: dict[str, train_loop.Trained]
+) -> dict:
+    """Prints the tables and writes the files; answers with what `results.json` holds."""
+    answer = {"text": corpus.note, "steps": plan.steps, "runs": {}}
+    twin = runs.get("unquantized")
+    for name, run in runs.items():
+        entry = {"validation_loss": run.validation_loss, "bits_per_byte": bits_per_byte(run.validation_loss, corpus)}
+        entry |= {"tokens_per_second": run.tokens_per_second, "skipped_steps": run.skipped}
+        if twin is not None and run is not twin:
+            entry["above_unquantized"] = run.validation_loss - twin.validation_loss
+        answer["runs"][name] = entry
+    answer["unigram_entropy"] = unigram_entropy(corpus)
+    name, run = list(runs.items())[-1]
+    model = run.model
+    if name != "unquantized":
+        model = lb.convert(run.model)
+        answer["packed"] = save_both(folder, run.model, model) | {
+            "validation_loss": train_loop.evaluate(model, held_out(corpus, plan))
+        }
+    prompt = corpus.tokenizer.encode(config.prompt)
+    ids = sampling.generate(model, prompt, tokens=config.sample_tokens, context=plan.context,
+                            temperature=config.temperature, key=jax.random.key(config.seed))  # fmt: skip
+    answer["sample"] = corpus.tokenizer.decode(ids)
+    plots.curves(
+        folder / "curves.png", {name: run.lines for name, run in runs.items()}, title=f"{config.preset}, {corpus.note}"
+    )
+    (folder / "results.json").write_text(json.dumps(answer, indent=1))
+    show(answer, folder)
+    return answer
+
+
+def bits_per_byte(loss: float, corpus: text.Corpus) -> float | None:
+    """loss / ln 2 / (bytes of text a token); a byte tokenizer counts each document's end as one byte."""
+    return loss / math.log(2) / corpus.bytes_per_token if corpus.bytes_per_token else None
+
+
+def unigram_entropy(corpus: text.Corpus) -> float:
+    """Nats a token of the best model that ignores the context: held-out tokens coded with the training frequencies."""
+    size = corpus.tokenizer.vocab_size
+    sample = corpus.train[: 1 << 26]
+    seen = np.bincount(sample, minlength=size) + 1.0
+    held = np.bincount(corpus.validation[: 1 << 26], minlength=size)
+    return float(-(held * np.log(seen / seen.sum())).sum() / held.sum())
+
+
+def held_out(corpus: text.Corpus, plan: train_loop.Plan) -> list[np.ndarray]:
+    return text.fixed_batches(
+        corpus.validation, context=plan.context, batch=plan.batch, windows=plan.validation_windows
+    )
+
+
+def save_both(folder: pathlib.Path, trained: nnx.Module, packed: nnx.Module) -> dict:
+    """Writes the float weights and the packed ones as checkpoints; answers with their sizes in bytes."""
+    sizes = {}
+    for name, model in {"float": trained, "packed": packed}.items():
+        final, hidden = folder / name, folder / f".writing-{name}"
+        for path in (hidden, final):
+            shutil.rmtree(path, ignore_errors=True)
+        hidden.mkdir()
+        state = nnx.state(model)
+        checkpoints.write(hidden, state)
+        os.rename(hidden, final)
+        sizes |= {
+            f"{name}_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            f"{name}_on_disk": checkpoints.size_on_disk(final),
+        }
+    blocks = {name: nnx.state(model.blocks) for name, model in {"float": trained, "packed": packed}.items()}
+    for name, state in blocks.items():
+        sizes[f"{name}_block_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    return sizes
+
+
+def show(answer: dict, folder: pathlib.Path) -> None:
+    columns = ["run", "nats a token", "bits a byte", "above unquantized", "tokens/s", "skipped steps"]
+    rows = []
+    for name, run in answer["runs"].items():
+        numbers = [run["validation_loss"], run["bits_per_byte"], run.get("above_unquantized"), run["tokens_per_second"]]
+        formats = ["{:.4f}", "{:.4f}", "{:+.4f}", "{:,.0f}"]
+        cells = ["-" if n is None else form.format(n) for form, n in zip(formats, numbers, strict=True)]
+        rows.append([name, *cells, str(run["skipped_steps"])])
+    by_frequency = f"guessing by frequency alone: {answer['unigram_entropy']:.4f} nats"
+    display.table(f"Held-out loss after {answer['steps']} steps ({by_frequency})", columns, rows)
+    if packed := answer.get("packed"):
+        rows = []
+        for part, key in (("blocks", "block_bytes"), ("whole model", "bytes"), ("whole model on disk", "on_disk")):
+            before, after = packed[f"float_{key}"], packed[f"packed_{key}"]
+            rows.append([part, display.size(before), display.size(after), f"{before / after:.2f}x"])
+        display.table("Weights", ["", "float", "packed", "smaller"], rows)
+        print(f"held-out loss of the packed model: {packed['validation_loss']:.4f} nats a token")
+    print(f"\nWritten by the {'packed' if packed else 'trained'} model:\n{answer['sample']}\n")
+    print(f"curves: {folder / 'curves.png'}; numbers: {folder / 'results.json'}")

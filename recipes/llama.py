@@ -1,0 +1,179 @@
+"""A Llama-type decoder in Flax NNX: RMSNorm, rotary positions, SwiGLU, grouped-query attention, a scan over layers.
+
+Query, key and value are one `nnx.Linear` and so are gate and up: an input that two products share is rotated and
+quantized once. Sources: Touvron et al. 2023, arXiv:2302.13971; Ainslie et al. 2023, arXiv:2305.13245 (groups)."""
+
+import dataclasses
+import difflib
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaConfig:
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    context: int
+    batch: int  # sequences a step
+    learning_rate: float  # peak
+    steps: int
+    warmup: float = 0.1  # share of the steps
+    init: str = "fan_in"  # "fan_in": std 1/sqrt(fan in); "0.02": std 0.02, as the QuEST runs
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def block_params(self) -> int:
+        """Parameters without embedding and head."""
+        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.width * self.ffn + 2 * self.width) + self.width
+
+
+def _quest(layers: int, width: int, heads: int, ffn: int, learning_rate: float, steps: int) -> LlamaConfig:
+    """A row of the QuEST set-up: 512 sequences of 512 tokens a step (Panferov et al. 2025, arXiv:2502.05003)."""
+    return LlamaConfig(layers=layers, width=width, heads=heads, kv_heads=heads, ffn=ffn, context=512, batch=512,
+                       learning_rate=learning_rate, steps=steps, init="0.02")  # fmt: skip
+
+
+PRESETS = {
+    "smoke": LlamaConfig(layers=2, width=64, heads=2, kv_heads=1, ffn=128, context=32, batch=4,
+                         learning_rate=3e-3, steps=20),
+    "tiny": LlamaConfig(layers=3, width=128, heads=4, kv_heads=2, ffn=384, context=128, batch=16,
+                        learning_rate=3e-3, steps=400),
+    "30M": _quest(6, 640, 5, 1792, 1.2e-3, 11444),
+    "50M": _quest(7, 768, 6, 2048, 1.2e-3, 19073),
+    "100M": _quest(8, 1024, 8, 2816, 6e-4, 38146),
+    "200M": _quest(10, 1280, 10, 3584, 3e-4, 76293),
+    "430M": _quest(13, 1664, 13, 4608, 1.5e-4, 164031),
+    "800M": _quest(16, 2048, 16, 5632, 7.5e-5, 305175),
+    "1.6B": _quest(20, 2560, 20, 6912, 3.75e-5, 610351),
+    # Not in their table: the next of the family (layers = heads = width / 128, twice the parameters).
+    "3.2B": _quest(25, 3200, 25, 8704, 1.875e-5, 1220703),
+}  # fmt: skip
+
+
+def preset(name: str, **changes) -> LlamaConfig:
+    """The preset of that name with the `changes` that are not None."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.3)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"recipes.llama has no preset {name!r}; it has {', '.join(PRESETS)}.{hint}")
+    return dataclasses.replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
+
+
+def build(config: LlamaConfig, vocab_size: int, *, dtype: str = "auto", remat: bool = False, seed: int = 0) -> "Llama":
+    """A model with weights drawn from `seed`; float32 masters, activations in `dtype`."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return _build(config, vocab_size, jnp.dtype(auto if dtype == "auto" else dtype), remat, jax.random.key(seed))
+
+
+@functools.partial(nnx.jit, static_argnums=(0, 1, 2, 3))  # one compiled program instead of hundreds of small ones
+def _build(config: LlamaConfig, vocab_size: int, dtype, remat: bool, key: Array) -> "Llama":
+    return Llama(config, vocab_size, dtype=dtype, remat=remat, rngs=nnx.Rngs(key))
+
+
+class Llama(nnx.Module):
+    """Token ids in, float32 logits of the next token out."""
+
+    def __init__(self, config: LlamaConfig, vocab_size: int, *, dtype: jnp.dtype = jnp.float32, remat: bool = False,
+                 rngs: nnx.Rngs):  # fmt: skip
+        if config.width % config.heads or config.heads % config.kv_heads or config.head_dim % 2:
+            raise ValueError(
+                f"Llama: width {config.width}, {config.heads} heads, {config.kv_heads} key-value heads. The heads must"
+                " divide the width into even parts, and the key-value heads must divide the heads."
+            )
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs):
+            return Block(config, dtype=dtype, rngs=rngs)
+
+        self.config = config
+        self.remat = remat
+        self.vocab_size = vocab_size
+        embed_init = nnx.initializers.normal(0.02)
+        self.embed = nnx.Embed(vocab_size, config.width, dtype=dtype, embedding_init=embed_init, rngs=rngs)
+        self.blocks = stack(rngs)
+        self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.lm_head = linear(config.width, vocab_size, config, dtype, rngs)
+
+    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocab"]:
+        rotary = rotary_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta)
+
+        def layer(x, block):
+            return block(x, rotary)
+
+        if self.remat:
+            layer = nnx.remat(layer)
+        x = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(self.embed(tokens), self.blocks)
+        return self.lm_head(self.norm(x)).astype(jnp.float32)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch time width"], rotary) -> Float[Array, "batch time width"]:
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.qkv = linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, config, dtype, rngs)
+        self.out = linear(self.heads * self.head_dim, config.width, config, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "batch time width"], rotary) -> Float[Array, "batch time width"]:
+        batch, time, _ = x.shape
+        heads = self.qkv(x).reshape(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
+        mixed = jax.nn.dot_product_attention(rotate(q, rotary), rotate(k, rotary), v, is_causal=True)
+        return self.out(mixed.reshape(batch, time, self.heads * self.head_dim))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate) * up). Source: Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_up = linear(config.width, 2 * config.ffn, config, dtype, rngs)
+        self.down = linear(config.ffn, config.width, config, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(nnx.silu(gate) * up)
+
+
+def linear(size_in: int, size_out: int, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    inits = {"fan_in": nnx.initializers.lecun_normal(), "0.02": nnx.initializers.normal(0.02)}
+    if config.init not in inits:
+        raise ValueError(f"Llama: init {config.init!r} is unknown; choose one of {', '.join(inits)}.")
+    return nnx.Linear(size_in, size_out, use_bias=False, kernel_init=inits[config.init], dtype=dtype, rngs=rngs)
+
+
+def rotary_table(time: int, head_dim: int, theta: float) -> Float[Array, "2 time half"]:
+    """Cosine and sine of position * theta**(-2i/head_dim). Source: Su et al. 2021, arXiv:2104.09864."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def rotate(x: Float[Array, "batch time heads dim"], rotary) -> Float[Array, "batch time heads dim"]:
+    """Turns each pair (x[i], x[i + dim/2]) by its position's angle, in float32."""
+    cos, sin = rotary[0][None, :, None, :], rotary[1][None, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,125 @@
+"""Pretrain a Llama-type model with low-bit weights and activations on real text, to packed weights that write text.
+
+    python -m recipes.pretrain                          # tiny, QuEST W4A4, Python's own source, minutes on 2 cores
+    python -m recipes.pretrain --baseline               # the unquantized twin as well
+    python -m recipes.pretrain --bits 1 --preset 30M --data hf:allenai/c4 --tokenizer tokenizer.json
+
+The same command again goes on where a killed run stopped. Paper: Panferov et al. 2025, arXiv:2502.05003 (QuEST)."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Literal
+
+import tyro
+
+from recipes import deliver, llama, run_directory, schemes, text, train_loop
+
+NOT_NUMBERS = {"numbers": False}  # metadata of a setting that does not change what is computed
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pretrain:
+    preset: str = "tiny"
+    """smoke (seconds), tiny, 30M, 50M, 100M, 200M, 430M, 800M, 1.6B or 3.2B."""
+    method: str = "quest"
+    """A name of lb.methods.names(), or none."""
+    bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, "e2m1"] | None = None
+    """Width of weights and activations; 4 unless given."""
+    weight_only: bool = False
+    """Keep activations in high precision."""
+    rules: tuple[str, ...] = ()
+    """More (pattern=method:bits or pattern=none), tried before the rest, e.g. blocks/mlp/down=quest:8."""
+    data: str = "stdlib"
+    """stdlib, a text file, a folder, tokens.bin, or hf:<dataset>."""
+    tokenizer: str = "bytes"
+    """bytes, the path of a tokenizer.json, or ids."""
+    glob: str | None = None
+    """Which files of a folder."""
+    hf_bytes: int | None = None
+    """How much of a Hugging Face dataset is read."""
+    held_out: float = 0.05
+    """Share of the text kept for validation."""
+    steps: int | None = None
+    batch: int | None = None
+    context: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float = 0.1
+    microbatches: int = 1
+    """Cuts a batch into parts that are computed one after another, in less memory."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations; auto takes bfloat16 on accelerators."""
+    remat: bool = False
+    """Recompute each layer in the backward pass, in less memory."""
+    seed: int = 0
+    baseline: bool = dataclasses.field(default=False, metadata=NOT_NUMBERS)
+    """Train the unquantized twin too."""
+    out: pathlib.Path | None = dataclasses.field(default=None, metadata=NOT_NUMBERS)
+    """Run directory; named after the settings unless given."""
+    evaluate_every: int = 100
+    checkpoint_every: int = dataclasses.field(default=50, metadata=NOT_NUMBERS)
+    keep: int = dataclasses.field(default=2, metadata=NOT_NUMBERS)
+    """Checkpoints kept."""
+    log_every: int = dataclasses.field(default=10, metadata=NOT_NUMBERS)
+    tensorboard: bool = dataclasses.field(default=True, metadata=NOT_NUMBERS)
+    prompt: str = dataclasses.field(default="def ", metadata=NOT_NUMBERS)
+    sample_tokens: int = dataclasses.field(default=200, metadata=NOT_NUMBERS)
+    temperature: float = dataclasses.field(default=0.7, metadata=NOT_NUMBERS)
+
+
+def main(config: Pretrain) -> dict:
+    """Trains, evaluates, packs and samples; answers with the numbers that `results.json` holds."""
+    size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
+                        learning_rate=config.learning_rate)  # fmt: skip
+    scheme = schemes.Scheme(method=config.method, bits=config.bits, weight_only=config.weight_only, rules=config.rules)
+    corpus = text.load(
+        config.data, tokenizer=config.tokenizer, held_out=config.held_out, glob=config.glob, hf_bytes=config.hf_bytes
+    )
+    settings = run_directory.fields_that_matter(config, text=corpus.fingerprint, size=repr(size))
+    folder = config.out or pathlib.Path("runs") / f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
+    same_name = (
+        "weight_decay",
+        "microbatches",
+        "seed",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "tensorboard",
+    )
+    plan = train_loop.Plan.of(size, **{name: getattr(config, name) for name in same_name})
+
+    def new_model() -> llama.Llama:
+        return llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed)
+
+    with run_directory.locked(folder), run_directory.StopRequest() as stop:
+        run_directory.claim(folder, settings)
+        print(f"{config.preset}: {size.block_params:,} parameters in the blocks")
+        print(f"{size.steps} steps of {size.batch} x {size.context} tokens")
+        print(f"text: {corpus.note}; run directory: {folder}")
+        runs = {}
+        if config.baseline or scheme.name == "none":
+            runs["unquantized"] = train_loop.train(
+                "unquantized", new_model(), corpus, plan, folder / "unquantized", stop
+            )
+        if scheme.name != "none":
+            model = scheme.apply(new_model(), corpus.sample(size.context, size.batch))
+            runs[scheme.name] = train_loop.train(
+                scheme.name, model, corpus, plan, folder / scheme.name, stop, quantized=True
+            )
+        return deliver.results(folder, config, corpus, plan, runs)
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    config = tyro.cli(Pretrain, args=arguments, description=__doc__)
+    try:
+        main(config)
+    except train_loop.Stopped as stopped:
+        print(stopped)
+        sys.exit(128 + 15)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        sys.exit(f"pretrain: {error}")
+
+
+if __name__ == "__main__":
+    cli()

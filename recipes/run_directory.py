@@ -1,0 +1,97 @@
+"""One run, one directory: a lock against a second process, and a refusal to go on with other settings."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import warnings
+from collections.abc import Iterator
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Holds `folder/lock` while inside. The system releases it when the process ends in whatever way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / "lock", "a+")
+    except OSError as error:
+        raise OSError(
+            f"The run directory {folder} cannot be written: {error.strerror}. Choose another --out."
+        ) from error
+    with handle:
+        if fcntl is None:
+            warnings.warn(
+                "This system has no fcntl: nothing stops a second process in the same run directory.", stacklevel=3
+            )
+        else:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                raise RuntimeError(
+                    f"The run directory {folder} is in use by process {handle.read().strip()}. Wait for it, stop it, or"
+                    " choose another --out."
+                ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def fields_that_matter(config, **data: str) -> dict[str, str]:
+    """The settings that change the numbers of a run, as text; a field opts out by `metadata={"numbers": False}`."""
+    fields = (field for field in dataclasses.fields(config) if field.metadata.get("numbers", True))
+    return {field.name: repr(getattr(config, field.name)) for field in fields} | data
+
+
+def short_hash(settings: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
+    """Writes the settings on the first visit and compares on the next. Raises: ValueError naming what differs."""
+    path = folder / "config.json"
+    if not path.exists():
+        replacement = path.with_suffix(".new")
+        replacement.write_text(json.dumps(settings, indent=1))
+        os.replace(replacement, path)
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON any more ({error}). Restore it, or choose another --out.") from error
+    differing = [name for name in sorted(set(stored) | set(settings)) if stored.get(name) != settings.get(name)]
+    if differing:
+        lines = [f"  {name}: there {stored.get(name)}, now {settings.get(name)}" for name in differing]
+        raise ValueError(
+            f"The run in {folder} was started with other settings:\n" + "\n".join(lines) + "\nTake them back, or choose"
+            " another --out."
+        )
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second Ctrl-C acts at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number

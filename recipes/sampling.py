@@ -1,0 +1,45 @@
+"""Text from a model, one token at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+
+def generate(
+    model: nnx.Module, prompt: np.ndarray, *, tokens: int, context: int, temperature: float, key: Array
+) -> np.ndarray:
+    """The prompt and `tokens` more ids drawn from softmax(logits / temperature); 0 takes the most likely.
+
+    Every token is a full forward pass over a window of `context` ids: no cache, so any ids-to-logits model will do."""
+    if len(prompt) == 0 or tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"sampling.generate: {len(prompt)} prompt ids, {tokens} new tokens, temperature {temperature}. It needs a"
+            " prompt, at least one new token and a temperature of 0 or more."
+        )
+    prompt = np.asarray(prompt, np.int32)[-context:]
+    window = np.zeros((1, context), np.int32)
+    window[0, : len(prompt)] = prompt
+    graph, state = nnx.split(model)
+    drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(prompt)), key, jnp.float32(temperature), tokens)
+    return np.concatenate([prompt, np.asarray(drawn)])
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "tokens"))
+def _draw(graph, state, window: Int[Array, "1 context"], length, key, temperature, tokens: int) -> Int[Array, "tokens"]:
+    context = window.shape[1]
+
+    def step(carry, key):
+        window, length = carry
+        logits = nnx.merge(graph, state, copy=True)(window)[0, length - 1]  # NNX ties variables to a trace
+        drawn = jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1))
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
+        full = length == context  # then the window moves on by one
+        window = jnp.where(full, jnp.roll(window, -1, axis=1), window)
+        length = jnp.where(full, length, length + 1)
+        return (window.at[0, length - 1].set(token), length), token
+
+    return jax.lax.scan(step, (window, length), jax.random.split(key, tokens))[1]

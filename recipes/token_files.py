@@ -1,0 +1,71 @@
+"""Pre-tokenized data: `name.bin` (little-endian uint16 or uint32 ids, nothing else) beside `name.json`, its index.
+
+The index says {"version": 1, "dtype": "uint16", "tokens": 1000, "vocab_size": 50257, "bytes": 4300}; `bytes`, the size
+of the text in UTF-8, may be left out, and then bits per byte are not reported."""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+CHUNK = 1 << 24
+
+
+def write(path: pathlib.Path, tokens: np.ndarray, *, vocab_size: int, text_bytes: int | None = None) -> None:
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"token_files.write: ids from {tokens.min()} to {tokens.max()} in a vocabulary of {vocab_size}."
+        )
+    tokens.astype(DTYPES[dtype]).tofile(path)
+    index = {"version": 1, "dtype": dtype, "tokens": len(tokens), "vocab_size": vocab_size, "bytes": text_bytes}
+    path.with_suffix(".json").write_text(json.dumps(index))
+
+
+def read(path: pathlib.Path) -> tuple[np.ndarray, dict]:
+    """The ids, mapped rather than loaded, and the index. Every id is checked against the vocabulary."""
+    side = path.with_suffix(".json")
+    if not path.is_file():
+        raise ValueError(f"token_files.read: there is no file {path}.")
+    example = '{"version": 1, "dtype": "uint16", "tokens": 1000, "vocab_size": 50257}'
+    try:
+        index = json.loads(side.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"token_files.read: {path} has no index. Write {side} such as {example}.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"token_files.read cannot read the index {side}: {error}. It looks like {example}.") from error
+    missing = [key for key in ("version", "dtype", "tokens", "vocab_size") if key not in index]
+    if missing or index["version"] != 1 or index["dtype"] not in DTYPES:
+        raise ValueError(
+            f"token_files.read: the index {side} lacks {missing} or is of another version; it looks like {example}."
+        )
+    dtype = DTYPES[index["dtype"]]
+    if path.stat().st_size != index["tokens"] * dtype.itemsize:
+        raise ValueError(
+            f"token_files.read: {path} has {path.stat().st_size} bytes, and its index promises {index['tokens']} ids of"
+            f" {dtype.itemsize} bytes. The file is cut short or the index belongs to another one."
+        )
+    if not index["tokens"]:
+        raise ValueError(f"token_files.read: {path} is empty.")
+    ids = np.memmap(path, dtype, mode="r")
+    for start in range(0, len(ids), CHUNK):
+        chunk = ids[start : start + CHUNK]
+        if chunk.max() >= index["vocab_size"]:
+            first = start + int(np.argmax(chunk >= index["vocab_size"]))
+            raise ValueError(
+                f"token_files.read: {path} holds the id {ids[first]} at position {first}, and its index promises ids"
+                f" below {index['vocab_size']}. Correct vocab_size or the dtype in {side}."
+            )
+    return ids, index
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """Of the size, the index, and the first and last chunk: enough to notice another file, quick for any size."""
+    digest = hashlib.sha256(f"{path.stat().st_size}".encode() + path.with_suffix(".json").read_bytes())
+    with path.open("rb") as file:
+        digest.update(file.read(CHUNK))
+        file.seek(max(0, path.stat().st_size - CHUNK))
+        digest.update(file.read(CHUNK))
+    return digest.hexdigest()

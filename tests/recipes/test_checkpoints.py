@@ -1,0 +1,157 @@
+"""A checkpoint comes back whole or not at all."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from recipes import checkpoints
+from recipes.checkpoints import Checkpoints
+
+
+def tree(value: float):
+    return {
+        "params": {"kernel": jnp.full((3, 5), value), "packed": jnp.arange(7, dtype=jnp.uint8)},
+        "moments": [jnp.asarray(value, jnp.bfloat16), jnp.full((2,), -value)],
+        "count": jnp.int32(7),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    store = Checkpoints(tmp_path / "c", keep=2)
+    store.save(10, tree(1.5), data={"next_index": 10})
+    store.save(20, tree(2.5), data={"next_index": 20})
+    return store
+
+
+def assert_is(found, step: int, value: float):
+    assert found[0] == step and found[2] == {"data": {"next_index": step}}
+    jax.tree.map(np.testing.assert_array_equal, found[1], tree(value))
+    assert jax.tree.map(lambda x: x.dtype, found[1]) == jax.tree.map(lambda x: x.dtype, tree(value))
+
+
+def test_newest_comes_back(saved):
+    assert_is(saved.latest(tree(0.0)), 20, 2.5)
+
+
+def test_none_yet(tmp_path):
+    assert Checkpoints(tmp_path / "c").latest(tree(0.0)) is None
+
+
+def test_keeps_the_newest_two(saved):
+    saved.save(30, tree(3.5), data={"next_index": 30})
+    assert saved.steps() == [20, 30]
+
+
+def files(folder):
+    return sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: -file.stat().st_size)
+
+
+def test_a_flipped_bit_anywhere_never_comes_back(saved):
+    """One bit in the middle of each file in turn: this checkpoint comes back intact, or the one before and a warning."""
+    newest = saved.folder / "step_00000020"
+    keep = saved.folder.parent / "keep"
+    shutil.copytree(newest, keep)
+    fell_back = 0
+    for file in files(newest):
+        raw = bytearray(file.read_bytes())
+        if not raw:
+            continue
+        raw[len(raw) // 2] ^= 0x10
+        file.write_bytes(raw)
+        try:
+            assert_is(saved.latest(tree(0.0)), 20, 2.5)
+        except UserWarning as warning:  # pytest makes it an error
+            assert "is damaged" in str(warning)
+            fell_back += 1
+        shutil.rmtree(newest)
+        shutil.copytree(keep, newest)
+    assert fell_back >= 2  # the manifest and the arrays' file at least
+
+
+def test_wrong_values_under_a_valid_file_are_noticed(saved):
+    """What Orbax itself cannot see: another array's bytes in a well-formed file."""
+    newest = saved.folder / "step_00000020"
+    shutil.rmtree(newest / "arrays")
+    shutil.copytree(saved.folder / "step_00000010" / "arrays", newest / "arrays")
+    with pytest.warns(UserWarning, match="step_00000020 is damaged .*does not have its checksum"):
+        assert_is(saved.latest(tree(0.0)), 10, 1.5)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove arrays", "remove manifest", "change manifest"])
+def test_other_damage_falls_back(saved, damage):
+    newest = saved.folder / "step_00000020"
+    if damage == "truncate":
+        for file in files(newest / "arrays")[:2]:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "remove arrays":
+        shutil.rmtree(newest / "arrays")
+    elif damage == "remove manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["extra"]["data"]["next_index"] = 3
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert_is(saved.latest(tree(0.0)), 10, 1.5)
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(saved):
+    for manifest in saved.folder.rglob("manifest.json"):
+        manifest.write_text("{")
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match="No checkpoint in .* verifies"):
+        saved.latest(tree(0.0))
+
+
+def test_a_kill_while_writing_leaves_the_earlier_one(saved):
+    hidden = saved.folder / ".writing-00000030"
+    shutil.copytree(saved.folder / "step_00000020" / "arrays", hidden / "arrays")
+    assert_is(saved.latest(tree(0.0)), 20, 2.5)
+    assert not hidden.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t | {"count": jnp.float32(7)}, "'count' as .*int32.*needs .*float32"),
+        (lambda t: t | {"moments": [t["moments"][0], jnp.zeros(3)]}, r"'moments.1' as .*\[2\].*needs .*\[3\]"),
+        (lambda t: t | {"more": jnp.zeros(1)}, r"differ in the arrays \['more'\]"),
+    ],
+)
+def test_another_structure_is_refused(saved, change, words):
+    with pytest.raises(ValueError, match=words):
+        saved.latest(change(tree(0.0)))
+
+
+def test_full_disk(saved, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write", refuse)
+    with pytest.raises(OSError, match=r"could not write step 30 .*No space left.*\[10, 20\]\) are untouched"):
+        saved.save(30, tree(3.5))
+    monkeypatch.undo()
+    assert_is(saved.latest(tree(0.0)), 20, 2.5)
+    assert [path.name for path in saved.folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_saving_a_step_again_replaces_it(saved):
+    saved.save(20, tree(9.0), data={"next_index": 20})
+    assert_is(saved.latest(tree(0.0)), 20, 9.0)
+
+
+def test_every_storage_dtype_comes_back(tmp_path):
+    arrays = [
+        jnp.asarray(np.arange(6), dtype) for dtype in (jnp.uint8, jnp.int8, jnp.bfloat16, jnp.float16, jnp.float32)
+    ]
+    arrays += [jnp.asarray(np.arange(6).astype(ml_dtypes.float8_e4m3fn)), jnp.zeros((0, 3)), jnp.asarray(True)]
+    (tmp_path / "c").mkdir()
+    checkpoints.write(tmp_path / "c", arrays)
+    back, _ = checkpoints.read(tmp_path / "c", arrays)
+    for before, after in zip(arrays, back, strict=True):
+        assert before.dtype == after.dtype and np.asarray(before).tobytes() == np.asarray(after).tobytes()

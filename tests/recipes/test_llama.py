@@ -1,0 +1,190 @@
+"""The model against its published sizes and slow, obvious forms of its parts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from recipes import llama, optimizer, sampling
+
+SMALL = llama.preset("smoke")
+
+
+def build(**changes):
+    return llama.build(dataclasses.replace(SMALL, **changes), 256)
+
+
+forward = jax.jit(lambda model, ids: model(ids))
+
+
+def tokens(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("30M", 30_482_560), ("50M", 49_556_736), ("100M", 102_777_856), ("200M", 203_188_480), ("430M", 443_068_288),
+     ("800M", 822_151_168), ("1.6B", 1_586_076_160)],
+)  # fmt: skip
+def test_presets_have_the_published_sizes(name, count):
+    """Non-embedding parameters of the QuEST models (arXiv:2502.05003, appendix)."""
+    config = llama.preset(name)
+    model = nnx.eval_shape(lambda: llama.build(config, 256))
+    total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert config.block_params == count == total - 2 * 256 * config.width
+
+
+def test_the_largest_preset_is_the_next_of_its_family():
+    config = llama.preset("3.2B")
+    assert 3.0e9 < config.block_params < 3.4e9 and config.width == 128 * config.layers == 128 * config.heads
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="no preset '30m'.*Did you mean '30M'"):
+        llama.preset("30m")
+
+
+@pytest.mark.parametrize("changes", [{"heads": 3}, {"kv_heads": 3, "heads": 4}, {"init": "xavier"}])
+def test_impossible_shapes(changes):
+    with pytest.raises(ValueError, match="Llama"):
+        build(**changes)
+
+
+def test_it_sees_only_the_past():
+    model = build()
+    before = tokens((1, 12))
+    after = before.at[0, 7].set((before[0, 7] + 1) % 256)
+    change = np.abs(np.asarray(forward(model, before) - forward(model, after))[0]).max(-1)
+    assert (change[:7] == 0).all() and (change[7:] > 0).all()
+
+
+def test_scan_equals_a_loop_over_the_layers():
+    model = build()
+    graph, stacked = nnx.split(model.blocks)
+    x = model.embed(tokens((2, 8)))
+    rotary = llama.rotary_table(8, SMALL.head_dim, SMALL.rope_theta)
+    for index in range(SMALL.layers):
+        x = nnx.merge(graph, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))(x, rotary)
+    np.testing.assert_allclose(model.lm_head(model.norm(x)), forward(model, tokens((2, 8))), atol=1e-5)
+
+
+def test_attention_against_float64():
+    """Grouped queries: query head h reads key-value head h // 2; softmax over the past; rotary positions."""
+    stacked = build().blocks.attention
+    kernel, out = (np.asarray(layer.kernel[...], np.float64)[0] for layer in (stacked.qkv, stacked.out))
+    time, heads, kv, dim = 6, 2, 1, 32
+    x = np.random.default_rng(1).standard_normal((time, 64))
+    q, k, v = np.split((x @ kernel).reshape(time, heads + 2 * kv, dim), [heads, heads + kv], axis=1)
+    angle = np.arange(time)[:, None] * 10_000.0 ** (-np.arange(0, dim, 2) / dim)
+
+    def turn(pairs):  # as complex numbers
+        z = (pairs[..., : dim // 2] + 1j * pairs[..., dim // 2 :]) * np.exp(1j * angle)[:, None, :]
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    q, k = turn(q), turn(k)
+    mixed = np.zeros((time, heads, dim))
+    for h in range(heads):
+        for t in range(time):
+            score = np.exp(k[: t + 1, h // 2] @ q[t, h] / np.sqrt(dim))
+            mixed[t, h] = (score / score.sum()) @ v[: t + 1, h // 2]
+    expected = mixed.reshape(time, heads * dim) @ out
+    graph, state = nnx.split(stacked)
+    attention = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+    got = attention(jnp.asarray(x[None], jnp.float32), llama.rotary_table(time, dim, 10_000.0))
+    np.testing.assert_allclose(got[0], expected, atol=2e-5)
+
+
+def test_remat_changes_nothing_but_memory():
+    def gradient(remat):
+        graph, params = nnx.split(llama.build(SMALL, 256, remat=remat))
+        return jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(tokens((2, 8))).std()))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(False), gradient(True))
+
+
+def test_bfloat16_keeps_float32_masters_and_logits():
+    model = llama.build(SMALL, 256, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    logits = forward(model, tokens((2, 8)))
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, forward(build(), tokens((2, 8))), atol=0.1)
+
+
+def test_fan_in_init_of_stacked_layers():
+    kernel = np.asarray(build(width=128, ffn=512, layers=3).blocks.mlp.down.kernel[...])
+    np.testing.assert_allclose(kernel.std(axis=(1, 2)), 512**-0.5, rtol=0.02)
+    assert (kernel[0] != kernel[1]).all()
+
+
+class TestOptimizer:
+    def test_one_cycle(self):
+        """lr/100 up to lr over 10%, down to lr/10, both as half a cosine (METHODS of arXiv:2502.05003)."""
+        schedule = optimizer.one_cycle(3e-3, 200)
+        count = np.arange(200)
+        up = 3e-3 * (0.01 + 0.99 * (1 - np.cos(np.pi * count / 20)) / 2)
+        down = 3e-3 * (0.1 + 0.9 * (1 + np.cos(np.pi * (count - 20) / 179)) / 2)
+        got = np.asarray([schedule(c) for c in count])
+        np.testing.assert_allclose(got, np.where(count < 20, up, down), rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(got[[0, 20, 199]], [3e-5, 3e-3, 3e-4], rtol=1e-5)
+
+    @pytest.mark.parametrize("arguments", [(0.0, 10), (1e-3, 0), (1e-3, 10, 1.5)])
+    def test_senseless_schedules(self, arguments):
+        with pytest.raises(ValueError, match="one_cycle"):
+            optimizer.one_cycle(*arguments)
+
+    def test_only_the_matrices_of_the_blocks_decay(self):
+        params = nnx.state(build(), nnx.Param)
+        decays = optimizer.decayed(params)
+        names = {
+            jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+            for path, value in jax.tree.leaves_with_path(decays)
+            if value
+        }
+        assert names == {
+            f"blocks/{name}/kernel" for name in ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
+        }
+
+    def test_decay_and_clipping_reach_the_update(self):
+        params = {"blocks": {"kernel": jnp.ones(4)}, "embed": jnp.ones(4)}
+        transform = optimizer.adamw(1.0, 10, weight_decay=0.5)
+        updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+        np.testing.assert_allclose(updates["blocks"]["kernel"], -0.01 * 0.5, rtol=1e-5)  # the first rate is 1/100
+        np.testing.assert_allclose(updates["embed"], 0)
+        clipped, _ = optax.clip_by_global_norm(1.0).update({"a": jnp.full(4, 5.0)}, optax.EmptyState())
+        np.testing.assert_allclose(clipped["a"], 0.5)
+
+
+class NextIs(nnx.Module):
+    """Token t is followed by t + 1, and the loudest logit says so."""
+
+    def __call__(self, ids):
+        return 9.0 * jax.nn.one_hot((ids + 1) % 11, 11)
+
+
+class TestSampling:
+    def test_greedy_follows_the_model_past_its_window(self):
+        ids = sampling.generate(
+            NextIs(), np.asarray([3, 4]), tokens=20, context=8, temperature=0, key=jax.random.key(0)
+        )
+        np.testing.assert_array_equal(ids, (np.arange(22) + 3) % 11)
+
+    def test_a_long_prompt_keeps_its_end(self):
+        ids = sampling.generate(NextIs(), np.arange(10), tokens=1, context=4, temperature=0, key=jax.random.key(0))
+        np.testing.assert_array_equal(ids, [6, 7, 8, 9, 10])
+
+    def test_the_key_decides(self, key):
+        def draw(key):
+            return sampling.generate(build(), np.asarray([65]), tokens=12, context=16, temperature=1.0, key=key)
+
+        np.testing.assert_array_equal(draw(key), draw(key))
+        assert (draw(key) != draw(jax.random.key(5))).any()
+
+    @pytest.mark.parametrize("change", [{"prompt": np.zeros(0, int)}, {"tokens": 0}, {"temperature": -1.0}])
+    def test_nothing_to_do(self, change, key):
+        arguments = {"prompt": np.asarray([1]), "tokens": 3, "temperature": 1.0} | change
+        with pytest.raises(ValueError, match="sampling.generate"):
+            sampling.generate(NextIs(), context=8, key=key, **arguments)

@@ -1,0 +1,203 @@
+"""Text and tokens: what is read, how it is split, the order of batches, and every way the data can be wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from recipes import text, token_files, tokenizers
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.txt").write_text(f"file {i} says " + chr(65 + i) * (50 + i))
+    return tmp_path
+
+
+def test_stdlib_is_megabytes_of_python():
+    corpus = text.load()
+    assert len(corpus.train) > 5_000_000 and b"def __init__" in corpus.train[:200_000].tobytes()
+    assert 0.045 < len(corpus.validation) / (len(corpus.train) + len(corpus.validation)) < 0.08
+    assert corpus.vocab_size == 256 and corpus.bytes_per_token == 1
+
+
+def test_folder_is_split_by_whole_documents(folder):
+    corpus = text.load(str(folder), held_out=0.1)
+    kept, held = (set(part.tobytes().split(b"\0")) - {b""} for part in (corpus.train, corpus.validation))
+    assert kept | held == {file.read_bytes() for file in folder.iterdir()} and not kept & held
+    assert corpus.fingerprint == text.load(str(folder), held_out=0.1).fingerprint
+    (folder / "07.txt").write_text("something else")
+    assert corpus.fingerprint != text.load(str(folder), held_out=0.1).fingerprint
+
+
+def test_glob_chooses_files(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "note.md").write_text("# a note" * 10)
+    corpus = text.load(str(folder), glob="**/*.md", held_out=0.5)
+    assert (corpus.train.tobytes() + corpus.validation.tobytes()).replace(b"\0", b"") == b"# a note" * 10
+
+
+def test_one_file_holds_out_its_end(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 900 + "y" * 100)
+    corpus = text.load(str(tmp_path / "a.txt"), held_out=0.1)
+    assert corpus.train.tobytes() == b"x" * 900 + b"\0" and corpus.validation.tobytes() == b"y" * 100 + b"\0"
+
+
+class TestBatches:
+    tokens = np.arange(4 * 40 + 1, dtype=np.uint16)
+
+    def take(self, count, seed=0, state=None):
+        batches = text.batches(self.tokens, context=4, batch=5, seed=seed)
+        if state is not None:
+            batches.set_state(state)
+        return [next(batches) for _ in range(count)]
+
+    def test_each_epoch_shows_every_window_once_in_its_own_order(self):
+        rows = np.concatenate(self.take(16))
+        assert rows.dtype == np.int32 and rows.shape == (80, 5)
+        np.testing.assert_array_equal(rows - rows[:, :1], np.tile(np.arange(5), (80, 1)))
+        first, second = rows[:40, 0], rows[40:, 0]
+        np.testing.assert_array_equal(np.sort(first), np.arange(0, 160, 4))
+        np.testing.assert_array_equal(np.sort(second), np.sort(first))
+        assert (first != second).any() and (first != np.sort(first)).any()
+
+    def test_the_seed_decides(self):
+        np.testing.assert_array_equal(self.take(3), self.take(3))
+        assert (np.stack(self.take(3)) != np.stack(self.take(3, seed=1))).any()
+
+    def test_state_is_json_and_resumes(self):
+        batches = text.batches(self.tokens, context=4, batch=5, seed=0)
+        for _ in range(9):
+            next(batches)
+        state = json.loads(json.dumps(batches.get_state()))
+        np.testing.assert_array_equal(self.take(4, state=state), [next(batches) for _ in range(4)])
+
+    def test_fixed_batches_are_spread_and_full(self):
+        batches = text.fixed_batches(self.tokens, context=4, batch=8, windows=20)
+        assert [batch.shape for batch in batches] == [(8, 5), (8, 5)]
+        starts = np.concatenate(batches)[:, 0]
+        assert starts[0] == 0 and starts[-1] == 156 and (np.diff(starts) > 0).all()
+        assert text.fixed_batches(self.tokens[:9], context=4, batch=8, windows=20)[0].shape == (2, 5)
+
+
+class TestFaults:
+    def test_missing(self):
+        with pytest.raises(ValueError, match="'no/such/place' is not 'stdlib'"):
+            text.load("no/such/place")
+
+    def test_empty_file_and_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="found no file"):
+            text.load(str(tmp_path))
+        (tmp_path / "a.txt").touch()
+        with pytest.raises(ValueError, match="holds no text"):
+            text.load(str(tmp_path / "a.txt"))
+
+    def test_not_utf8(self, tmp_path):
+        (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+        with pytest.raises(ValueError, match=r"a.txt is not UTF-8: byte 0xe9 at offset 3"):
+            text.load(str(tmp_path / "a.txt"))
+
+    def test_a_folder_bears_few_broken_files_and_says_so(self, folder, capsys):
+        (folder / "bad.txt").write_bytes(b"\xff")
+        corpus = text.load(str(folder))
+        assert "left out 1 of 41 files" in capsys.readouterr().out and len(corpus.train) > 1000
+        (folder / "bad2.txt").write_bytes(b"\xff")
+        (folder / "bad3.txt").write_bytes(b"\xff")
+        with pytest.raises(ValueError, match="3 of 43 files so far"):
+            text.load(str(folder))
+
+    def test_too_small_names_both_numbers(self, folder):
+        corpus = text.load(str(folder))
+        with pytest.raises(ValueError, match=r"training part .* has \d+ tokens; 16 sequences of 1000 need 16001"):
+            corpus.check(context=1000, batch=16)
+        with pytest.raises(ValueError, match="held-out part"):
+            corpus.check(context=400, batch=1)
+
+    @pytest.mark.parametrize("options", [{"glob": "*.txt"}, {"hf_bytes": 5}, {"held_out": 0.0}, {"held_out": 1.5},
+                                         {"tokenizer": "ids"}, {"tokenizer": "missing.json"}])  # fmt: skip
+    def test_options_without_effect_raise(self, options):
+        with pytest.raises(ValueError, match="recipes"):
+            text.load("stdlib", **options)
+
+
+class TestTokenFiles:
+    @pytest.fixture
+    def path(self, tmp_path):
+        token_files.write(tmp_path / "t.bin", np.arange(1000) % 300, vocab_size=300, text_bytes=4000)
+        return tmp_path / "t.bin"
+
+    def test_round_trip(self, path):
+        corpus = text.load(str(path), tokenizer="ids", held_out=0.1)
+        np.testing.assert_array_equal(np.concatenate([corpus.train, corpus.validation]), np.arange(1000) % 300)
+        assert len(corpus.train) == 900 and corpus.bytes_per_token == 4 and corpus.vocab_size == 384
+
+    def test_layout_is_little_endian_uint16_or_uint32(self, path):
+        assert path.read_bytes()[:8] == b"\0\0\1\0\2\0\3\0"
+        token_files.write(path, np.asarray([70_000]), vocab_size=70_001)
+        assert path.read_bytes() == (70_000).to_bytes(4, "little")
+
+    def test_no_index(self, path):
+        path.with_suffix(".json").unlink()
+        with pytest.raises(ValueError, match='has no index. Write .*t.json such as {"version": 1'):
+            text.load(str(path), tokenizer="ids")
+
+    def test_cut_short(self, path):
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(ValueError, match="1999 bytes, and its index promises 1000 ids of 2 bytes"):
+            text.load(str(path), tokenizer="ids")
+
+    def test_id_outside_the_vocabulary(self, path):
+        index = json.loads(path.with_suffix(".json").read_text())
+        path.with_suffix(".json").write_text(json.dumps(index | {"vocab_size": 299}))
+        with pytest.raises(ValueError, match="holds the id 299 at position 299"):
+            text.load(str(path), tokenizer="ids")
+
+    def test_tokenizer_with_fewer_words(self, path):
+        with pytest.raises(ValueError, match="vocabulary of 300 and the tokenizer 'bytes' one of 256"):
+            text.load(str(path))
+
+    @pytest.mark.parametrize("index", ["{", "[]", "{}",
+                                       '{"version": 2, "dtype": "uint16", "tokens": 1, "vocab_size": 1}',
+                                       '{"version": 1, "dtype": "int9", "tokens": 1, "vocab_size": 1}'])  # fmt: skip
+    def test_broken_index(self, path, index):
+        path.with_suffix(".json").write_text(index)
+        with pytest.raises(ValueError, match="t.json"):
+            token_files.read(path)
+
+    def test_write_refuses_ids_outside(self, tmp_path):
+        with pytest.raises(ValueError, match="ids from 0 to 5 in a vocabulary of 5"):
+            token_files.write(tmp_path / "t.bin", np.arange(6), vocab_size=5)
+
+
+class TestTokenizers:
+    def test_bytes(self):
+        tokens = tokenizers.load("bytes")
+        ids = tokens.encode("naïve €")
+        np.testing.assert_array_equal(ids, list("naïve €".encode()))
+        assert tokens.decode(ids) == "naïve €" and tokens.decode(ids[:3]) == "na\ufffd"
+
+    def test_tokenizer_file(self, tmp_path):
+        library = pytest.importorskip("tokenizers")
+        words = {"[UNK]": 0, "low": 1, "bit": 2, "</s>": 3}
+        inner = library.Tokenizer(library.models.WordLevel(words, unk_token="[UNK]"))
+        inner.pre_tokenizer = library.pre_tokenizers.Whitespace()
+        inner.save(str(tmp_path / "tokenizer.json"))
+        tokens = tokenizers.load(str(tmp_path / "tokenizer.json"))
+        np.testing.assert_array_equal(tokens.encode("low bit what"), [1, 2, 0])
+        assert (tokens.vocab_size, tokens.separator, tokens.decode(np.asarray([1, 2]))) == (4, 3, "low bit")
+        (tmp_path / "a.txt").write_text("low bit " * 100)
+        corpus = text.load(str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "tokenizer.json"), held_out=0.5)
+        assert corpus.vocab_size == 128 and corpus.bytes_per_token == pytest.approx(4, abs=0.1)
+
+    def test_not_a_tokenizer_file(self, tmp_path):
+        pytest.importorskip("tokenizers")
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(ValueError, match="cannot read .*tokenizer.json"):
+            tokenizers.load(str(tmp_path / "tokenizer.json"))
+
+    def test_ids_read_numbers(self):
+        tokens = tokenizers.Ids(10)
+        np.testing.assert_array_equal(tokens.encode("3 1 4"), [3, 1, 4])
+        with pytest.raises(ValueError, match="reads numbers, not text such as 'def '"):
+            tokens.encode("def ")
