@@ -26,7 +26,7 @@ def encode(values: Float[Array, "*s"], fmt: Format) -> UInt8[Array, "*s"]:
         case FloatFormat():
             return _encode_float(x, fmt)
         case Codebook():
-            code = _rank(x, fmt)
+            code = jnp.searchsorted(jnp.asarray(fmt.levels[1:], jnp.float32), x, side="right")
         case _:
             raise _not_a_format("encode", fmt)
     return jnp.where(jnp.isnan(x), 0, code).astype(jnp.uint8)
@@ -84,14 +84,6 @@ def _decode_float(code: Array, fmt: FloatFormat) -> Float[Array, "*s"]:
     if fmt.has_nan and not fmt.negative_zero:
         value = jnp.where(code == fmt.nan_code, jnp.nan, value)
     return value
-
-
-def _rank(x: Float[Array, "*s"], fmt: Codebook) -> Float[Array, "*s"]:
-    """How many levels but the first are at or below `x`: its rank, for a value of the codebook."""
-    rank = jnp.zeros_like(x)
-    for i, level in enumerate(np.asarray(fmt.levels[1:], np.float32), start=1):
-        rank = lax.select(x >= level.astype(x.dtype), jnp.full_like(x, i), rank)
-    return rank
 
 
 def _not_a_format(who: str, fmt) -> TypeError:

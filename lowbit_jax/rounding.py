@@ -175,7 +175,9 @@ def _working(u: Float[Array, "*s"], fmt: Format, who: str) -> Float[Array, "*s"]
             f" constant of lowbit_jax.formats, formats.get(name), or the `element` of a BlockFormat."
         )
     if not jnp.issubdtype(u.dtype, jnp.floating):
-        raise TypeError(f"rounding.{who} got an array of {u.dtype}; it rounds real numbers: pass u.astype(jnp.float32).")
+        raise TypeError(
+            f"rounding.{who} got an array of {u.dtype}; it rounds real numbers: pass u.astype(jnp.float32)."
+        )
     keep = u.dtype == jnp.float64 and not (isinstance(fmt, FloatFormat) and not fmt.subnormals)
     return u if keep else u.astype(jnp.float32)
 
@@ -247,10 +249,6 @@ def _tie_to_even_thresholds(fmt: Codebook, dtype) -> np.ndarray:
 
 def _values_around(x: Float[Array, "*s"], fmt: Codebook) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
     """The neighbors of the codebook with lower <= x < upper; outside, the two at that end."""
-    values = np.asarray(fmt.levels, x.dtype)
-    lower, upper = jnp.full_like(x, values[0]), jnp.full_like(x, values[1])
-    for i in range(1, len(values) - 1):
-        inside = x >= values[i]
-        lower = lax.select(inside, jnp.full_like(x, values[i]), lower)
-        upper = lax.select(inside, jnp.full_like(x, values[i + 1]), upper)
-    return lower, upper
+    values = jnp.asarray(np.asarray(fmt.levels, x.dtype))
+    rank = jnp.searchsorted(values[1:-1], x, side="right")
+    return values[rank], values[rank + 1]

@@ -22,7 +22,9 @@ def _unsigned(bits: int) -> IntFormat:
 
 def _mid_tread(bits: int) -> IntFormat:
     top = 2 ** (bits - 1) - 1
-    return IntFormat(name=f"midtread{bits}", low=-top, high=top, source="Gersho and Gray 1992, section 5.4: odd, centered")
+    return IntFormat(
+        name=f"midtread{bits}", low=-top, high=top, source="Gersho and Gray 1992, section 5.4: odd, centered"
+    )
 
 
 def _mid_rise(bits: int) -> MidRiseFormat:
@@ -197,15 +199,23 @@ LLOYD_MAX1, LLOYD_MAX2, LLOYD_MAX3, LLOYD_MAX4, LLOYD_MAX5, LLOYD_MAX6, LLOYD_MA
 )
 POSIT8 = Codebook(name="posit8", values=posit_values(8, 2), source="Posit Standard 2022: 8 bits, es = 2")
 POSIT8_ES1 = Codebook(
-    name="posit8_es1", values=posit_values(8, 1), source="Gustafson and Yonemoto 2017: posit(8, 1), as early training work"
+    name="posit8_es1",
+    values=posit_values(8, 1),
+    source="Gustafson and Yonemoto 2017: posit(8, 1), as early training work",
 )
-LNS8 = Codebook(name="lns8", values=log_values(8, 128), source="Zhao et al. 2021 (LNS-Madam), arXiv:2106.13914, gamma = 8")
+LNS8 = Codebook(
+    name="lns8", values=log_values(8, 128), source="Zhao et al. 2021 (LNS-Madam), arXiv:2106.13914, gamma = 8"
+)
 HIF8 = Codebook(name="hif8", values=hif8_values(), source="Luo et al. 2024 (HiFloat8), arXiv:2409.16626")
 DYNAMIC_TREE4 = Codebook(
-    name="dynamic_tree4", values=dynamic_tree_values(4), source="Li et al. 2023, 4-bit optimizer states, arXiv:2309.01507"
+    name="dynamic_tree4",
+    values=dynamic_tree_values(4),
+    source="Li et al. 2023, 4-bit optimizer states, arXiv:2309.01507",
 )
 DYNAMIC_TREE8 = Codebook(
-    name="dynamic_tree8", values=dynamic_tree_values(8), source="Dettmers et al. 2022, 8-bit optimizers, arXiv:2110.02861"
+    name="dynamic_tree8",
+    values=dynamic_tree_values(8),
+    source="Dettmers et al. 2022, 8-bit optimizers, arXiv:2110.02861",
 )
 
 
