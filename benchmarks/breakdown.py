@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+import lowbit_jax
 from benchmarks.contenders import ablations
 from benchmarks.models import WORKLOADS
 from benchmarks.timing import Program, compile_program, environment, interleaved_seconds, ratio
@@ -26,11 +27,15 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?(?:\s|\))([a-z][\w\-
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _FRAME_ID = re.compile(r"stack_frame_id=(\d+)")
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_LIBRARY = str(pathlib.Path(lowbit_jax.__file__).parent) + "/"
 _CONTAINERS = {"while", "call", "conditional"}  # their time is that of the operations inside
 
 
 def owners(text: str) -> dict[str, str]:
-    """Operation of an optimized program -> who traced it: rooms of `lowbit_jax`, "product", "optimizer" or "model"."""
+    """Operation of an optimized program -> who traced it: rooms of `lowbit_jax`, "product", "optimizer" or "model".
+
+    Read from the source locations that the compiler keeps: tables of files, locations and stack frames at the head of
+    the text, and a frame's number in the metadata of each operation."""
     head = text[: text.find("\n%")] if "\nStackFrames" in text else ""
     files = dict(_TABLES["file"].findall(head.partition("FunctionNames")[0]))
     location_file = {i: files.get(f, "") for i, f in _TABLES["location"].findall(head)}
@@ -64,8 +69,8 @@ def _owner(frame: int, frames: Mapping[int, tuple[str, int]], opcode: str) -> st
         path, frame = frames[frame]
         paths.append(path)
     for path in paths:
-        if "/lowbit_jax/lowbit_jax/" in path or "/lowbit_jax/" in path:
-            room = path.rsplit("/lowbit_jax/", 1)[1].split("/")[0].removesuffix(".py")
+        if path.startswith(_LIBRARY):
+            room = path.removeprefix(_LIBRARY).split("/")[0].removesuffix(".py")
             if room in ("ops", "nn"):
                 return "product" if opcode == "dot" else "ops"
             return room
@@ -75,9 +80,11 @@ def _owner(frame: int, frames: Mapping[int, tuple[str, int]], opcode: str) -> st
 
 
 def _label(parts: set[str]) -> str:
+    """One name for a fused operation: a product counts whole; beside rooms of the library the model is left out."""
     if "product" in parts:
         return "product"
-    return " + ".join(sorted(parts)) or "copies and constants"
+    rooms = sorted(parts - {"model", "optimizer"})
+    return " + ".join(rooms or sorted(parts)) or "copies and constants"
 
 
 def operation_seconds(program: Program, steps: int = 3) -> dict[str, float]:
