@@ -4,8 +4,21 @@
     dense = lb.quantize(nnx.Linear(512, 2048, rngs=rngs), lb.quest(4))
 """
 
-from lowbit_jax import estimators, formats, methods, ops, rounding, scaling, sparsity
+from lowbit_jax import (
+    coding,
+    estimators,
+    formats,
+    methods,
+    nn,
+    ops,
+    packing,
+    rotation,
+    rounding,
+    scaling,
+    sparsity,
+)
 from lowbit_jax.methods.quest import quest, quest_quantizer
+from lowbit_jax.nn import convert, quantize
 from lowbit_jax.ops import (
     FORWARD,
     Gemm,
@@ -19,3 +32,31 @@ from lowbit_jax.quantizer import Quantizer, block_quantizer
 from lowbit_jax.rotation import Hadamard
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FORWARD",
+    "Gemm",
+    "Hadamard",
+    "LinearRecipe",
+    "QTensor",
+    "Quantizer",
+    "block_quantizer",
+    "coding",
+    "conv_general_dilated",
+    "convert",
+    "dot_general",
+    "einsum",
+    "estimators",
+    "formats",
+    "methods",
+    "nn",
+    "ops",
+    "packing",
+    "quantize",
+    "quest",
+    "quest_quantizer",
+    "rotation",
+    "rounding",
+    "scaling",
+    "sparsity",
+]

@@ -39,7 +39,7 @@ from lowbit_jax.sparsity import Support, compress
 Rounding = Callable[..., Array]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Quantizer:
     """Composes the parts; every slot has a default, which is absmax INT8 for each row with a clipped gradient.
 

@@ -81,7 +81,8 @@ class Percentile:
 class CandidateSearch:
     """Of the scales `base * fraction`, the one of least squared error in each tile; ties go to the first.
 
-    `(1.0, 1.5)` over absmax on E2M1 is "four over six": the largest magnitude on 6 or on 4 (METHODS of NVFP4 training).
+    `(1.0, 1.5)` over absmax on E2M1 is "four over six", the largest magnitude on 6 or on 4; the choice is made before
+    the scale is rounded to its own format.
     Raises: ValueError without fractions, or with one that is not positive."""
 
     fractions: tuple[float, ...] = tuple(1.0 - 0.05 * i for i in range(15))
