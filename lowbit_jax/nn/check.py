@@ -1,7 +1,8 @@
-"""Shape errors before the first step: the quantizers of a recipe tried, abstractly, on the shapes of a layer."""
+"""What is checked before a layer is quantized: its shapes, on which the quantizers are tried abstractly, and its class."""
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -36,3 +37,28 @@ def _quantize_all(kernel: Array, recipe: LinearRecipe, site: Site):
         return weight
     size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length
     return weight, lhs(jnp.zeros((1, size)), key=key, scale=scales.get("lhs"))
+
+
+def check_subclass(layer: Any, base: type, where: str) -> None:
+    """Raises where a subclass reads the kernel in code of its own, a product that the quantizer would not see."""
+    for klass in type(layer).__mro__[: type(layer).__mro__.index(base)]:
+        for name, member in vars(klass).items():
+            if name != "__init__" and "kernel" in _names_used(member):
+                raise ValueError(
+                    f"{where}: {klass.__name__}.{name} uses `kernel` itself, and that product would stay in high precision."
+                    f" Let it call super().__call__, or leave the layer out by a rule and use lb.dot_general in {name}."
+                )
+
+
+def _names_used(member: Any) -> set[str]:
+    """Attribute names in the code of a function, a property, or what wraps one."""
+    member = (
+        getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", None) or member
+    )
+    code = getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None)
+    names, pending = set(), [code] if code else []
+    while pending:
+        code = pending.pop()
+        names |= set(code.co_names)
+        pending += [c for c in code.co_consts if inspect.iscode(c)]
+    return names

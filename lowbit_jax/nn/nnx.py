@@ -7,7 +7,6 @@ a recipe asks for them, live in a small module in place of the product.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,12 +18,11 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array
 
-from lowbit_jax.nn.check import check_site
+from lowbit_jax.nn.check import check_site, check_subclass
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
-from lowbit_jax.nn.site import Site, initial_scales, needs_key
+from lowbit_jax.nn.site import Site, einsum_contraction, initial_scales, needs_key
 from lowbit_jax.ops import LinearRecipe
-from lowbit_jax.ops.einsum import parse
 from lowbit_jax.qtensor import QTensor
 
 
@@ -79,13 +77,6 @@ LAYERS: dict[type, LayerType] = {
     nnx.Einsum: LayerType("einsum_op", jnp.einsum, _einsum),
     nnx.Conv: LayerType("conv_general_dilated", lax.conv_general_dilated, _conv),
 }
-
-
-def einsum_contraction(spec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of the weight (the second operand) that `spec` sums over."""
-    letters = spec.partition(",")[0].replace("...", "").replace(" ", "")
-    numbers, _ = parse(spec, len(letters), len(shape))
-    return numbers[0][1]
 
 
 def layer_type(module: Any) -> tuple[type, LayerType] | None:
@@ -229,31 +220,6 @@ def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
     site = kind.site(layer, path)
     check_site(site, recipe, layer.kernel.get_value(), where)
     return Product(recipe, site)
-
-
-def check_subclass(layer: Any, base: type, where: str) -> None:
-    """Raises where a subclass reads the kernel in code of its own, a product that the quantizer would not see."""
-    for klass in type(layer).__mro__[: type(layer).__mro__.index(base)]:
-        for name, member in vars(klass).items():
-            if name != "__init__" and "kernel" in _names_used(member):
-                raise ValueError(
-                    f"{where}: {klass.__name__}.{name} uses `kernel` itself, and that product would stay in high precision."
-                    f" Let it call super().__call__, or leave the layer out by a rule and use lb.dot_general in {name}."
-                )
-
-
-def _names_used(member: Any) -> set[str]:
-    """Attribute names in the code of a function, a property, or what wraps one."""
-    member = (
-        getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", None) or member
-    )
-    code = getattr(inspect.unwrap(member) if callable(member) else member, "__code__", None)
-    names, pending = set(), [code] if code else []
-    while pending:
-        code = pending.pop()
-        names |= set(code.co_names)
-        pending += [c for c in code.co_consts if inspect.iscode(c)]
-    return names
 
 
 def _stream(rngs: nnx.Rngs | nnx.RngStream, layer: nnx.Module, product: Product) -> nnx.RngStream:

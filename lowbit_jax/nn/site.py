@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from lowbit_jax import rounding
 from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.ops.einsum import parse
 from lowbit_jax.quantizer import Quantizer
 
 Kind = Literal["dot_general", "einsum", "conv_general_dilated"]
@@ -52,6 +53,13 @@ def naming(path: str) -> Iterator[None]:
     except (TypeError, ValueError, NotImplementedError) as error:
         error.add_note(f"This was in the quantized layer {path or 'itself (the whole module)'!r}.")
         raise
+
+
+def einsum_contraction(spec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of the weight (the second operand) that `spec` sums over."""
+    letters = spec.partition(",")[0].replace("...", "").replace(" ", "")
+    numbers, _ = parse(spec, len(letters), len(shape))
+    return numbers[0][1]
 
 
 def quantizers(recipe: LinearRecipe) -> list[Quantizer]:

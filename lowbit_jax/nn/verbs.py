@@ -99,3 +99,18 @@ def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
     from lowbit_jax.nn import linen_convert
 
     return linen_convert.prepare(model, *args, **kwargs)
+
+
+def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Learned activation scales (LSQ, PACT) fitted to one batch of inputs, layer after layer, each on quantized inputs.
+
+    NNX: `calibrate(model, *args)` sets them in place and returns the model (they start from a unit Gaussian). Linen:
+    `calibrate(model, variables, *args)` returns new variables (`model.init` fits them to its own inputs already).
+    Raises: ValueError when no activation scale is learned, or the call does not reach one."""
+    if framework(model, "lb.calibrate") == "nnx":
+        from lowbit_jax.nn import nnx_calibrate
+
+        return nnx_calibrate.calibrate(model, *args, **kwargs)
+    from lowbit_jax.nn import linen_convert
+
+    return linen_convert.calibrate(model, *args, **kwargs)

@@ -1,0 +1,254 @@
+"""Linen: the same module, whose layers compute quantized products while any of its methods runs.
+
+Submodules made in a compact method exist only while it runs, so nothing can be exchanged beforehand. The quantized module is
+of a subclass of its class, by the same name and with the same fields, whose methods run under a `flax.linen.intercept_methods`
+of their own; submodules made in `setup` become such subclasses too, so that they can be called directly. Within the module a
+layer keeps its parameters and its own `__call__`: only its `dot_general` (or the like) and `promote_dtype` are others for the
+length of the call. Nothing outside the module is touched.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+
+from lowbit_jax.nn.check import check_subclass
+from lowbit_jax.nn.linen_layers import layer_base, own_call, quantized_call
+from lowbit_jax.nn.policy import Node, Policy, check_rule, unmatched
+from lowbit_jax.nn.site import naming
+from lowbit_jax.ops import LinearRecipe
+
+WHO = "lb.quantize"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Quantization:
+    """What a quantized class carries. `form` "ready": weights come rotated and quantized (`lb.nn.prepare`)."""
+
+    policy: Policy
+    form: Literal["training", "ready"] = "training"
+
+    def recipe(self, path: str) -> LinearRecipe | None:
+        recipe = self.policy.recipe(path)
+        ready = recipe is not None and self.form == "ready" and recipe.out.rhs is not None
+        return recipe.with_rhs_ready() if ready else recipe
+
+
+@dataclasses.dataclass
+class Run:
+    """One outermost call of a quantized module: what was met on the way."""
+
+    quantization: Quantization
+    root: tuple[str, ...]
+    nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
+    entered: dict[str, type] = dataclasses.field(default_factory=dict)
+
+    def path(self, module: linen.Module) -> str | None:
+        """Path below the quantized module; None for a module that was passed in from outside."""
+        full = module.scope.path
+        return "/".join(full[len(self.root) :]) if full[: len(self.root)] == self.root else None
+
+
+class _Active(threading.local):
+    def __init__(self):
+        self.runs: list[Run] = []
+        self.watchers: list[Callable[..., None]] = []
+        self.token = 0
+
+
+_active = _Active()
+_trace_key = jax.make_user_context(None)  # makes what nn.jit keeps of a quantized trace apart from the unquantized
+_reached: set[tuple[type, Quantization]] = set()  # classes whose __call__ was seen to arrive at the layer's own
+
+
+def quantize(module: linen.Module, policy: Policy, who: str = WHO) -> linen.Module:
+    """The quantized module; see `lb.quantize`."""
+    if quantization(module) is not None:
+        raise ValueError(f"{who}: this {type(module).__name__} is quantized already. Quantize the original module.")
+    return with_quantization(module, Quantization(policy))
+
+
+def with_quantization(module: linen.Module, chosen: Quantization) -> linen.Module:
+    bound = module.scope is not None
+    new = copy.copy(module) if bound else module.clone(parent=None)
+    base = type(module)._lowbit_base if quantization(module) is not None else type(module)
+    object.__setattr__(new, "__class__", quantized_class(base, chosen, None))
+    return new
+
+
+def quantization(module: Any) -> Quantization | None:
+    return getattr(type(module), "_lowbit", None)
+
+
+@functools.cache
+def quantized_class(base: type, chosen: Quantization, root: tuple[str, ...] | None) -> type:
+    """The subclass of `base` whose methods run quantized; the same one for the same arguments, so that modules compare equal.
+
+    `root` is the path of the quantized module that a submodule belongs to; None for that module itself."""
+    if not hasattr(linen.Module, "_call_wrapped_method"):
+        raise NotImplementedError("lb.quantize needs linen.Module._call_wrapped_method, which this version of Flax lacks.")
+
+    def _call_wrapped_method(self, function, args, kwargs):
+        with _running(self, root, function.__name__):
+            return base._call_wrapped_method(self, function, args, kwargs)
+
+    def setup(self):
+        base.setup(self)
+        _adopt(self, chosen, self.scope.path if root is None else root)
+
+    def __reduce__(self):
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "parent"}
+        return _rebuild, (base, chosen, fields)
+
+    members = dict(_call_wrapped_method=_call_wrapped_method, setup=setup, __reduce__=linen.nowrap(__reduce__))
+    members |= dict(_lowbit=chosen, _lowbit_base=base, __module__=base.__module__, __qualname__=base.__qualname__)
+    members["__doc__"] = base.__doc__
+    members["_call_wrapped_method"] = linen.nowrap(_call_wrapped_method)
+    return type(base.__name__, (base,), members)
+
+
+def _rebuild(base: type, chosen: Quantization, fields: dict[str, Any]) -> linen.Module:
+    return quantized_class(base, chosen, None)(**fields)
+
+
+def _adopt(module: linen.Module, chosen: Quantization, root: tuple[str, ...]) -> None:
+    """Turns the submodules that `setup` or the fields made into quantized ones, so that calls from outside are quantized."""
+    pending = [value for name, value in vars(module).items() if name not in ("parent", "_parent_ref", "_state")]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, linen.Module):
+            inside = value.scope is not None and value.scope.path[: len(root)] == root and value is not module
+            if inside and quantization(value) is None:
+                object.__setattr__(value, "__class__", quantized_class(type(value), chosen, root))
+        elif isinstance(value, Mapping):
+            pending += list(value.values())
+        elif isinstance(value, tuple | list):
+            pending += list(value)
+
+
+@contextlib.contextmanager
+def _running(module: linen.Module, root: tuple[str, ...] | None, method: str) -> Iterator[None]:
+    """Quantizes what runs meanwhile, unless a method further out does already; then checks the rules."""
+    chosen = quantization(module)
+    checked = root is None and method != "setup" and type(module.scope).__name__ != "TestScope"  # Flax's own dry run
+    if module.scope is None:  # Flax explains what to do
+        yield
+        return
+    root = module.scope.path if root is None else root
+    top = _active.runs[-1] if _active.runs else None
+    if top is not None and top.quantization == chosen and top.root == root:
+        yield
+        return
+    if top is not None and top.quantization.recipe(top.path(module) or "") is not None:
+        raise ValueError(
+            f"{WHO}: {'/'.join(module.scope.path)!r} was quantized before it was put into a model that is quantized as a whole."
+            " Put in the original module, or leave its path out by a rule of the outer call."
+        )
+    run = Run(chosen, root)
+    _active.runs.append(run)
+    try:
+        token = _active.token if _active.watchers else None  # a watcher sees no product that nn.jit kept
+        with linen.intercept_methods(functools.partial(_intercept, run)), _trace_key((chosen, token)):
+            yield
+        if checked:
+            _check(run, module)
+    finally:
+        _active.runs.pop()
+
+
+def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    module, path = context.module, run.path(context.module)
+    if _active.runs[-1] is not run or path is None or context.method_name == "setup":
+        return call(*args, **kwargs)
+    base = layer_base(module)
+    if base is None or context.method_name != "__call__":
+        result = call(*args, **kwargs)
+        if path not in run.nodes:
+            run.nodes[path] = Node((path,), type(module).__name__, layer=base is not None, opaque=_opaque(module, base))
+        return result
+    recipe = run.quantization.recipe(path)
+    run.nodes[path] = Node((path,), type(module).__name__, layer=True)
+    if recipe is None:
+        return call(*args, **kwargs)
+    if context.orig_method.func is not own_call(base):  # a subclass or a lifted class: its own call comes through here later
+        check_subclass(module, base, f"{WHO}: the layer {path!r} ({type(module).__name__})")
+        run.entered.setdefault(path, type(module))
+        return call(*args, **kwargs)
+    if path in run.entered:
+        _reached.add((run.entered.pop(path), run.quantization))
+    with naming(path):
+        return quantized_call(module, base, path, recipe, call, args, kwargs, _active.watchers)
+
+
+_ELEMENTWISE = {"scale", "bias"}  # parameters by these names, and vectors, enter no product
+
+
+def _opaque(module: linen.Module, base: type | None) -> tuple[str, ...]:
+    if base is not None or not module.scope.has_variable("params", "") and "params" not in module.variables:
+        return ()
+    own = module.variables.get("params", {})
+    return tuple(
+        name
+        for name, value in own.items()
+        if not isinstance(value, Mapping) and name not in _ELEMENTWISE and np.ndim(linen.meta.unbox(value)) > 1
+    )
+
+
+def _check(run: Run, module: linen.Module) -> None:
+    """The rules against what the trace met and what the parameters name."""
+    missing = {p: t for p, t in run.entered.items() if (t, run.quantization) not in _reached}
+    if missing:
+        path, kind = next(iter(missing.items()))
+        raise ValueError(
+            f"{WHO}: the layer {path!r} ({kind.__name__}) never called {layer_base_of(kind).__name__}.__call__, so its product"
+            " stayed in high precision. Let it call super().__call__, or leave it out by a rule."
+        )
+    policy = run.quantization.policy
+    unseen = _module_paths(module.variables.get("params", {})) - set(run.nodes)
+    nodes = list(run.nodes.values())
+    everything = [*nodes, *(Node((p,), "module") for p in sorted(unseen))]
+    taken: dict[int, int] = {}
+    for node in nodes:
+        if node.layer and (index := policy.deciding(node.paths[0])) is not None:
+            taken[index] = taken.get(index, 0) + 1
+    for index, (pattern, _) in enumerate(policy.rules):
+        if not any(policy.names(index, node.paths[0]) for node in everything):
+            raise ValueError(unmatched(pattern, [node.paths[0] for node in everything], WHO))
+        if not any(policy.deciding(path) == index for path in unseen):
+            check_rule(policy, index, nodes, taken.get(index, 0), WHO)
+    if not unseen and not any(n.layer and policy.recipe(n.paths[0]) is not None for n in nodes):
+        raise ValueError(
+            f"{WHO}: this {type(module).__name__} has no layer left to quantize. It quantizes Dense, DenseGeneral, Einsum, Conv"
+            " and the models and attention made of them; in code of your own call lb.dot_general."
+        )
+
+
+def layer_base_of(kind: type) -> type:
+    return next(b for b in kind.__mro__ if layer_base(b) is b)
+
+
+def _module_paths(tree: Any, path: tuple[str, ...] = ()) -> set[str]:
+    """Paths of the modules that own or hold parameters."""
+    if not isinstance(tree, Mapping):
+        return set()
+    inside = {p for name, value in tree.items() for p in _module_paths(value, (*path, str(name)))}
+    return inside | {"/".join(path)}
+
+
+@contextlib.contextmanager
+def watching(watcher: Callable[..., None]) -> Iterator[None]:
+    """Calls `watcher(site, recipe, layer)` for each quantized product that is traced meanwhile."""
+    _active.watchers.append(watcher)
+    _active.token += 1
+    try:
+        yield
+    finally:
+        _active.watchers.remove(watcher)

@@ -1,0 +1,172 @@
+"""Linen's layers: where the weight enters the product, and one call of a layer with that product quantized."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+from jaxtyping import Array
+
+from lowbit_jax.nn.check import check_site
+from lowbit_jax.nn.product import KeepMaster, Product
+from lowbit_jax.nn.site import Site, check_activation_scale, einsum_contraction, initial_weight_scale, needs_key
+from lowbit_jax.nn.weight import to_nearest
+from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.qtensor import QTensor
+
+
+def _tuple(value: Any) -> tuple:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def _dense(layer: linen.Dense, path: str, x: Array, *_: Any) -> Site:
+    return Site(path, "dot_general", (x.shape[-1], layer.features), (0,))
+
+
+def _dense_general(layer: linen.DenseGeneral, path: str, x: Array, *_: Any) -> Site:
+    axes = sorted(a % x.ndim for a in _tuple(layer.axis))
+    batch = sorted(a % x.ndim for a in _tuple(layer.batch_dims))
+    shape = (*(x.shape[a] for a in batch), *(x.shape[a] for a in axes), *_tuple(layer.features))
+    return Site(path, "dot_general", shape, tuple(range(len(batch), len(batch) + len(axes))))
+
+
+def _einsum(layer: linen.Einsum, path: str, x: Array, spec: str | None = None) -> Site:
+    spec = (layer.einsum_str or spec or "").replace(" ", "")
+    return Site(path, "einsum", tuple(layer.shape), einsum_contraction(spec, tuple(layer.shape)), spec)
+
+
+def _conv(layer: linen.Conv, path: str, x: Array, *_: Any) -> Site:
+    shape = (*_tuple(layer.kernel_size), x.shape[-1] // layer.feature_group_count, layer.features)
+    return Site(path, "conv_general_dilated", shape, tuple(range(len(shape) - 1)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerType:
+    """Fields that hold the product (the second takes a class and wins over the first), and the site."""
+
+    fields: tuple[str, ...]
+    site: Callable[..., Site]
+
+
+LAYERS: dict[type, LayerType] = {
+    linen.Dense: LayerType(("dot_general", "dot_general_cls"), _dense),
+    linen.DenseGeneral: LayerType(("dot_general", "dot_general_cls"), _dense_general),
+    linen.Einsum: LayerType((), _einsum),
+    linen.Conv: LayerType(("conv_general_dilated", "conv_general_dilated_cls"), _conv),
+}
+
+
+def layer_base(module: Any) -> type | None:
+    """The Flax layer that a module, or a class, is."""
+    kind = module if isinstance(module, type) else type(module)
+    return next((base for base in kind.__mro__ if base in LAYERS), None)
+
+
+@functools.cache
+def own_call(base: type) -> Callable:
+    """The function that Flax runs for the layer's own `__call__`."""
+    return inspect.unwrap(base.__call__, stop=lambda f: not hasattr(f, "method_handler_wrapped"))
+
+
+def quantized_call(
+    layer: Any, base: type, path: str, recipe: LinearRecipe, call: Callable, args: tuple, kwargs: dict, watchers: Any
+) -> Array:
+    """One call of the layer's own `__call__`, its product replaced; raises where it cannot be."""
+    where = f"lb.quantize: the layer {path!r} ({base.__name__})"
+    _check_layer(layer, base, where)
+    bound = inspect.signature(own_call(base)).bind(layer, *args, **kwargs)
+    arguments = list(bound.arguments.values())[1:]
+    site = LAYERS[base].site(layer, path, *arguments)
+    stored = linen.meta.unbox(layer.get_variable("params", "kernel")) if layer.has_variable("params", "kernel") else None
+    if isinstance(stored, QTensor):
+        recipe = to_nearest(recipe)
+    else:
+        check_site(site, recipe, jax.ShapeDtypeStruct(site.shape, layer.param_dtype), where)
+    for watcher in watchers:
+        watcher(site, recipe, layer)
+    product = BoundProduct(Product(recipe, site), layer)
+    changes = dict(promote_dtype=KeepMaster(layer.promote_dtype))
+    if LAYERS[base].fields:
+        changes[LAYERS[base].fields[0]] = product
+    if isinstance(stored, QTensor):
+        changes["param"] = functools.partial(_packed_param, layer.param, stored)
+    with _changed(layer, changes):
+        return call(*args, **kwargs) if base is not linen.Einsum else einsum_call(layer, product, *arguments)
+
+
+def _check_layer(layer: Any, base: type, where: str) -> None:
+    taken = [name for name in LAYERS[base].fields if getattr(layer, name) not in (None, lax.dot_general, lax.conv_general_dilated)]
+    if taken:
+        raise ValueError(f"{where} has a {taken[0]} of its own, which quantizing would drop. Build it without, or leave it out.")
+    if layer.promote_dtype is not promote_dtype:
+        raise ValueError(f"{where} has a promote_dtype of its own, which quantizing would bypass. Leave it out by a rule.")
+    if getattr(layer, "mask", None) is not None:
+        raise NotImplementedError(
+            f"{where} has a mask. Quantized weights do not keep its zeros (a rotation mixes them, mid-rise grids have no zero)."
+            " Leave the layer out by a rule."
+        )
+
+
+def _packed_param(param: Callable, stored: QTensor, name: str, *args: Any, **kwargs: Any) -> Any:
+    return stored if name == "kernel" else param(name, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _changed(layer: Any, changes: dict[str, Any]) -> Iterator[None]:
+    """Other attributes on this one bound instance, for the length of a call."""
+    missing = object()
+    before = {name: vars(layer).get(name, missing) for name in changes}
+    for name, value in changes.items():
+        object.__setattr__(layer, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__delattr__(layer, name) if value is missing else object.__setattr__(layer, name, value)
+
+
+@dataclasses.dataclass
+class BoundProduct:
+    """A `Product` that keeps its learned scales in the `params` of its layer and draws keys from the stream "quantize"."""
+
+    product: Product
+    layer: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        recipe, site = self.product.recipe, self.product.site
+        lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
+        scales = {}
+        if "lhs" in recipe.learned:
+            scales["lhs"] = self.layer.param("lhs_scale", lambda _: self._activation_scale(lhs))
+        if "rhs" in recipe.learned and not isinstance(rhs, QTensor) and not recipe.rhs_ready:
+            scales["rhs"] = self.layer.param("rhs_scale", lambda _: initial_weight_scale(rhs, recipe, site))
+        key = self.layer.make_rng("quantize") if needs_key(recipe) else None
+        return self.product.compute(args, kwargs, key=key, scales=scales or None)
+
+    def _activation_scale(self, lhs: Array) -> Array:
+        lhs = lhs.reshape(-1, lhs.shape[-1]) if self.product.site.kind == "conv_general_dilated" else lhs
+        scale = self.product.recipe.out.lhs.initial_scale(lhs)
+        check_activation_scale(scale, self.product.recipe, self.product.site)
+        return scale
+
+
+def einsum_call(layer: linen.Einsum, product: BoundProduct, inputs: Array, einsum_str: str | None = None) -> Array:
+    """`linen.Einsum.__call__` with `product` in place of its fixed `jnp.einsum`; same parameters in the same order."""
+    spec = product.product.site.spec
+    kernel = layer.param("kernel", layer.kernel_init, layer.shape, layer.param_dtype)
+    bias = bias_shape = None
+    if layer.use_bias:
+        shape, bias_shape = layer._get_bias_shape(spec, inputs, kernel)
+        bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype)
+    inputs, kernel, bias = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
+    preferred = {} if layer.preferred_element_type is None else dict(preferred_element_type=layer.preferred_element_type)
+    y = product(spec, inputs, kernel, precision=layer.precision, **preferred)
+    return y if bias is None else y + jnp.reshape(bias, bias_shape)
