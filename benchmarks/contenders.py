@@ -60,13 +60,8 @@ def aqt_w4a4(model: nnx.Module, x: jax.Array, layers: tuple[str, ...]) -> nnx.Mo
 
 def without_rotation(recipe: lb.LinearRecipe) -> lb.LinearRecipe:
     """The same recipe with the Hadamard transform left out, to see what the transform costs."""
-    out = recipe.out
-    return dataclasses.replace(
-        recipe,
-        out=dataclasses.replace(
-            out, lhs=dataclasses.replace(out.lhs, rotation=None), rhs=dataclasses.replace(out.rhs, rotation=None)
-        ),
-    )
+    bare = lambda operand: dataclasses.replace(operand, rotation=None) if isinstance(operand, lb.Quantizer) else operand
+    return dataclasses.replace(recipe, out=lb.Gemm(lhs=bare(recipe.out.lhs), rhs=bare(recipe.out.rhs)))
 
 
 def installed(package: str) -> bool:

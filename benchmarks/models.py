@@ -69,8 +69,9 @@ def _llama(width: int, depth: int) -> nnx.Module:
 
 def _llama_batch(tokens: int, width: int) -> tuple[Int[Array, "batch time"], Int[Array, "batch time"]]:
     del width
-    keys = jax.random.split(jax.random.key(1))
-    return tuple(jax.random.randint(key, sequences(tokens), 0, _VOCAB) for key in keys)
+    tokens_key, targets_key = jax.random.split(jax.random.key(1))
+    draw = lambda key: jax.random.randint(key, sequences(tokens), 0, _VOCAB)
+    return draw(tokens_key), draw(targets_key)
 
 
 def _llama_loss(model: nnx.Module, tokens, targets) -> Float[Array, ""]:
