@@ -4,6 +4,7 @@ import dataclasses
 from typing import Protocol
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 
@@ -52,8 +53,8 @@ def expand(
 def _keep_largest(score: Float[Array, "*groups n"], keep: int) -> Bool[Array, "*groups n"]:
     """True for the `keep` largest of each last axis; of equals the first wins, so that the count is exact."""
     ahead = score[..., None, :] > score[..., :, None]
-    index = jnp.arange(score.shape[-1])
-    earlier = (score[..., None, :] == score[..., :, None]) & (index[None, :] < index[:, None])
+    before = np.tri(score.shape[-1], k=-1, dtype=bool)  # before[i, j]: j comes earlier than i
+    earlier = (score[..., None, :] == score[..., :, None]) & jnp.broadcast_to(before, ahead.shape)
     return jnp.sum(ahead | earlier, axis=-1) < keep
 
 

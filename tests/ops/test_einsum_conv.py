@@ -1,0 +1,74 @@
+"""Einsum and convolution with a recipe, against the plain ones on fake-quantized operands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import lowbit_jax as lb
+
+
+@pytest.mark.parametrize(
+    ("spec", "lhs", "rhs"),
+    [
+        ("bk,kn->bn", (3, 32), (32, 5)),
+        ("...k,kn->...n", (2, 3, 32), (32, 5)),
+        ("btd,dhk->bthk", (2, 3, 32), (32, 4, 5)),
+        ("bthk,hkd->btd", (2, 3, 4, 8), (4, 8, 5)),
+        ("bk,kn->nb", (3, 32), (32, 5)),
+        ("ebk,ekn->ebn", (2, 3, 32), (2, 32, 5)),
+        ("kb,nk->bn", (32, 3), (5, 32)),
+        ("...k,...kn->...n", (2, 32), (2, 32, 5)),
+    ],
+)
+def test_einsum(key, spec, lhs, rhs):
+    """At 8 bits the product is that of NumPy to the noise of 8 bits; in no other order of letters could it be."""
+    a, b = jax.random.split(key)
+    x, w = jax.random.normal(a, lhs), jax.random.normal(b, rhs)
+    y = lb.einsum(spec, x, w, recipe=lb.quest(8))
+    expected = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))
+    assert y.shape == expected.shape
+    assert np.abs(y - expected).max() < 0.1 * np.abs(expected).max()
+    error = np.sqrt(np.mean((y - expected) ** 2) / np.mean(expected**2))
+    assert error < 0.05
+
+
+def test_einsum_is_dot_general(key):
+    x, w = jax.random.normal(key, (4, 128)), jax.random.normal(jax.random.split(key)[0], (128, 16))
+    y = lb.einsum("bk,kn->nb", x, w, recipe=lb.quest(2))
+    np.testing.assert_array_equal(y, lb.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=lb.quest(2)).T)
+
+
+@pytest.mark.parametrize("spec", ["bk,kn", "bk->b", "bk,kn,nm->bm", "bkk,kn->bn", "bk,kn->b", "bk,kn->bnz", "bxk,kn->bxn"])
+def test_einsum_refuses(spec):
+    with pytest.raises(ValueError, match="lb.einsum"):
+        lb.einsum(spec, jnp.ones((3, 32)), jnp.ones((32, 5)), recipe=lb.quest(4))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("recipe", [lb.quest(4), lb.quest(3, activations=False), lb.methods.get("absmax_integer", bits=8)])
+def test_conv(key, recipe, groups):
+    """NHWC by HWIO: one scale a pixel and one an output channel, rotated on the channels where both are."""
+    a, b = jax.random.split(key)
+    x, w = jax.random.normal(a, (2, 6, 6, 32)), jax.random.normal(b, (3, 3, 32 // groups, 8))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    options = dict(dimension_numbers=numbers, feature_group_count=groups, precision="highest")
+    y = lb.conv_general_dilated(x, w, (1, 1), "SAME", recipe=recipe, **options)
+    q_x, q_w = recipe.out.lhs, recipe.out.rhs
+    import dataclasses
+
+    fit = lambda q: dataclasses.replace(q, rotation=lb.Hadamard(32 // groups)) if q is not None and q.rotation else q
+    x_hat = x if q_x is None else fit(q_x)(x, axis=3)
+    w_hat = fit(q_w)(w, axis=(0, 1, 2))
+    expected = lax.conv_general_dilated(x_hat, w_hat, (1, 1), "SAME", **options)
+    np.testing.assert_allclose(y, expected, atol=1e-4 * float(jnp.abs(expected).max()))
+    gradient = jax.grad(lambda w: jnp.sum(lb.conv_general_dilated(x, w, (1, 1), "SAME", recipe=recipe, **options) ** 2))(w)
+    assert np.isfinite(gradient).all() and float(jnp.abs(gradient).max()) > 0
+
+
+def test_conv_weight_has_one_scale_an_output_channel(key):
+    w = jax.random.normal(key, (3, 3, 16, 4)) * jnp.array([0.1, 1.0, 3.0, 10.0])[None, None, None, :]
+    q = lb.quest_quantizer(1, block=None)(w, axis=(0, 1, 2))
+    assert [len(np.unique(np.abs(q[..., c]))) for c in range(4)] == [1, 1, 1, 1]
+    assert len(np.unique(np.abs(q))) == 4

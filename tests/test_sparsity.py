@@ -1,0 +1,48 @@
+"""Supports: exact density, the largest kept, ties settled, and the compressed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowbit_jax.sparsity import NofM, PairsNofM, compress, expand
+
+SUPPORTS = [NofM(2, 4), NofM(1, 4), PairsNofM(2, 4)]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: s.describe())
+def test_keeps_the_largest_of_each_group(key, support, axis):
+    x = jax.random.normal(key, (32, 48))
+    mask = np.asarray(support.mask(x, axis))
+    rows = np.moveaxis(np.asarray(x), axis, -1)
+    got = np.moveaxis(mask, axis, -1)
+    for values, kept in zip(rows.reshape(-1, support.group), got.reshape(-1, support.group), strict=True):
+        score = (values**2).reshape(-1, support.run).sum(1)
+        best = np.sort(np.argsort(-score)[: support.kept // support.run])
+        np.testing.assert_array_equal(np.flatnonzero(kept[:: support.run]), best)
+        assert kept.sum() == support.kept
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: s.describe())
+def test_ties_keep_the_exact_count(support):
+    mask = support.mask(jnp.ones((3, 16)), -1)
+    assert (np.asarray(mask).reshape(-1, support.group).sum(1) == support.kept).all()
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: s.describe())
+def test_compressed_codes_come_back(key, support):
+    codes = jax.random.randint(key, (5, 64), 0, 16).astype(jnp.uint8)
+    mask = support.mask(jax.random.normal(jax.random.split(key)[1], (5, 64)), 1)
+    kept, marks = compress(codes, mask, support)
+    assert kept.shape == (5, 64 * support.kept // support.group) and marks.shape == (5, 64 // support.run)
+    back, back_mask = expand(kept, marks, support)
+    np.testing.assert_array_equal(back_mask, mask)
+    np.testing.assert_array_equal(np.where(mask, back, 0), np.where(mask, codes, 0))
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match=r"2:4 cuts axis 1 of length 6.*leaves 2"):
+        NofM(2, 4).mask(jnp.ones((2, 6)), 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        NofM(5, 4)
