@@ -7,3 +7,12 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"
+
+
+def setup(app):
+    """Docstrings are plain text with equations: a bar means a magnitude, not a substitution of reStructuredText."""
+    app.connect("autodoc-process-docstring", lambda app, what, name, obj, options, lines: _escape(lines))
+
+
+def _escape(lines: list[str]) -> None:
+    lines[:] = [line.replace("|", r"\|").replace("*", r"\*") for line in lines]

@@ -1,7 +1,6 @@
 """What every test runs under: the CPU, strict dtypes and ranks, several devices to shard over, and one `key`.
 
-`pyproject.toml` makes warnings errors. `pytest --jaxtyping-packages=lowbit_jax,beartype.beartype` also checks the
-shapes in every signature.
+`pyproject.toml` makes warnings errors; `tests/typechecker.py` tells how to check the shapes in every signature too.
 """
 
 import os
