@@ -1,7 +1,7 @@
 """Grid values to codes and back: `decode(encode(values, fmt), fmt) == values`, one uint8 a code.
 
-Code of an element, by format: integers `value - low`; mid-rise `value + (2**bits - 1)/2`; floats their bit pattern as in
-ml_dtypes; codebooks the rank of the value.
+Code of an element, by format: integers `value - low`; mid-rise `value + (2**bits - 1)/2`; floats their bit pattern as
+in ml_dtypes; codebooks the rank of the value.
 """
 
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from lowbit_jax.formats.base import Codebook, FloatFormat, Format, IntFormat, Mi
 def encode(values: Float[Array, "*s"], fmt: Format) -> UInt8[Array, "*s"]:
     """The code of each value; the values must be on the grid, as the functions of `rounding` return them.
 
-    NaN gets the NaN code of the format, or code 0 where it has none (a NaN scale then keeps the tile NaN). Infinities get
-    the infinity code, or that of the largest magnitude. -0 is kept by floats that have it, else it is 0."""
+    NaN gets the NaN code of the format, or code 0 where it has none (a NaN scale then keeps the tile NaN). Infinities
+    get the infinity code, or that of the largest magnitude. -0 is kept by floats that have it, else it is 0."""
     x = values.astype(jnp.float32)
     match fmt:
         case IntFormat():
@@ -88,8 +88,8 @@ def _decode_float(code: Array, fmt: FloatFormat) -> Float[Array, "*s"]:
 
 def _not_a_format(who: str, fmt) -> TypeError:
     return TypeError(
-        f"coding.{who} got {fmt!r} for a format. It needs an IntFormat, MidRiseFormat, FloatFormat or Codebook: a constant"
-        f" of lowbit_jax.formats, formats.get(name), or the `element` of a BlockFormat."
+        f"coding.{who} got {fmt!r} for a format. It needs an IntFormat, MidRiseFormat, FloatFormat or Codebook: a"
+        f" constant of lowbit_jax.formats, formats.get(name), or the `element` of a BlockFormat."
     )
 
 

@@ -21,7 +21,7 @@ def packed_size(size: int, bits: int) -> int:
 def pack(codes: UInt8[Array, "*rows size"], bits: int) -> UInt8[Array, "*rows packed"]:
     """The codes of each row as `packed_size(size, bits)` bytes; bits of a code above `bits` are cut off.
 
-    Raises: ValueError for a width that is not 1 to 8, a TypeError for codes that are not uint8."""
+    Raises: ValueError for a width that is not 1 to 8, TypeError for codes that are not uint8."""
     _check("pack", codes, bits)
     if bits == 8:
         return codes
@@ -35,13 +35,14 @@ def pack(codes: UInt8[Array, "*rows size"], bits: int) -> UInt8[Array, "*rows pa
 def unpack(words: UInt8[Array, "*rows packed"], bits: int, size: int) -> UInt8[Array, "*rows size"]:
     """The `size` codes of each row: the inverse of `pack`.
 
-    Raises: ValueError for a width that is not 1 to 8, or rows whose length is not `packed_size(size, bits)`; a TypeError
+    Raises: ValueError for a width that is not 1 to 8, or rows whose length is not `packed_size(size, bits)`; TypeError
     for words that are not uint8."""
     _check("unpack", words, bits)
-    if words.shape[-1] != packed_size(size, bits):
+    expected = packed_size(size, bits)
+    if words.shape[-1] != expected:
         raise ValueError(
-            f"unpack got rows of {words.shape[-1]} bytes for {size} codes of {bits} bits, which take"
-            f" {packed_size(size, bits)}. Pass the `bits` of the call to `pack` and the last axis of its codes as `size`."
+            f"unpack got rows of {words.shape[-1]} bytes for {size} codes of {bits} bits, which take {expected}. Pass"
+            f" the `bits` of the call to `pack` and the last axis of its codes as `size`."
         )
     if bits == 8:
         return words
@@ -93,6 +94,6 @@ def _check(who: str, x: Array, bits: int) -> None:
         raise ValueError(f"packing.{who} got bits={bits}; it stores codes of 1 to 8 bits.")
     if x.dtype != jnp.uint8 or x.ndim == 0:
         raise TypeError(
-            f"packing.{who} got a {x.dtype} array of shape {x.shape}; it takes uint8 with at least one axis: the codes of"
-            f" coding.encode, or the bytes of packing.pack."
+            f"packing.{who} got a {x.dtype} array of shape {x.shape}; it takes uint8 with at least one axis: the codes"
+            f" of coding.encode, or the bytes of packing.pack."
         )

@@ -2,7 +2,7 @@
 
 `u` is in units of the grid and the answer is a value of the grid, in the shape and dtype of `u`. Values beyond the grid
 saturate, infinities too; NaN stays NaN. Powers of two are taken from the exponent bits, because `log2` and `exp2` are
-inexact on XLA's CPU backend. XLA flushes float32 denormals (below 2**-126) to zero; no element format but E8M0 reaches them.
+inexact on XLA's CPU backend. XLA flushes float32 denormals (below 2**-126) to zero; only E8M0 has a value among them.
 """
 
 import jax
@@ -107,8 +107,8 @@ def power_of_two(x: Float[Array, "*s"], mode: str = "nearest") -> Float[Array, "
 
     floor: the largest 2**k <= x; ceil: the smallest 2**k >= x; nearest: the nearest in value, 1.5 * 2**k goes up (as a
     cast to E8M0); log: the nearest in the logarithm, 2**floor(log2(x) + 1/2).
-    Between 2**-126 and 2**127: a smaller `x`, zero too, gives 2**-126, because XLA flushes the 2**-127 that E8M0 also has.
-    NaN and infinity stay.
+    From 2**-126 to 2**127: a smaller `x`, zero too, gives 2**-126, because XLA flushes the 2**-127 that E8M0 also
+    has. NaN and infinity stay.
     Raises: ValueError for another mode."""
     if mode not in POWER_OF_TWO_MODES:
         raise ValueError(f"power_of_two got mode {mode!r}; pass one of {', '.join(POWER_OF_TWO_MODES)}.")

@@ -13,7 +13,9 @@ from lowbit_jax import formats, rounding
 from lowbit_jax.formats import BlockFormat, Codebook, FloatFormat, IntFormat, MidRiseFormat
 
 # Left out to compile less: the same code as formats that are in, with another constant.
-SAME = "uint2 uint3 uint5 uint6 uint7 midtread3 midtread5 midtread6 midtread7 lloyd_max5 lloyd_max6 lloyd_max7 posit8_es1".split()
+SAME = (
+    "uint2 uint3 uint5 uint6 uint7 midtread3 midtread5 midtread6 midtread7 lloyd_max5 lloyd_max6 lloyd_max7 posit8_es1"
+).split()
 ELEMENTS = [
     fmt for fmt in map(formats.get, formats.names()) if not isinstance(fmt, BlockFormat) and fmt.name not in SAME
 ]
@@ -21,6 +23,7 @@ WITH_DTYPE = [fmt for fmt in ELEMENTS if isinstance(fmt, FloatFormat) and fmt.dt
 FEW = [formats.get(name) for name in "int4 midrise1 midrise3 e2m1 e3m0 e4m3 e8m0 nf4 lloyd_max2".split()]
 over_elements = pytest.mark.parametrize("fmt", ELEMENTS, ids=lambda fmt: fmt.name)
 over_floats = pytest.mark.parametrize("fmt", WITH_DTYPE, ids=lambda fmt: fmt.name)
+DRAWN = list(dict.fromkeys(FEW + WITH_DTYPE + [formats.INT1, formats.UINT8, formats.MIDRISE8, formats.HIF8]))
 over_few = pytest.mark.parametrize("fmt", FEW, ids=lambda fmt: fmt.name)
 nearest = jax.jit(rounding.nearest, static_argnums=1)
 stochastic = jax.jit(rounding.stochastic, static_argnums=1)
@@ -52,23 +55,25 @@ def numbers_of_all_sizes(fmt) -> np.ndarray:
     return x[(x >= fmt.min_finite) & (x <= fmt.max_finite)].astype(np.float32)
 
 
+@functools.cache
+def points(fmt) -> tuple[np.ndarray, ...]:
+    return decision_points(fmt), numbers_of_all_sizes(fmt), beyond(fmt), np.float32([np.nan, -np.nan])
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def all_roundings(x, fmt, keys):
-    drawn = jax.vmap(lambda key: rounding.stochastic(x, fmt, key))(keys)
-    return rounding.nearest(x, fmt), rounding.toward_zero(x, fmt), drawn
+def certain(x, fmt):
+    return rounding.nearest(x, fmt), rounding.toward_zero(x, fmt)
 
 
 @functools.cache
-def answers(fmt) -> list[dict[str, np.ndarray]]:
-    """The three kinds of points with what each rounding made of them: one compilation a format for all tests."""
-    parts = [decision_points(fmt), beyond(fmt), numbers_of_all_sizes(fmt), np.float32([np.nan, -np.nan])]
-    x = np.concatenate(parts)
-    nearest, inward, drawn = map(np.asarray, all_roundings(x, fmt, jax.random.split(jax.random.key(1), 3)))
-    ends = np.cumsum([len(part) for part in parts])[:-1]
-    split = zip(
-        np.split(x, ends), np.split(nearest, ends), np.split(inward, ends), np.split(drawn, ends, 1), strict=True
-    )
-    return [dict(x=a, nearest=b, toward_zero=c, stochastic=d) for a, b, c, d in split]
+def rounded(fmt, which: str) -> list[np.ndarray]:
+    """What one rounding makes of each kind of points: one compilation a format serves all tests."""
+    x = np.concatenate(points(fmt))
+    if which == "stochastic":
+        y = np.stack([stochastic(x, fmt, jax.random.key(seed)) for seed in range(3)])
+    else:
+        y = np.asarray(certain(x, fmt)[which == "toward_zero"])
+    return np.split(y, np.cumsum([len(part) for part in points(fmt)])[:-1], axis=-1)
 
 
 def neighbors(fmt, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,12 +86,11 @@ def neighbors(fmt, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @over_floats
 def test_nearest_is_bit_exact_with_ml_dtypes(fmt):
     """All but the sign of zero, which the "fnuz" types drop and `coding.encode` drops for them."""
-    decision, _, random, _ = answers(fmt)
-    for part in (decision, random):
-        expected = part["x"].astype(fmt.dtype).astype(np.float32)
-        np.testing.assert_array_equal(part["nearest"], expected)
+    for x, y in zip(points(fmt)[:2], rounded(fmt, "nearest")[:2], strict=True):
+        expected = x.astype(fmt.dtype).astype(np.float32)
+        np.testing.assert_array_equal(y, expected)
         if fmt.negative_zero:
-            np.testing.assert_array_equal(np.signbit(part["nearest"]), np.signbit(expected))
+            np.testing.assert_array_equal(np.signbit(y), np.signbit(expected))
 
 
 def test_nearest_to_e8m0_among_float32_denormals_too():
@@ -99,37 +103,34 @@ def test_nearest_to_e8m0_among_float32_denormals_too():
 
 @over_elements
 def test_nearest_is_nearest_by_exhaustive_search(fmt):
-    part, grid = answers(fmt)[0], grid_of(fmt).astype(np.float64)
-    assert np.isin(part["nearest"], grid).all()
-    least = np.abs(part["x"][:, None].astype(np.float64) - grid).min(axis=1)
-    np.testing.assert_array_equal(np.abs(part["x"].astype(np.float64) - part["nearest"]), least)
+    x, y, grid = points(fmt)[0].astype(np.float64), rounded(fmt, "nearest")[0], grid_of(fmt).astype(np.float64)
+    assert np.isin(y, grid).all()
+    np.testing.assert_array_equal(np.abs(x - y), np.abs(x[:, None] - grid).min(axis=1))
 
 
 @over_elements
 def test_beyond_the_grid_all_roundings_saturate_and_nan_stays(fmt):
-    _, far, _, nan = answers(fmt)
-    edge = np.where(far["x"] > 0, np.float32(fmt.max_finite), np.float32(fmt.min_finite))
-    for name in ("nearest", "toward_zero", "stochastic"):
-        np.testing.assert_array_equal(far[name], np.broadcast_to(edge, far[name].shape))
-        assert np.isnan(nan[name]).all()
+    edge = np.where(points(fmt)[2] > 0, np.float32(fmt.max_finite), np.float32(fmt.min_finite))
+    for which in ("nearest", "toward_zero") + ("stochastic",) * (fmt in DRAWN):
+        far, nan = rounded(fmt, which)[2:]
+        np.testing.assert_array_equal(far, np.broadcast_to(edge, far.shape))
+        assert np.isnan(nan).all()
 
 
 @over_elements
 def test_toward_zero_is_the_neighbor_of_smaller_magnitude(fmt):
-    for part in (answers(fmt)[0], answers(fmt)[2]):
-        x = part["x"]
+    for x, y in zip(points(fmt)[:2], rounded(fmt, "toward_zero")[:2], strict=True):
         lower, upper = neighbors(fmt, x)
         inward = np.where(np.abs(lower) <= np.abs(upper), lower, upper)
         same_sign = np.where(x > 0, upper, lower)  # between two levels of unlike sign, where the grid has no zero
-        expected = np.where((lower < 0) & (upper > 0), same_sign, inward)
-        np.testing.assert_array_equal(part["toward_zero"], expected)
+        np.testing.assert_array_equal(y, np.where((lower < 0) & (upper > 0), same_sign, inward))
 
 
-@over_elements
+@pytest.mark.parametrize("fmt", DRAWN, ids=lambda fmt: fmt.name)
 def test_stochastic_takes_only_the_two_neighbors_and_keeps_the_grid(fmt):
-    for part in (answers(fmt)[0], answers(fmt)[2]):
-        lower, upper = neighbors(fmt, part["x"])
-        assert ((part["stochastic"] == lower) | (part["stochastic"] == upper)).all()
+    for x, y in zip(points(fmt)[:2], rounded(fmt, "stochastic")[:2], strict=True):
+        lower, upper = neighbors(fmt, x)
+        assert ((y == lower) | (y == upper)).all()
 
 
 def test_ties_go_where_the_docstring_says():

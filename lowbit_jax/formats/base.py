@@ -1,7 +1,7 @@
 """Which values can one element take? Frozen data only: no arrays, and nothing here imports jax.
 
-A format is a grid of real numbers in its own units; a scale (elsewhere) says how large a unit is. All formats answer the
-same questions: `levels`, `bits`, `max_finite`, `min_finite`, `has_zero`, `top_gap`, `symmetric`, `max_exponent`.
+A format is a grid of real numbers in its own units; a scale (elsewhere) says how large a unit is. All formats answer
+the same questions: `levels`, `bits`, `max_finite`, `min_finite`, `has_zero`, `top_gap`, `symmetric`, `max_exponent`.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Grid:
         raise NotImplementedError
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _levels(fmt: Grid) -> tuple[float, ...]:
     return fmt._enumerate()
 
@@ -111,9 +111,9 @@ class MidRiseFormat(Grid):
 class FloatFormat(Grid):
     """A small floating-point type. Code: its bit pattern, sign first.
 
-    A code with exponent field `e > 0` and mantissa field `m` holds `2**(e - bias) * (1 + m / 2**mantissa_bits)`, one with
-    `e == 0` holds `2**(1 - bias) * m / 2**mantissa_bits` (zero and the subnormals; with `subnormals=False` it is one more
-    binade and there is no zero). Patterns above `max_finite` are the infinity and NaN codes."""
+    A code with exponent field `e > 0` and mantissa field `m` holds `2**(e - bias) * (1 + m / 2**mantissa_bits)`, one
+    with `e == 0` holds `2**(1 - bias) * m / 2**mantissa_bits` (zero and the subnormals; with `subnormals=False` it is
+    one more binade and there is no zero). Patterns above `max_finite` are the infinity and NaN codes."""
 
     name: str
     exponent_bits: int
@@ -133,6 +133,11 @@ class FloatFormat(Grid):
             raise ValueError(
                 f"FloatFormat {self.name!r} has {self.bits} bits and max_finite {self.max_finite}. It needs 2 to"
                 f" {MAX_CODE_BITS} bits and a max_finite that one of its codes holds (bias {self.bias})."
+            )
+        if not self.subnormals and (self.bits, self.mantissa_bits, self.bias, self.signed) != (8, 0, 127, False):
+            raise ValueError(
+                f"FloatFormat {self.name!r} has subnormals=False, which only E8M0 has (8 exponent bits, no sign, bias"
+                f" 127). Pass subnormals=True, or list the values in a Codebook."
             )
 
     @property

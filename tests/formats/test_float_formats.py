@@ -63,3 +63,7 @@ def test_a_float_format_that_cannot_be_is_refused():
         FloatFormat(name="wrong", exponent_bits=2, mantissa_bits=1, bias=1, max_finite=7.0, source="none")
     with pytest.raises(ValueError, match="9 bits"):
         FloatFormat(name="wide", exponent_bits=5, mantissa_bits=3, bias=15, max_finite=57344.0, source="none")
+    with pytest.raises(ValueError, match="subnormals=False, which only E8M0 has"):
+        FloatFormat(
+            name="flushed", exponent_bits=2, mantissa_bits=1, bias=1, max_finite=6.0, subnormals=False, source="none"
+        )
