@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
@@ -61,6 +60,7 @@ class _Active(threading.local):
     def __init__(self):
         self.runs: list[Run] = []
         self.watchers: list[Callable[..., None]] = []
+        self.kept: list[list[Run]] = []
         self.token = 0
 
 
@@ -94,7 +94,9 @@ def quantized_class(base: type, chosen: Quantization, root: tuple[str, ...] | No
 
     `root` is the path of the quantized module that a submodule belongs to; None for that module itself."""
     if not hasattr(linen.Module, "_call_wrapped_method"):
-        raise NotImplementedError("lb.quantize needs linen.Module._call_wrapped_method, which this version of Flax lacks.")
+        raise NotImplementedError(
+            "lb.quantize needs linen.Module._call_wrapped_method, which this version of Flax lacks."
+        )
 
     def _call_wrapped_method(self, function, args, kwargs):
         with _running(self, root, function.__name__):
@@ -162,6 +164,8 @@ def _running(module: linen.Module, root: tuple[str, ...] | None, method: str) ->
             _check(run, module)
     finally:
         _active.runs.pop()
+        for kept in _active.kept:
+            kept.append(run)
 
 
 def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
@@ -178,7 +182,9 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
     run.nodes[path] = Node((path,), type(module).__name__, layer=True)
     if recipe is None:
         return call(*args, **kwargs)
-    if context.orig_method.func is not own_call(base):  # a subclass or a lifted class: its own call comes through here later
+    if context.orig_method.func is not own_call(
+        base
+    ):  # a subclass or a lifted class: its own call comes through here later
         check_subclass(module, base, f"{WHO}: the layer {path!r} ({type(module).__name__})")
         run.entered.setdefault(path, type(module))
         return call(*args, **kwargs)
@@ -244,11 +250,14 @@ def _module_paths(tree: Any, path: tuple[str, ...] = ()) -> set[str]:
 
 
 @contextlib.contextmanager
-def watching(watcher: Callable[..., None]) -> Iterator[None]:
-    """Calls `watcher(site, recipe, layer)` for each quantized product that is traced meanwhile."""
+def watching(watcher: Callable[..., None], runs: list[Run] | None = None) -> Iterator[None]:
+    """Calls `watcher(site, recipe, layer)` for each quantized product that is traced meanwhile; `runs` collects the runs."""
+    kept: list[Run] = [] if runs is None else runs
     _active.watchers.append(watcher)
+    _active.kept.append(kept)
     _active.token += 1
     try:
         yield
     finally:
         _active.watchers.remove(watcher)
+        _active.kept = [k for k in _active.kept if k is not kept]

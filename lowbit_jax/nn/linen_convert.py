@@ -24,7 +24,9 @@ def convert(model: linen.Module, variables: Any = None, *args: Any, **kwargs: An
         recipe, scale = to_nearest(recipe), layer.get("rhs_scale")
         kept = {name: value for name, value in layer.items() if name != "rhs_scale"}
         function = lambda kernel, scale=None: packed_weight(kernel, recipe, site, scale=scale)
-        return kept if recipe.out.rhs is None else kept | {"kernel": _over_stack(function, layer["kernel"], scale, site)}
+        return (
+            kept if recipe.out.rhs is None else kept | {"kernel": _over_stack(function, layer["kernel"], scale, site)}
+        )
 
     return model, _with_layers(variables, sites, pack)
 
@@ -76,7 +78,7 @@ def _sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], w
             " one, or jax.ShapeDtypeStruct of their shapes."
         )
     sites = trace_sites(model, variables, args, kwargs)
-    for path, (_, recipe) in sites.items():
+    for path in sites:
         if isinstance(_inside(variables["params"], path)["kernel"], QTensor):
             raise ValueError(f"{who}: the layer {path!r} is packed already. Use the variables of the training form.")
     unseen = [p for p in _kernels(variables["params"]) if p not in sites and quantization(model).recipe(p) is not None]

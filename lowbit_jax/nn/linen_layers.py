@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 from jax import lax
@@ -85,7 +84,9 @@ def quantized_call(
     bound = inspect.signature(own_call(base)).bind(layer, *args, **kwargs)
     arguments = list(bound.arguments.values())[1:]
     site = LAYERS[base].site(layer, path, *arguments)
-    stored = linen.meta.unbox(layer.get_variable("params", "kernel")) if layer.has_variable("params", "kernel") else None
+    stored = (
+        linen.meta.unbox(layer.get_variable("params", "kernel")) if layer.has_variable("params", "kernel") else None
+    )
     if isinstance(stored, QTensor):
         recipe = to_nearest(recipe)
     else:
@@ -103,11 +104,19 @@ def quantized_call(
 
 
 def _check_layer(layer: Any, base: type, where: str) -> None:
-    taken = [name for name in LAYERS[base].fields if getattr(layer, name) not in (None, lax.dot_general, lax.conv_general_dilated)]
+    taken = [
+        name
+        for name in LAYERS[base].fields
+        if getattr(layer, name) not in (None, lax.dot_general, lax.conv_general_dilated)
+    ]
     if taken:
-        raise ValueError(f"{where} has a {taken[0]} of its own, which quantizing would drop. Build it without, or leave it out.")
+        raise ValueError(
+            f"{where} has a {taken[0]} of its own, which quantizing would drop. Build it without, or leave it out."
+        )
     if layer.promote_dtype is not promote_dtype:
-        raise ValueError(f"{where} has a promote_dtype of its own, which quantizing would bypass. Leave it out by a rule.")
+        raise ValueError(
+            f"{where} has a promote_dtype of its own, which quantizing would bypass. Leave it out by a rule."
+        )
     if getattr(layer, "mask", None) is not None:
         raise NotImplementedError(
             f"{where} has a mask. Quantized weights do not keep its zeros (a rotation mixes them, mid-rise grids have no zero)."
@@ -167,6 +176,8 @@ def einsum_call(layer: linen.Einsum, product: BoundProduct, inputs: Array, einsu
         shape, bias_shape = layer._get_bias_shape(spec, inputs, kernel)
         bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype)
     inputs, kernel, bias = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
-    preferred = {} if layer.preferred_element_type is None else dict(preferred_element_type=layer.preferred_element_type)
+    preferred = (
+        {} if layer.preferred_element_type is None else dict(preferred_element_type=layer.preferred_element_type)
+    )
     y = product(spec, inputs, kernel, precision=layer.precision, **preferred)
     return y if bias is None else y + jnp.reshape(bias, bias_shape)

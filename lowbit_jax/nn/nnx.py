@@ -121,7 +121,7 @@ def hook(module: Any) -> Product | None:
 def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream | None, who: str) -> nnx.Module:
     """The quantized view; see `lb.quantize`."""
     found = modules(module)
-    assigned = assign(policy, [_node(m, paths) for m, paths in found], who)
+    assigned = assign(policy, [describe(m, paths) for m, paths in found], who)
     products = {}
     for layer, paths in found:
         if paths[0] in assigned:
@@ -183,7 +183,8 @@ def _walk(node: Any, path: tuple[str, ...], above: tuple[int, ...]) -> Iterator[
 _ELEMENTWISE = {"scale", "bias"}  # parameters by these names, and vectors, enter no product
 
 
-def _node(module: nnx.Module, paths: tuple[str, ...]) -> Node:
+def describe(module: nnx.Module, paths: tuple[str, ...]) -> Node:
+    """The module as the rules see it."""
     kind = type(module).__name__
     if layer_type(module) is not None:
         return Node(paths, kind, layer=True)

@@ -114,3 +114,26 @@ def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
     from lowbit_jax.nn import linen_convert
 
     return linen_convert.calibrate(model, *args, **kwargs)
+
+
+def explain(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a recipe or a quantized model computes: a table of layer, product, operand, format, tiling, fit, rounding,
+    rotation (the block each layer really gets), estimator and bits; `str()` prints it, `.rows` holds it.
+
+    With the inputs of a call, the call and its gradient are compiled, not run, and the column "ran" shows the operation and
+    dtypes of each product in the compiled programs; `.missing` names quantized layers that are not there. Linen models show
+    their layers only so: `lb.explain(model, *args)`, or `lb.explain(model, variables, *args)`.
+    Raises: TypeError for what is neither a recipe nor a module."""
+    from lowbit_jax.nn import report
+
+    if isinstance(model, LinearRecipe):
+        if args or kwargs:
+            raise TypeError("lb.explain(recipe) takes no inputs; a quantized model takes them.")
+        return report.explain_recipe(model)
+    if framework(model, "lb.explain") == "nnx":
+        from lowbit_jax.nn import nnx_explain
+
+        return nnx_explain.explain(model, *args, **kwargs)
+    from lowbit_jax.nn import linen_explain
+
+    return linen_explain.explain(model, *args, **kwargs)

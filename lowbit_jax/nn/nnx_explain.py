@@ -1,0 +1,37 @@
+"""NNX: the layers of `lb.explain`, and the programs that prove them."""
+
+import math
+from typing import Any
+
+from flax import nnx
+
+from lowbit_jax.nn.compiled import evidence
+from lowbit_jax.nn.nnx import PackedWeight, describe, hook, layer_type, modules
+from lowbit_jax.nn.report import Explanation, Layer, explain_layers
+from lowbit_jax.nn.tracing import programs
+
+
+def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
+    layers, high_precision = [], []
+    for module, paths in modules(model):
+        node = describe(module, paths)
+        product = hook(module) if layer_type(module) else None
+        if product is not None:
+            value = module.kernel.get_value()
+            packed = isinstance(module.kernel, PackedWeight)
+            stack = (
+                value.words.shape[: value.ndim - 2] if packed else value.shape[: value.ndim - len(product.site.shape)]
+            )
+            layers.append(Layer(product.site, product.recipe, packed, tuple(stack), value.dtype))
+        elif node.layer or node.opaque:
+            high_precision.append(f"{paths[0] or 'the module'} ({node.kind})")
+    title = f"{type(model).__name__}: {len(layers)} quantized layer{'s' * (len(layers) != 1)}"
+    if not args and not kwargs:
+        return explain_layers(title, layers, high_precision)
+    graph, state = nnx.split(model)
+    trainable = not any(layer.packed for layer in layers)
+    texts = programs(
+        lambda state, given: nnx.merge(graph, state)(*given[0], **given[1]), state, (args, kwargs), trainable
+    )
+    sizes = {layer.site.tag: math.prod(layer.site.shape) for layer in layers}
+    return explain_layers(title, layers, high_precision, evidence(*texts, sizes))

@@ -1,0 +1,188 @@
+"""`lb.explain`: what a recipe or a quantized model computes, as a table; with inputs, what the compiled program ran."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax.nn.compiled import Evidence, RanProduct
+from lowbit_jax.nn.site import Site
+from lowbit_jax.nn.weight import packed_weight, to_nearest
+from lowbit_jax.ops import FORWARD, LinearRecipe
+from lowbit_jax.quantizer import Quantizer
+
+PRODUCTS = {
+    "out": ("activation", "weight"),
+    "grad_lhs": ("cotangent", "weight"),
+    "grad_rhs": ("activation", "cotangent"),
+}
+"""The three products of a layer and their two operands."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One operand of one product. bits: stored bits an element, a weight's scales included. ran: from the compiled program."""
+
+    layer: str
+    product: str
+    operand: str
+    format: str
+    tiling: str = ""
+    fit: str = ""
+    rounding: str = ""
+    scale: str = ""
+    rotation: str = ""
+    sparsity: str = ""
+    estimator: str = ""
+    bits: float | None = None
+    kernel: str = "xla"
+    ran: str = ""
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.tiling)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """A quantized layer as Flax holds it. stack: leading axes of layers stacked for a scan."""
+
+    site: Site
+    recipe: LinearRecipe
+    packed: bool = False
+    stack: tuple[int, ...] = ()
+    dtype: Any = jnp.float32
+
+
+NOT_RUN = "did not run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The table: `rows`, six a layer (two operands of three products), and the modules left in high precision.
+
+    `str()` shows the quantized operands; `missing` names the layers that the compiled program does not hold."""
+
+    title: str
+    rows: tuple[Row, ...]
+    high_precision: tuple[str, ...] = ()
+    proved: bool = False
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Layers whose forward product is not in the program compiled for the given inputs."""
+        return tuple(dict.fromkeys(r.layer for r in self.rows if r.product == "out" and r.ran == NOT_RUN))
+
+    def __str__(self) -> str:
+        columns = [
+            "layer",
+            "product",
+            "operand",
+            "format",
+            "tiling",
+            "fit",
+            "rounding",
+            "scale",
+            "rotation",
+            "sparsity",
+        ]
+        columns += ["estimator", "bits", "kernel"] + (["ran"] if self.proved else [])
+        shown = [row for row in self.rows if row.quantized or (row.operand == "cotangent" and row.ran)]
+        if all(row.sparsity in ("", "dense") for row in shown):
+            columns.remove("sparsity")
+        lines = [self.title, *_table(columns, [[_cell(getattr(row, c)) for c in columns] for row in shown])]
+        trainable = not any(row.kernel.endswith("packed") for row in shown)
+        if shown and trainable and not any(row.quantized and row.product != "out" for row in shown):
+            lines.append("gradients: a high-precision cotangent times the operands of the forward product")
+        if self.high_precision:
+            lines.append("in high precision: " + ", ".join(self.high_precision))
+        if self.missing:
+            lines.append(f"NOT IN THE COMPILED PROGRAM: {', '.join(name or 'the module' for name in self.missing)}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
+    line = lambda cells: "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    return [line(columns), "  ".join("-" * width for width in widths), *map(line, rows)]
+
+
+def recipe_rows(recipe: LinearRecipe, layer: Layer | None = None, evidence: Evidence | None = None) -> list[Row]:
+    """Six rows: two operands of each of the three products."""
+    rows = []
+    for product, operands in PRODUCTS.items():
+        gemm = getattr(recipe, product)
+        for side, operand in zip(("lhs", "rhs"), operands, strict=True):
+            slots = dict(_slots(getattr(gemm, side), product, operand, recipe, layer))
+            ran = _ran(evidence, product, layer) if evidence is not None and layer is not None else ""
+            rows.append(Row(layer=layer.site.path if layer else "", product=product, operand=operand, ran=ran, **slots))
+    return rows
+
+
+def _slots(quantizer: Any, product: str, operand: str, recipe: LinearRecipe, layer: Layer | None) -> Iterable[tuple]:
+    if not isinstance(quantizer, Quantizer):
+        yield "format", "as in out" if quantizer == FORWARD else "high precision"
+        return
+    length = _length(product, layer)
+    words = quantizer.explain(length)
+    yield from (
+        (name, words[name]) for name in ("format", "tiling", "fit", "rounding", "rotation", "sparsity", "estimator")
+    )
+    yield "scale", words["scale_format"]
+    yield "bits", _bits(quantizer, product, operand, recipe, layer)
+    if layer is not None and operand == "weight" and product == "out":
+        state = "packed" if layer.packed else "prepared" if recipe.rhs_ready else ""
+        yield "kernel", f"xla, {state}" if state else "xla"
+
+
+def _length(product: str, layer: Layer | None) -> int | None:
+    """Elements along the axis that is rotated, where the layer alone says so (grad_rhs sums over the batch)."""
+    if layer is None or product == "grad_rhs":
+        return None
+    site = layer.site
+    if product == "out":
+        return site.shape[-2] if site.kind == "conv_general_dilated" else site.length
+    outputs = [n for axis, n in enumerate(site.shape) if axis not in site.contract]
+    return outputs[-1] if len(outputs) == 1 else None
+
+
+def _bits(quantizer: Quantizer, product: str, operand: str, recipe: LinearRecipe, layer: Layer | None) -> float:
+    """Bits of an element; for a weight of known shape those of its packed form, scales included."""
+    if layer is None or (product, operand) != ("out", "weight"):
+        return quantizer.element_bits()
+    recipe = to_nearest(recipe)
+    kernel = jax.ShapeDtypeStruct(layer.site.shape, layer.dtype)
+    scale = jnp.ones(()) if quantizer.learned else None
+    try:
+        packed = jax.eval_shape(lambda k: packed_weight(k, recipe, layer.site, scale=scale), kernel)
+    except NotImplementedError:
+        return quantizer.element_bits()
+    return packed.bits_per_element
+
+
+def _ran(evidence: Evidence, product: str, layer: Layer) -> str:
+    found: list[RanProduct] = getattr(evidence, product).get(layer.site.tag, [])
+    if found:
+        return ", ".join(dict.fromkeys(ran.words for ran in found))
+    if product == "out":
+        return NOT_RUN
+    return "" if layer.packed else "none"
+
+
+def explain_recipe(recipe: LinearRecipe) -> Explanation:
+    return Explanation(f"recipe {recipe.name or 'without a name'}", tuple(recipe_rows(recipe)))
+
+
+def explain_layers(
+    title: str, layers: Sequence[Layer], high_precision: Sequence[str], evidence: Evidence | None = None
+) -> Explanation:
+    rows = [row for layer in layers for row in recipe_rows(layer.recipe, layer, evidence)]
+    return Explanation(title, tuple(rows), tuple(high_precision), evidence is not None)
