@@ -1,4 +1,4 @@
-"""What is checked before a layer is quantized: its shapes, on which the quantizers are tried abstractly, and its class."""
+"""What is checked before a layer is quantized: its shapes (the quantizers are tried on them) and its class."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from lowbit_jax.ops import LinearRecipe
 
 
 def check_site(site: Site, recipe: LinearRecipe, kernel: Array, where: str) -> None:
-    """Raises what quantizing would raise (a group that does not divide the contraction, a dtype), with the layer's name."""
+    """Raises what quantizing would raise (a group that does not divide, a dtype), with the layer's name."""
     try:
         _try(dataclasses.replace(site, path=""), recipe, tuple(kernel.shape), jnp.dtype(kernel.dtype))
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -45,7 +45,8 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
         for name, member in vars(klass).items():
             if name != "__init__" and "kernel" in _names_used(member):
                 raise ValueError(
-                    f"{where}: {klass.__name__}.{name} uses `kernel` itself, and that product would stay in high precision."
+                    f"{where}: {klass.__name__}.{name} uses `kernel` itself, and that product would stay in high"
+                    " precision."
                     f" Let it call super().__call__, or leave the layer out by a rule and use lb.dot_general in {name}."
                 )
 

@@ -15,7 +15,8 @@ _TYPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 class RanProduct:
     """One product of the program. backward: it belongs to the transposed (gradient) part. result, operands: HLO types.
 
-    tag: the layer's, or "" where XLA rewrote the product and dropped its name (it does so with gradients of convolutions)."""
+    tag: the layer's, or "" where XLA rewrote the product and dropped its name (it does so with gradients of
+    convolutions)."""
 
     tag: str
     backward: bool
@@ -120,10 +121,11 @@ class Evidence:
 
 
 def evidence(forward: str, backward: str | None, sizes: dict[str, int]) -> Evidence:
-    """The products of each layer in its compiled forward and gradient programs; `sizes`: elements of each weight, by tag.
+    """The products of each layer in its compiled forward and gradient programs; `sizes`: elements of each weight, by
+    tag.
 
-    In the gradient program a product of the weight's size is grad_rhs, one of the activation's size grad_lhs; others are
-    forward products computed again."""
+    In the gradient program a product of the weight's size is grad_rhs, one of the activation's size grad_lhs; others
+    are forward products computed again."""
     out: dict[str, list[RanProduct]] = {}
     grad_lhs: dict[str, list[RanProduct]] = {}
     grad_rhs: dict[str, list[RanProduct]] = {}

@@ -1,10 +1,10 @@
 """Linen: the same module, whose layers compute quantized products while any of its methods runs.
 
-Submodules made in a compact method exist only while it runs, so nothing can be exchanged beforehand. The quantized module is
-of a subclass of its class, by the same name and with the same fields, whose methods run under a `flax.linen.intercept_methods`
-of their own; submodules made in `setup` become such subclasses too, so that they can be called directly. Within the module a
-layer keeps its parameters and its own `__call__`: only its `dot_general` (or the like) and `promote_dtype` are others for the
-length of the call. Nothing outside the module is touched.
+Submodules made in a compact method exist only while it runs, so nothing can be exchanged beforehand. The quantized
+module is of a subclass of its class, by the same name and with the same fields, whose methods run under a
+`flax.linen.intercept_methods` of their own; submodules made in `setup` become such subclasses too, so that they can be
+called directly. Within the module a layer keeps its parameters and its own `__call__`: only its `dot_general` (or the
+like) and `promote_dtype` are others for the length of the call. Nothing outside the module is touched.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ def quantization(module: Any) -> Quantization | None:
 
 @functools.cache
 def quantized_class(base: type, chosen: Quantization, root: tuple[str, ...] | None) -> type:
-    """The subclass of `base` whose methods run quantized; the same one for the same arguments, so that modules compare equal.
+    """The subclass of `base` whose methods run quantized; one for the same arguments, so that modules compare equal.
 
     `root` is the path of the quantized module that a submodule belongs to; None for that module itself."""
     if not hasattr(linen.Module, "_call_wrapped_method"):
@@ -122,7 +122,7 @@ def _rebuild(base: type, chosen: Quantization, fields: dict[str, Any]) -> linen.
 
 
 def _adopt(module: linen.Module, chosen: Quantization, root: tuple[str, ...]) -> None:
-    """Turns the submodules that `setup` or the fields made into quantized ones, so that calls from outside are quantized."""
+    """Turns the submodules of `setup` and of fields into quantized ones, so that calls from outside are quantized."""
     pending = [value for name, value in vars(module).items() if name not in ("parent", "_parent_ref", "_state")]
     while pending:
         value = pending.pop()
@@ -151,7 +151,8 @@ def _running(module: linen.Module, root: tuple[str, ...] | None, method: str) ->
         return
     if top is not None and top.quantization.recipe(top.path(module) or "") is not None:
         raise ValueError(
-            f"{WHO}: {'/'.join(module.scope.path)!r} was quantized before it was put into a model that is quantized as a whole."
+            f"{WHO}: {'/'.join(module.scope.path)!r} was quantized before it was put into a model that is quantized"
+            " as a whole."
             " Put in the original module, or leave its path out by a rule of the outer call."
         )
     run = Run(chosen, root)
@@ -214,7 +215,8 @@ def _check(run: Run, module: linen.Module) -> None:
     if missing:
         path, kind = next(iter(missing.items()))
         raise ValueError(
-            f"{WHO}: the layer {path!r} ({kind.__name__}) never called {layer_base_of(kind).__name__}.__call__, so its product"
+            f"{WHO}: the layer {path!r} ({kind.__name__}) never called {layer_base_of(kind).__name__}.__call__, so"
+            " its product"
             " stayed in high precision. Let it call super().__call__, or leave it out by a rule."
         )
     policy = run.quantization.policy
@@ -232,7 +234,8 @@ def _check(run: Run, module: linen.Module) -> None:
             check_rule(policy, index, nodes, taken.get(index, 0), WHO)
     if not unseen and not any(n.layer and policy.recipe(n.paths[0]) is not None for n in nodes):
         raise ValueError(
-            f"{WHO}: this {type(module).__name__} has no layer left to quantize. It quantizes Dense, DenseGeneral, Einsum, Conv"
+            f"{WHO}: this {type(module).__name__} has no layer left to quantize. It quantizes Dense, DenseGeneral,"
+            " Einsum, Conv"
             " and the models and attention made of them; in code of your own call lb.dot_general."
         )
 
@@ -251,7 +254,7 @@ def _module_paths(tree: Any, path: tuple[str, ...] = ()) -> set[str]:
 
 @contextlib.contextmanager
 def watching(watcher: Callable[..., None], runs: list[Run] | None = None) -> Iterator[None]:
-    """Calls `watcher(site, recipe, layer)` for each quantized product that is traced meanwhile; `runs` collects the runs."""
+    """Calls `watcher(site, recipe, layer)` for each quantized product traced meanwhile; `runs` collects the runs."""
     kept: list[Run] = [] if runs is None else runs
     _active.watchers.append(watcher)
     _active.kept.append(kept)

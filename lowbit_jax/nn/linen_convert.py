@@ -74,7 +74,8 @@ def _sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], w
         args = (jax.ShapeDtypeStruct((1, variables["params"]["kernel"].shape[0]), model.param_dtype),)
     if not args and not kwargs:
         raise TypeError(
-            f"{who}(model, variables, *args): a Linen model shows how it uses its weights only in a call. Pass the inputs of"
+            f"{who}(model, variables, *args): a Linen model shows how it uses its weights only in a call. Pass the"
+            " inputs of"
             " one, or jax.ShapeDtypeStruct of their shapes."
         )
     sites = trace_sites(model, variables, args, kwargs)
@@ -84,7 +85,8 @@ def _sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], w
     unseen = [p for p in _kernels(variables["params"]) if p not in sites and quantization(model).recipe(p) is not None]
     if unseen:
         raise ValueError(
-            f"{who}: this call does not reach {', '.join(map(repr, unseen[:4]))}. Pass inputs (and `method=`) that run the"
+            f"{who}: this call does not reach {', '.join(map(repr, unseen[:4]))}. Pass inputs (and `method=`) that"
+            " run the"
             " whole model, or leave these out by a rule."
         )
     return sites

@@ -119,7 +119,8 @@ def _check_layer(layer: Any, base: type, where: str) -> None:
         )
     if getattr(layer, "mask", None) is not None:
         raise NotImplementedError(
-            f"{where} has a mask. Quantized weights do not keep its zeros (a rotation mixes them, mid-rise grids have no zero)."
+            f"{where} has a mask. Quantized weights do not keep its zeros (a rotation mixes them, mid-rise grids"
+            " have no zero)."
             " Leave the layer out by a rule."
         )
 
@@ -144,7 +145,7 @@ def _changed(layer: Any, changes: dict[str, Any]) -> Iterator[None]:
 
 @dataclasses.dataclass
 class BoundProduct:
-    """A `Product` that keeps its learned scales in the `params` of its layer and draws keys from the stream "quantize"."""
+    """A `Product` with its learned scales in the `params` of its layer and its keys from the stream "quantize"."""
 
     product: Product
     layer: Any

@@ -1,9 +1,9 @@
 """NNX: a quantized view of a module, with the same parameters at the same paths.
 
-The view is new modules around the very same Variables, as `nnx.view` makes: training it trains the original's parameters,
-while the original keeps computing in full precision (`nnx.clone` the model first for independent parameters). In a
-quantized layer only static attributes differ: its product and its `promote_dtype`. Learned scales and random streams, where
-a recipe asks for them, live in a small module in place of the product.
+The view is new modules around the very same Variables, as `nnx.view` makes: training it trains the original's
+parameters, while the original keeps computing in full precision (`nnx.clone` the model first for independent
+parameters). In a quantized layer only static attributes differ: its product and its `promote_dtype`. Learned scales and
+random streams, where a recipe asks for them, live in a small module in place of the product.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from lowbit_jax.qtensor import QTensor
 
 
 class Scale(nnx.Param):
-    """A learned scale: a parameter like the kernel, apart from it by type for weight decay or learning rates of its own."""
+    """A learned scale: a parameter, by its own type so that it can have a weight decay or learning rate of its own."""
 
 
 class PackedWeight(nnx.Param):
@@ -213,7 +213,8 @@ def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
     check_subclass(layer, base, where)
     if getattr(layer, "mask", None) is not None:
         raise NotImplementedError(
-            f"{where} has a mask. Quantized weights do not keep its zeros (a rotation mixes them, mid-rise grids have no zero)."
+            f"{where} has a mask. Quantized weights do not keep its zeros (a rotation mixes them, mid-rise grids"
+            " have no zero)."
             " Leave the layer out by a rule."
         )
     if base is nnx.Einsum and layer.einsum_str is None:

@@ -36,8 +36,10 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
     missed = sorted(path for path, unset in before.items() if bool(jnp.any(unset)))
     if missed:
         raise ValueError(
-            f"lb.calibrate: this call set no scale in {', '.join(map(repr, missed[:4]))}: it does not reach them, they got NaN,"
-            " or a plain jax.lax.scan or jax.jit inside the model loses what a layer writes (nnx.scan and nnx.jit keep it)."
+            f"lb.calibrate: this call set no scale in {', '.join(map(repr, missed[:4]))}: it does not reach them,"
+            " they got NaN,"
+            " or a plain jax.lax.scan or jax.jit inside the model loses what a layer writes (nnx.scan and nnx.jit"
+            " keep it)."
         )
     return model
 

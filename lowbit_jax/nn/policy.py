@@ -1,8 +1,9 @@
 """Which layer follows which recipe: ordered rules over the paths of modules.
 
-A rule is `(pattern, recipe)`. The pattern is a regular expression that must match the whole path of a module (`re.fullmatch`;
-path parts are joined by "/", as in "blocks/0/attention/query"); it names that module and everything inside it. The first
-rule that names a layer decides: its recipe, or `None` for high precision. Layers that no rule names follow the default.
+A rule is `(pattern, recipe)`. The pattern is a regular expression that must match the whole path of a module
+(`re.fullmatch`; path parts are joined by "/", as in "blocks/0/attention/query"); it names that module and everything
+inside it. The first rule that names a layer decides: its recipe, or `None` for high precision. Layers that no rule
+names follow the default.
 """
 
 import dataclasses
@@ -86,14 +87,16 @@ def _checked_rule(rule: Any, who: str) -> tuple[str, LinearRecipe | None]:
     pattern, recipe = rule
     if re.search(r"\(\?<?!", pattern):
         raise ValueError(
-            f"{who}: the rule {pattern!r} uses a negative lookaround. A rule names modules and all that is inside them, so"
+            f"{who}: the rule {pattern!r} uses a negative lookaround. A rule names modules and all that is inside"
+            " them, so"
             " 'all but' is written as an earlier rule with None: [('head', None), ('.*', recipe)]."
         )
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{who}: the rule {pattern!r} is not a regular expression ({error}). For a glob such as '*mlp*' write '.*mlp.*'."
+            f"{who}: the rule {pattern!r} is not a regular expression ({error}). For a glob such as '*mlp*' write"
+            " '.*mlp.*'."
         ) from error
     if recipe is not None:
         check_recipe(recipe, f"{who}: the rule {pattern!r}")
@@ -148,8 +151,10 @@ def assign(policy: Policy, nodes: Sequence[Node], who: str = "lb.quantize") -> d
     if not layers:
         kinds = sorted({node.kind for node in nodes})
         raise ValueError(
-            f"{who} found no layer that it can quantize among {', '.join(kinds)}. It quantizes Flax's Linear, LinearGeneral,"
-            " Einsum and Conv (Dense, DenseGeneral in Linen) and the models and attention made of them; in code of your own"
+            f"{who} found no layer that it can quantize among {', '.join(kinds)}. It quantizes Flax's Linear,"
+            " LinearGeneral,"
+            " Einsum and Conv (Dense, DenseGeneral in Linen) and the models and attention made of them; in code of"
+            " your own"
             " call lb.dot_general."
         )
     if not assigned:

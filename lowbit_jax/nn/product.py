@@ -1,7 +1,7 @@
 """What stands in a layer in place of its product: frozen, hashable callables that Flax holds as static attributes.
 
-A `Product` computes the product of a `Site` by a recipe; `KeepMaster` stands in place of Flax's `promote_dtype`, so that the
-quantizer sees the weight's master copy and not one rounded to the compute dtype.
+A `Product` computes the product of a `Site` by a recipe; `KeepMaster` stands in place of Flax's `promote_dtype`, so
+that the quantizer sees the weight's master copy and not one rounded to the compute dtype.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lowbit_jax.qtensor import QTensor
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Product:
-    """The quantized product of a layer whose recipe needs neither a key nor learned scales; same call as what it replaces."""
+    """The quantized product of a layer that needs neither keys nor learned scales; same call as what it replaces."""
 
     recipe: LinearRecipe
     site: Site
@@ -41,7 +41,8 @@ def _einsum(site: Site, spec: str, lhs: Array, rhs: Array | QTensor, *, recipe, 
     contract = numbers[0][1]
     if contract != site.contract and (isinstance(rhs, QTensor) or recipe.rhs_ready):
         raise ValueError(
-            f"this weight was quantized for {site.spec!r}, along its axes {site.contract}, and {spec!r} sums over {contract}."
+            f"this weight was quantized for {site.spec!r}, along its axes {site.contract}, and {spec!r} sums over"
+            f" {contract}."
             " Call it with its own spec, or keep this layer unconverted."
         )
     if out_sharding is not None and permutation != tuple(range(len(permutation))):
@@ -76,7 +77,8 @@ _COMPUTE: dict[str, Callable[..., Array]] = {
 class KeepMaster:
     """`promote_dtype` that promotes the input and the bias as `original` would, and leaves the weight as it is stored.
 
-    Serves both call forms of Flax: NNX's `((inputs, kernel, bias), dtype=)` and Linen's `(inputs, kernel, bias, dtype=)`."""
+    Serves both call forms of Flax: NNX's `((inputs, kernel, bias), dtype=)` and Linen's `(inputs, kernel, bias,
+    dtype=)`."""
 
     original: Callable[..., Any]
 

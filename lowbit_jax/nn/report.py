@@ -23,7 +23,7 @@ PRODUCTS = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One operand of one product. bits: stored bits an element, a weight's scales included. ran: from the compiled program."""
+    """One operand of one product. bits: stored bits an element, with a weight's scales. ran: what was compiled."""
 
     layer: str
     product: str

@@ -20,8 +20,9 @@ Kind = Literal["dot_general", "einsum", "conv_general_dilated"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Site:
-    """The product of one layer. path: of the layer in its model. shape: of the weight of one layer, without the leading axes of
-    layers stacked for a scan. contract: axes of the weight that the product sums over. spec: the einsum's, without blanks."""
+    """The product of one layer. path: of the layer in its model. shape: of the weight of one layer, without the leading
+    axes of layers stacked for a scan. contract: axes of the weight that the product sums over. spec: the einsum's,
+    without blanks."""
 
     path: str
     kind: Kind
@@ -99,7 +100,8 @@ def initial_weight_scale(kernel: Array, recipe: LinearRecipe, site: Site) -> Arr
 def check_activation_scale(scale: Array, recipe: LinearRecipe, site: Site) -> None:
     if scale.ndim:
         raise ValueError(
-            f"the layer {site.path!r}: a learned activation scale needs one entry for the tensor; {recipe.name or 'this recipe'}"
+            f"the layer {site.path!r}: a learned activation scale needs one entry for the tensor;"
+            f" {recipe.name or 'this recipe'}"
             f" tiles it by {recipe.out.lhs.tiling}. Use tiling=PerTensor()."
         )
 
@@ -111,7 +113,8 @@ def stacked(function: Callable[..., Any], kernel: Array, site: Site) -> Callable
     extra = kernel.ndim - len(site.shape)
     if extra < 0 or tuple(kernel.shape[extra:]) != site.shape:
         raise ValueError(
-            f"the layer {site.path!r} has a weight of shape {tuple(kernel.shape)}; its configuration says {site.shape}, after"
+            f"the layer {site.path!r} has a weight of shape {tuple(kernel.shape)}; its configuration says"
+            f" {site.shape}, after"
             " leading axes of stacked layers. Stack layers on axis 0, as nnx.vmap does."
         )
     for _ in range(extra):

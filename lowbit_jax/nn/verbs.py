@@ -31,16 +31,16 @@ def framework(module: Any, who: str) -> Literal["nnx", "linen"]:
 def quantize(module: Any, recipe: LinearRecipe | None = None, *, rules: Rules | None = None, rngs: Any = None) -> Any:
     """The quantized form of a Flax layer or model: same class, call, parameters and paths; the original stays as it is.
 
-    `recipe` goes to every layer that no rule names; by default it is `lb.quest(4)`, or high precision when some rule brings
-    a recipe. `rules` is an ordered list of `(pattern, recipe or None)`: see `lowbit_jax.nn.policy`. Quantized are the products
-    of NNX's Linear, LinearGeneral, Einsum, Conv and of Linen's Dense, DenseGeneral, Einsum, Conv, with their subclasses
-    and whatever is made of them (attention, whole models, stacks for a scan), however they are called.
+    `recipe` goes to every layer that no rule names; by default it is `lb.quest(4)`, or high precision when some rule
+    brings a recipe. `rules` is an ordered list of `(pattern, recipe or None)`: see `lowbit_jax.nn.policy`. Quantized
+    are the products of NNX's Linear, LinearGeneral, Einsum, Conv and of Linen's Dense, DenseGeneral, Einsum, Conv, with
+    their subclasses and whatever is made of them (attention, whole models, stacks for a scan), however they are called.
 
-    NNX: a view that shares the original's Variables, so training it trains them (`nnx.clone` the original first for a twin).
-    Learned scales (LSQ, PACT) are `nnx.Param`s in the layer, at `<layer>/<dot_general, ...>/lhs_scale` and `rhs_scale`;
-    `rngs` gives each layer of a stochastic recipe a stream of keys.
-    Linen: learned scales are in `params`, under the layer; keys come from the stream "quantize" of `init` and `apply`. Rules are
-    checked when the model is traced.
+    NNX: a view that shares the original's Variables, so training it trains them (`nnx.clone` the original first for a
+    twin). Learned scales (LSQ, PACT) are `nnx.Param`s in the layer, at `<layer>/<dot_general, ...>/lhs_scale` and
+    `rhs_scale`; `rngs` gives each layer of a stochastic recipe a stream of keys.
+    Linen: learned scales are in `params`, under the layer; keys come from the stream "quantize" of `init` and `apply`.
+    Rules are checked when the model is traced.
     Raises: TypeError for what is no module or no recipe; ValueError for rules that match nothing or name what cannot be
     quantized, for layers quantized already, sizes that a group does not divide, and models with nothing to quantize."""
     who = "lb.quantize"
@@ -63,10 +63,10 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Training form to packed form: weights stored as packed codes (`QTensor`), same call, same outputs up to rounding.
 
     NNX: `lb.convert(model)` is a view whose kernels are `PackedWeight`s; everything else is shared. Linen:
-    `lb.convert(model, variables, *args)` answers `(model, variables)`; `args` are inputs of one call (shapes are enough),
-    which tell how the weights are used. Layers stacked for a scan stay stacked. A stochastic rounding becomes nearest.
-    Packed and training form compute with the same values; sums may be ordered differently, and a weight rotated alone
-    rotates its activation here instead: outputs agree to about `K * eps` of the compute dtype.
+    `lb.convert(model, variables, *args)` answers `(model, variables)`; `args` are inputs of one call (shapes are
+    enough), which tell how the weights are used. Layers stacked for a scan stay stacked. A stochastic rounding becomes
+    nearest. Packed and training form compute with the same values; sums may be ordered differently, and a weight
+    rotated alone rotates its activation here instead: outputs agree to about `K * eps` of the compute dtype.
     Raises: ValueError when nothing is quantized or it is packed already; TypeError for what is no module."""
     if framework(model, "lb.convert") == "nnx":
         from lowbit_jax.nn import nnx_convert
@@ -120,9 +120,9 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Any:
     """What a recipe or a quantized model computes: a table of layer, product, operand, format, tiling, fit, rounding,
     rotation (the block each layer really gets), estimator and bits; `str()` prints it, `.rows` holds it.
 
-    With the inputs of a call, the call and its gradient are compiled, not run, and the column "ran" shows the operation and
-    dtypes of each product in the compiled programs; `.missing` names quantized layers that are not there. Linen models show
-    their layers only so: `lb.explain(model, *args)`, or `lb.explain(model, variables, *args)`.
+    With the inputs of a call, the call and its gradient are compiled, not run, and the column "ran" shows the operation
+    and dtypes of each product in the compiled programs; `.missing` names quantized layers that are not there. Linen
+    models show their layers only so: `lb.explain(model, *args)`, or `lb.explain(model, variables, *args)`.
     Raises: TypeError for what is neither a recipe nor a module."""
     from lowbit_jax.nn import report
 
