@@ -1,7 +1,7 @@
 """lowbit_jax: train and run neural networks at 1 to 8 bits in JAX and Flax.
 
-    import lowbit_jax as lb
-    dense = lb.quantize(nnx.Linear(512, 2048, rngs=rngs), lb.quest(4))
+import lowbit_jax as lb
+dense = lb.quantize(nnx.Linear(512, 2048, rngs=rngs), lb.quest(4))
 """
 
 from lowbit_jax import (

@@ -23,9 +23,9 @@ class QTensor:
 
     words: uint8 [..., bytes], the array with its contraction axis moved last, each row a little-endian bit stream.
     scales: what the scale format stores, one a tile. marks: the support of a sparse quantizer, one bit a run of
-    neighbors, packed likewise; only the kept elements have codes. axis: the contraction axis, counted from the end, so that leading
-    axes may be added or sliced off (`vmap`, a `scan` over stacked layers). length: elements along that axis.
-    Values live in the rotated space of `quantizer`; `dequantize` answers in the original one."""
+    neighbors, packed likewise; only the kept elements have codes. axis: the contraction axis, counted from the end,
+    so that leading axes may be added or sliced off (`vmap`, a `scan` over stacked layers). length: elements along
+    that axis. Values live in the rotated space of `quantizer`; `dequantize` answers in the original one."""
 
     words: UInt8[Array, "*rows bytes"]
     scales: tuple[Array, ...]

@@ -8,7 +8,6 @@ The record is frozen and hashable: it can be a static argument of a jitted funct
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -44,8 +43,8 @@ class Quantizer:
     """Composes the parts; every slot has a default, which is absmax INT8 for each row with a clipped gradient.
 
     Calling it is differentiable fake quantization; `quantize` gives the real, packed codes. In both, `axis` is the
-    contraction axis of the product that `x` will enter (default: the last), along which rotation, groups and supports lie;
-    statistics are float32 whatever the dtype of `x`, and the result has the shape and dtype of `x`.
+    contraction axis of the product that `x` will enter (default: the last), along which rotation, groups and supports
+    lie; statistics are float32 whatever the dtype of `x`, and the result has the shape and dtype of `x`.
     Raises: TypeError for slots of the wrong kind and for arrays that are not floating."""
 
     format: Format = INT8
@@ -67,7 +66,9 @@ class Quantizer:
             raise TypeError(f"Quantizer(format={self.format!r}): give a format, such as lb.formats.get('int4').")
         for slot in ("fit", "rounding"):
             if not callable(getattr(self, slot)):
-                raise TypeError(f"Quantizer({slot}={getattr(self, slot)!r}): give a function; see lb.scaling, lb.rounding.")
+                raise TypeError(
+                    f"Quantizer({slot}={getattr(self, slot)!r}): give a function; see lb.scaling, lb.rounding."
+                )
         if isinstance(self.tiling, type) or not hasattr(self.tiling, "split"):
             raise TypeError(f"Quantizer(tiling={self.tiling!r}): give a tiling, such as PerRow() or Group(32).")
         if isinstance(self.estimator, type) or not hasattr(self.estimator, "gradients"):
@@ -102,7 +103,9 @@ class Quantizer:
 
         Raises: ValueError when `axis` names several axes (a packed row lies along one)."""
         if not isinstance(axis, int):
-            raise ValueError(f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself.")
+            raise ValueError(
+                f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself."
+            )
         h, tiles, axes, scale, support = self._fitted(x, axis, scale, rounded=False)
         at = axis % x.ndim
         stored = self.scale_format.store(scale, self.format)
@@ -128,7 +131,9 @@ class Quantizer:
 
         Raises: ValueError when the fit is not learned."""
         if not self.learned:
-            raise ValueError(f"Quantizer.initial_scale: the fit {_name(self.fit)} reads its scale off the data; nothing to hold.")
+            raise ValueError(
+                f"Quantizer.initial_scale: the fit {_name(self.fit)} reads its scale off the data; nothing to hold."
+            )
         _, tiles, axes = self._tiles(x, axis)
         scale = self.fit.initial(tiles, self.format, axes)
         return scale.reshape([n for a, n in enumerate(tiles.shape) if a not in axes])
@@ -208,7 +213,9 @@ def block_quantizer(fmt: BlockFormat, **slots) -> Quantizer:
 
     Raises: TypeError for a format that is not a block format."""
     if not isinstance(fmt, BlockFormat):
-        raise TypeError(f"block_quantizer({fmt!r}): give a block format, such as lb.formats.MXFP4; others go to Quantizer.")
+        raise TypeError(
+            f"block_quantizer({fmt!r}): give a block format, such as lb.formats.MXFP4; others go to Quantizer."
+        )
     tiling = Group(fmt.block) if isinstance(fmt.block, int) else Block(*fmt.block)
     scale_format = TwoLevel(fmt.scale) if fmt.tensor_scale else PowerOfTwo(fmt.scale_rounding)
     return Quantizer(**dict(format=fmt.element, tiling=tiling, fit=absmax, scale_format=scale_format) | slots)

@@ -44,8 +44,8 @@ def _butterflies(x: Float[Array, "*s"], axes: range) -> Float[Array, "*s"]:
 def _last_axis_fast(x: Float[Array, "*rows K"], block: int) -> Float[Array, "*rows K"]:
     """Butterflies between two small matrix products that hold the rest: H_block = H_stages x H_4 x H_4 for block >= 16.
 
-    On a CPU this costs about half of the dense product. The products also stand as walls: what computed `x` is not fused
-    into the butterflies, which read each element once a stage and would repeat it, nor they into what follows."""
+    On a CPU this costs about half of the dense product. The products also stand as walls: what computed `x` is not
+    fused into the butterflies, which read each element once a stage and would repeat it, nor they into what follows."""
     inner = min(block, _DENSE)
     stages = int(math.log2(block // inner))
     scale = np.float32(block**-0.5)

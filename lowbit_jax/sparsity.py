@@ -1,13 +1,14 @@
 """Which elements of a tile are kept. A support answers a boolean mask of the array's shape; the rest becomes zero."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 
+@runtime_checkable
 class Support(Protocol):
     @property
     def group(self) -> int:

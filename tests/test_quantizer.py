@@ -53,7 +53,9 @@ def test_packed_codes_equal_fake_quantization(key, name, axis):
 @pytest.mark.parametrize("name", [n for n in SLOTS if n not in ("block", "two-level", "codebook")])
 def test_requantizing_is_idempotent(key, name):
     """On the grid already: with the same scale the same codes come back (fits that read the data need not agree)."""
-    quantizer = dataclasses.replace(make(name), rotation=None, sparsity=None, fit=scaling.Learned(), tiling=scaling.PerTensor())
+    quantizer = dataclasses.replace(
+        make(name), rotation=None, sparsity=None, fit=scaling.Learned(), tiling=scaling.PerTensor()
+    )
     packed = quantizer.quantize(spread_rows(key), scale=jnp.float32(0.37))
     again = quantizer.quantize(packed.dequantize(), scale=jnp.float32(0.37))
     np.testing.assert_array_equal(packed.words, again.words)

@@ -1,4 +1,5 @@
-"""Rotations against SciPy's Hadamard matrix in float64, in every layout and dtype, and their cancellation in products."""
+"""Rotations against SciPy's Hadamard matrix in float64, in every layout and dtype, and their cancellation in
+products."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ def matrix(length: int, block: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("axis", [-1, 0, 1])
-@pytest.mark.parametrize(("length", "block"), [(256, 128), (128, 128), (96, 32), (24, 8), (6, 2), (512, 256), (32, 16), (7, 1)])
+@pytest.mark.parametrize(
+    ("length", "block"), [(256, 128), (128, 128), (96, 32), (24, 8), (6, 2), (512, 256), (32, 16), (7, 1)]
+)
 def test_matches_scipy(key, length, block, axis):
     x = jax.random.normal(key, (3, 5, length)).swapaxes(-1, axis)
     rotation = Hadamard(block=max(block, 2) if block == 1 else block)
@@ -24,7 +27,9 @@ def test_matches_scipy(key, length, block, axis):
     np.testing.assert_allclose(rotation.undo(rotation.apply(x, axis), axis), x, atol=2e-6)
 
 
-@pytest.mark.parametrize(("length", "expected"), [(4096, 128), (11008, 128), (1408, 128), (192, 64), (100, 4), (1, 1), (63, 1)])
+@pytest.mark.parametrize(
+    ("length", "expected"), [(4096, 128), (11008, 128), (1408, 128), (192, 64), (100, 4), (1, 1), (63, 1)]
+)
 def test_indivisible_lengths_get_the_largest_block(length, expected):
     assert largest_block(length, 128) == expected
     assert ("does not divide" in Hadamard().describe(length)) == (expected != 128)

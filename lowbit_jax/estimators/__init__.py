@@ -1,4 +1,5 @@
-"""Which gradient crosses a rounding? Each estimator is a frozen record with one signature, all through one custom_vjp."""
+"""Which gradient crosses a rounding? Each estimator is a frozen record with one signature, all through one
+custom_vjp."""
 
 from lowbit_jax.estimators.base import Estimator, quantize_through
 from lowbit_jax.estimators.learned import LSQ, PACT

@@ -9,7 +9,7 @@ cotangent of x_hat into those of x and of the scale. u and q are in grid units, 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from lowbit_jax.formats.base import Format
 from lowbit_jax.scaling.fit import reciprocal
 
 
+@runtime_checkable
 class Estimator(Protocol):
     def residuals(
         self, u: Float[Array, "*s"], q: Float[Array, "*s"], fmt: Format, support: Bool[Array, "*s"] | None
@@ -30,7 +31,8 @@ class Estimator(Protocol):
     def gradients(
         self, residuals: Any, g: Float[Array, "*s"], fmt: Format, tile_size: int
     ) -> tuple[Float[Array, "*s"], Float[Array, "*s"] | None]:
-        """Cotangents of x and, before the sum over each tile, of the scale (None: zero) for the cotangent g of x_hat."""
+        """Cotangents of x and, before the sum over each tile, of the scale (None: zero) for the cotangent g of
+        x_hat."""
         ...
 
     def describe(self) -> str: ...

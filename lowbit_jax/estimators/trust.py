@@ -20,7 +20,9 @@ class Trust:
 
     def __post_init__(self):
         if self.outer is not None and not self.outer > 0:
-            raise ValueError(f"Trust(outer={self.outer}): the limit is a positive multiple of the largest level, or None.")
+            raise ValueError(
+                f"Trust(outer={self.outer}): the limit is a positive multiple of the largest level, or None."
+            )
 
     def residuals(self, u, q, fmt, support):
         radius = fmt.top_gap / 2

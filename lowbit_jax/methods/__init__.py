@@ -35,7 +35,9 @@ def get(name: str, **options) -> LinearRecipe:
     method = _REGISTRY[name]
     legal = inspect.signature(method).parameters
     if unknown := sorted(set(options) - set(legal)):
-        raise TypeError(f"lb.methods.get({name!r}): no option {', '.join(unknown)}. Its options are {', '.join(legal)}.")
+        raise TypeError(
+            f"lb.methods.get({name!r}): no option {', '.join(unknown)}. Its options are {', '.join(legal)}."
+        )
     return method(**options)
 
 

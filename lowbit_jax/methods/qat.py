@@ -18,7 +18,10 @@ def straight_through(bits: int = 4, *, weights: bool = True, activations: bool =
 
     Source: Bengio et al. 2013, arXiv:1308.3432. Raises: ValueError for other bits or when nothing is quantized."""
     quantizer = Quantizer(
-        format=get(f"midrise{_bits(bits, 'straight_through')}"), tiling=PerRow(), fit=absmax, estimator=StraightThrough()
+        format=get(f"midrise{_bits(bits, 'straight_through')}"),
+        tiling=PerRow(),
+        fit=absmax,
+        estimator=StraightThrough(),
     )
     return _forward_only("straight-through", bits, quantizer, quantizer, weights, activations)
 
@@ -28,7 +31,9 @@ def lsq(bits: int = 4, *, weights: bool = True, activations: bool = True) -> Lin
 
     Source: Esser et al. 2019, arXiv:1902.08153; the half-integer levels as in QuEST's baseline, arXiv:2502.05003.
     Raises: ValueError for other bits or when nothing is quantized."""
-    quantizer = Quantizer(format=get(f"midrise{_bits(bits, 'lsq')}"), tiling=PerTensor(), fit=Learned(), estimator=LSQ())
+    quantizer = Quantizer(
+        format=get(f"midrise{_bits(bits, 'lsq')}"), tiling=PerTensor(), fit=Learned(), estimator=LSQ()
+    )
     return _forward_only("lsq", bits, quantizer, quantizer, weights, activations)
 
 
@@ -46,6 +51,8 @@ def pact(bits: int = 4, *, signed: bool = True) -> LinearRecipe:
 
 def _forward_only(method, bits, lhs, rhs, weights, activations) -> LinearRecipe:
     if not weights and not activations:
-        raise ValueError(f"{method}(weights=False, activations=False) quantizes nothing. Leave the layer out by a rule.")
+        raise ValueError(
+            f"{method}(weights=False, activations=False) quantizes nothing. Leave the layer out by a rule."
+        )
     name = f"{method} W{bits if weights else 16}A{bits if activations else 16}"
     return LinearRecipe(out=Gemm(lhs=lhs if activations else None, rhs=rhs if weights else None), name=name)

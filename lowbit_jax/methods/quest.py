@@ -17,10 +17,10 @@ def quest_quantizer(
 ) -> Quantizer:
     """The operand quantizer of QuEST.
 
-    h = x H;  x_hat = round(h; rms(h) alpha*) on the grid of `bits`: mid-rise for 1 to 8, or E2M1 for "e2m1"; the gradient
-    passes where |x_hat - h| <= T, half the top gap of the grid, and is rotated back. At 1 bit the limit is the tuned
-    |h| <= 1.30 alpha* rms (1.25 without rotation). `block=None` leaves out the rotation; `sparsity` is "4:8" (pairs, as
-    in the paper), "2:4" or a support; `format` puts another grid in place of the bits'.
+    h = x H;  x_hat = round(h; rms(h) alpha*) on the grid of `bits`: mid-rise for 1 to 8, or E2M1 for "e2m1"; the
+    gradient passes where |x_hat - h| <= T, half the top gap of the grid, and is rotated back. At 1 bit the limit is
+    the tuned |h| <= 1.30 alpha* rms (1.25 without rotation). `block=None` leaves out the rotation; `sparsity` is
+    "4:8" (pairs, as in the paper), "2:4" or a support; `format` puts another grid in place of the bits'.
     Source: Panferov et al. 2025, arXiv:2502.05003. alpha* is computed to the last bit, which the released constants are
     not; E2M1 takes half of its own top gap for T, where the released code kept a value of other levels.
     Raises: ValueError for other bits or supports."""
@@ -48,29 +48,37 @@ def quest(
     sparsity: Support | str | None = None,
     format: Format | None = None,
 ) -> LinearRecipe:
-    """QuEST for a linear layer: both operands by `quest_quantizer`, backward products of the cotangent with the quantized
-    operands. `weights=False` or `activations=False` keeps that operand in high precision (the other is then un-rotated
-    explicitly); `sparsity` is of the weights only.
+    """QuEST for a linear layer: both operands by `quest_quantizer`, backward products of the cotangent with the
+    quantized operands. `weights=False` or `activations=False` keeps that operand in high precision (the other is then
+    un-rotated explicitly); `sparsity` is of the weights only.
 
     Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
     Raises: ValueError as `quest_quantizer`, when nothing is left to quantize, or when sparse weights are asked for
     together with `weights=False`."""
     if not weights and not activations:
-        raise ValueError("quest(weights=False, activations=False) quantizes nothing. Leave the layer out by a rule instead.")
+        raise ValueError(
+            "quest(weights=False, activations=False) quantizes nothing. Leave the layer out by a rule instead."
+        )
     if sparsity is not None and not weights:
-        raise ValueError(f"quest(weights=False, sparsity={sparsity!r}): the support is of the weights. Keep weights=True.")
+        raise ValueError(
+            f"quest(weights=False, sparsity={sparsity!r}): the support is of the weights. Keep weights=True."
+        )
     lhs = quest_quantizer(bits, block=block, format=format) if activations else None
     rhs = quest_quantizer(bits, block=block, format=format, sparsity=sparsity) if weights else None
     label = bits if format is None else format.name
     name = f"quest W{label if weights else 16}A{label if activations else 16}"
-    return LinearRecipe(out=Gemm(lhs=lhs, rhs=rhs), name=name + (f" {rhs.sparsity.describe()}" if rhs and rhs.sparsity else ""))
+    return LinearRecipe(
+        out=Gemm(lhs=lhs, rhs=rhs), name=name + (f" {rhs.sparsity.describe()}" if rhs and rhs.sparsity else "")
+    )
 
 
 def _grid(bits: int | str) -> Format:
     if isinstance(bits, str) and bits.lower() == "e2m1":
         return E2M1
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"quest(bits={bits!r}): QuEST has grids for 1 to 8 bits and 'e2m1'. For another grid pass format=.")
+        raise ValueError(
+            f"quest(bits={bits!r}): QuEST has grids for 1 to 8 bits and 'e2m1'. For another grid pass format=."
+        )
     return get(f"midrise{bits}")
 
 

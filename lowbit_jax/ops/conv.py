@@ -1,9 +1,9 @@
 """`lax.conv_general_dilated` with a recipe: fake-quantized operands in a high-precision convolution.
 
-The contraction runs over the window and the input channels. A weight shares a scale over both for each output channel; an
-activation, which many windows read, is fitted over the channels of each position. Rotations act on the channels, commute
-with the window and meet in the product; zero padding stays zero under them. With feature groups the channels of a weight
-are those of one group, so a rotation takes a block that divides them on both sides.
+The contraction runs over the window and the input channels. A weight shares a scale over both for each output
+channel; an activation, which many windows read, is fitted over the channels of each position. Rotations act on the
+channels, commute with the window and meet in the product; zero padding stays zero under them. With feature groups the
+channels of a weight are those of one group, so a rotation takes a block that divides them on both sides.
 """
 
 import dataclasses
@@ -39,21 +39,24 @@ def conv_general_dilated(
 ) -> Float[Array, "*out"]:
     """`lax.conv_general_dilated` of the quantized operands; the result has the dtype of `lhs`.
 
-    Raises: NotImplementedError for a recipe with quantized backward products, which only `lb.dot_general` runs; TypeError
-    and ValueError as `lb.dot_general`."""
+    Raises: NotImplementedError for a recipe with quantized backward products, which only `lb.dot_general` runs;
+    TypeError and ValueError as `lb.dot_general`."""
     if not isinstance(recipe, LinearRecipe):
-        raise TypeError(f"lb.conv_general_dilated got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
+        raise TypeError(
+            f"lb.conv_general_dilated got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4)."
+        )
     if not recipe.plain_backward:
         raise NotImplementedError(
-            f"lb.conv_general_dilated: recipe {recipe.name or recipe!r} quantizes backward products, which convolutions do not"
-            " run. Give the convolutions a forward-only recipe by a rule."
+            f"lb.conv_general_dilated: recipe {recipe.name or recipe!r} quantizes backward products, which convolutions"
+            " do not run. Give the convolutions a forward-only recipe by a rule."
         )
     if feature_group_count > 1 and any(
-        q is not None and q.rotation is not None and q.rotation.signs is not None for q in (recipe.out.lhs, recipe.out.rhs)
+        q is not None and q.rotation is not None and q.rotation.signs is not None
+        for q in (recipe.out.lhs, recipe.out.rhs)
     ):
         raise NotImplementedError(
-            f"lb.conv_general_dilated: random signs differ between the {feature_group_count} feature groups, so they would"
-            " not cancel. Use Hadamard(signs=None) for grouped convolutions."
+            f"lb.conv_general_dilated: random signs differ between the {feature_group_count} feature groups, so they"
+            " would not cancel. Use Hadamard(signs=None) for grouped convolutions."
         )
     scales = checked_scales(recipe, scales, packed=False)
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)

@@ -35,9 +35,9 @@ def dot_general(
 ) -> Float[Array, "*out"]:
     """`lax.dot_general(lhs, rhs, dimension_numbers)` with the operands, and the gradients, of `recipe`.
 
-    `rhs` may be packed (`pack_rhs`, `lb.convert`): then only the activation is quantized here. The result has the dtype of
-    `lhs`, so a float32 master weight may meet a bfloat16 activation. `key` feeds stochastic roundings; `scales` holds the
-    parameters of learned fits, under "lhs" and "rhs".
+    `rhs` may be packed (`pack_rhs`, `lb.convert`): then only the activation is quantized here. The result has the
+    dtype of `lhs`, so a float32 master weight may meet a bfloat16 activation. `key` feeds stochastic roundings;
+    `scales` holds the parameters of learned fits, under "lhs" and "rhs".
     Raises: TypeError for operands that are not floating or a recipe that is none; ValueError for sizes that disagree,
     products without a contraction, missing keys or scales, and groups that do not divide the contraction."""
     if not isinstance(recipe, LinearRecipe):
@@ -97,7 +97,9 @@ def pack_rhs(
 
     Raises: ValueError when the recipe keeps the weight in high precision."""
     if recipe.out.rhs is None:
-        raise ValueError("pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack.")
+        raise ValueError(
+            "pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack."
+        )
     merged, axis, _ = _merge(rhs, _contraction(dimension_numbers, 1, rhs.ndim))
     return recipe.out.rhs.quantize(merged, axis=axis, key=key, scale=scale)
 
@@ -119,7 +121,9 @@ def checked_scales(recipe: LinearRecipe, scales: Mapping[str, Array] | None, pac
             " Start from quantizer.initial_scale(x), or let lb.quantize hold them in the layer."
         )
     if set(scales) - set(recipe.learned):
-        raise ValueError(f"lb.dot_general: `scales` for {sorted(set(scales) - set(recipe.learned))}, which are not learned.")
+        raise ValueError(
+            f"lb.dot_general: `scales` for {sorted(set(scales) - set(recipe.learned))}, which are not learned."
+        )
     return scales
 
 
@@ -159,7 +163,9 @@ def _one_contraction(lhs, rhs, dimension_numbers):
     (lc, rc), (lb, rb) = dimension_numbers
     lhs_axes, lhs_batch = tuple(a % lhs.ndim for a in lc), tuple(a % lhs.ndim for a in lb)
     if not lhs_axes:
-        raise ValueError("lb.dot_general: no contraction axes, so there is no axis to quantize along. Multiply instead.")
+        raise ValueError(
+            "lb.dot_general: no contraction axes, so there is no axis to quantize along. Multiply instead."
+        )
     packed = isinstance(rhs, QTensor)
     rhs_ndim = rhs.ndim + (len(lhs_axes) - 1 if packed else 0)
     rhs_axes, rhs_batch = tuple(a % rhs_ndim for a in rc), tuple(a % rhs_ndim for a in rb)

@@ -23,7 +23,9 @@ def parse(spec: str, lhs_ndim: int, rhs_ndim: int) -> tuple[DimensionNumbers, tu
     out = out.replace("...", "".join(sorted({c for c in lhs + rhs if c.isdigit()})))
     for term in (lhs, rhs, out):
         if len(set(term)) != len(term):
-            raise ValueError(f"lb.einsum({spec!r}): the letter that {term!r} repeats would need a diagonal. Take it first.")
+            raise ValueError(
+                f"lb.einsum({spec!r}): the letter that {term!r} repeats would need a diagonal. Take it first."
+            )
     if set(out) - set(lhs + rhs) or (set(lhs) ^ set(rhs)) - set(out):
         raise ValueError(f"lb.einsum({spec!r}): each letter of one operand only must be in the output, and no other.")
     shared = [c for c in lhs if c in rhs]
@@ -64,6 +66,14 @@ def einsum(
     numbers, permutation = parse(spec, lhs.ndim, rhs.ndim)
     sharding = out_sharding if permutation == tuple(range(len(permutation))) else None
     out = dot_general(
-        lhs, rhs, numbers, precision, preferred_element_type, out_sharding=sharding, recipe=recipe, key=key, scales=scales
+        lhs,
+        rhs,
+        numbers,
+        precision,
+        preferred_element_type,
+        out_sharding=sharding,
+        recipe=recipe,
+        key=key,
+        scales=scales,
     )
     return jnp.transpose(out, permutation)

@@ -57,8 +57,8 @@ def original_operands(
     rhs_original = None if recipe.grad_lhs.rhs == FORWARD else rhs
     if recipe.rhs_ready and rhs_original is not None:
         raise ValueError(
-            "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD there,"
-            " or quantize the weight inside the product."
+            "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD"
+            " there, or quantize the weight inside the product."
         )
     if rotated:
         rotation = recipe.out.lhs.rotation
@@ -76,10 +76,11 @@ def product(
     originals: tuple[Array | None, Array | None],
     key: Array | None,
 ) -> Float[Array, "*out"]:
-    """y = lhs_hat . rhs_hat;  d lhs_hat = Q(g) . Q(rhs),  d rhs_hat = Q(lhs) . Q(g)  as `recipe.grad_lhs`, `grad_rhs` say.
+    """y = lhs_hat . rhs_hat;  d lhs_hat = Q(g) . Q(rhs),  d rhs_hat = Q(lhs) . Q(g)  as `recipe.grad_lhs`, `grad_rhs`
+    say.
 
-    Each backward operand is quantized along the axis that its own product contracts: output channels in grad_lhs, tokens in
-    grad_rhs."""
+    Each backward operand is quantized along the axis that its own product contracts: output channels in grad_lhs,
+    tokens in grad_rhs."""
     return forward(lhs_hat, rhs_hat)
 
 

@@ -1,8 +1,8 @@
 """Which operand of a layer's three products goes through which quantizer.
 
-    out       y  = lhs . rhs      lhs the activation, rhs the weight
-    grad_lhs  dx = g . rhs        the cotangent g stands where lhs stood
-    grad_rhs  dw = lhs . g        and here where rhs stood
+out       y  = lhs . rhs      lhs the activation, rhs the weight
+grad_lhs  dx = g . rhs        the cotangent g stands where lhs stood
+grad_rhs  dw = lhs . g        and here where rhs stood
 """
 
 import dataclasses
@@ -50,7 +50,9 @@ class LinearRecipe:
 
     def __post_init__(self):
         if FORWARD in (self.out.lhs, self.out.rhs):
-            raise ValueError("LinearRecipe.out: FORWARD names the forward's operand, so only a backward product takes it.")
+            raise ValueError(
+                "LinearRecipe.out: FORWARD names the forward's operand, so only a backward product takes it."
+            )
         if self.grad_lhs.lhs == FORWARD or self.grad_rhs.rhs == FORWARD:
             raise ValueError(
                 "LinearRecipe: the cotangent stands at grad_lhs.lhs and grad_rhs.rhs, and it has no forward form."

@@ -1,13 +1,13 @@
 """Scale from the tile at hand. A fit is `fit(tiles, fmt, axes) -> scale`, in units of x per grid unit.
 
 `tiles` is float32 and `axes` are its axes inside a tile; the answer keeps them with length 1. A tile of zeros fits the
-scale 1 where the grid holds a zero and 0 where it does not (mid-rise), so that it comes back as zeros either way. NaN and
-inf make the scale of their own tile NaN or inf and touch no other.
+scale 1 where the grid holds a zero and 0 where it does not (mid-rise), so that it comes back as zeros either way. NaN
+and inf make the scale of their own tile NaN or inf and touch no other.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -17,6 +17,7 @@ from lowbit_jax.formats.base import Format
 from lowbit_jax.scaling.gaussian import optimal_scale
 
 
+@runtime_checkable
 class Fit(Protocol):
     def __call__(
         self, tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]

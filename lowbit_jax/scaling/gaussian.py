@@ -1,7 +1,7 @@
 """The scale of a grid that loses least of a standard normal variable, from the Gaussian integrals.
 
-For levels l_i (grid units) and a scale s, nearest rounding sends the cell (s m_i, s m_{i+1}) to s l_i, where m_i are the
-midpoints of the levels. With p_i the cell's probability and e_i = E[x; cell] = phi(s m_i) - phi(s m_{i+1}):
+For levels l_i (grid units) and a scale s, nearest rounding sends the cell (s m_i, s m_{i+1}) to s l_i, where m_i are
+the midpoints of the levels. With p_i the cell's probability and e_i = E[x; cell] = phi(s m_i) - phi(s m_{i+1}):
 
     D(s) = 1 - 2 s sum(l_i e_i) + s^2 sum(l_i^2 p_i),      D'(s) = 2 s sum(l_i^2 p_i) - 2 sum(l_i e_i)
 
@@ -48,7 +48,9 @@ def optimal_scale(fmt: Format) -> float:
     levels = np.asarray(fmt.levels, np.float64)
     reach = float(np.max(np.abs(levels)))
     if reach == 0:
-        raise ValueError(f"optimal_scale of {fmt.name}: its only level is 0, so no scale fits it. Choose another format.")
+        raise ValueError(
+            f"optimal_scale of {fmt.name}: its only level is 0, so no scale fits it. Choose another format."
+        )
     candidates = np.geomspace(1e-3, 40, 300) / reach
     best = int(np.argmin([gaussian_mse(fmt, s) for s in candidates]))
     low, high = candidates[max(best - 1, 0)], candidates[min(best + 1, len(candidates) - 1)]

@@ -1,14 +1,15 @@
 """The number format of the scales themselves: what is stored, and so what training must already compute with.
 
-A scale format stores float32 scales as a tuple of arrays (`store`) and gives them back (`load`); `load(store(s))` is the
-rounding that a quantizer puts inside its forward. A scale below what the format holds is kept at its smallest value.
+A scale format stores float32 scales as a tuple of arrays (`store`) and gives them back (`load`); `load(store(s))` is
+the rounding that a quantizer puts inside its forward. A scale below what the format holds is kept at its smallest
+value.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from lowbit_jax import rounding
@@ -19,6 +20,7 @@ from lowbit_jax.scaling.fit import reach
 Stored = tuple[Array, ...]
 
 
+@runtime_checkable
 class ScaleFormat(Protocol):
     def store(self, scale: Float[Array, "*s"], fmt: Format) -> Stored: ...
 
@@ -51,13 +53,10 @@ BFLOAT16 = CastScale("bfloat16")
 class PowerOfTwo:
     """E8M0: one byte, 2^(code - 127), the shared scale of the OCP MX formats.
 
-    With amax = scale * max_finite and emax the exponent of the element's largest value, `mode` says which power:
-      floor    2^(floor(log2 amax) - emax), OCP MX v1.0 section 6.3: the top of the grid may clip;
-      ceil     2^(ceil(log2 amax) - emax);
-      rceil    the least power that clips nothing: 2^ceil(log2(amax / max_finite));
-      even     as floor, after rounding amax to the element's mantissa;
-      nearest  the power nearest to the fitted scale, in the logarithm (for the rms fit).
-    Exact: exponents are read from the bits, never from log2. Raises: ValueError for another mode."""
+    With amax = scale * max_finite, `mode` is one of `rounding.power_of_two_scale`: floor (OCP MX v1.0 section 6.3,
+    the top of the grid may clip), ceil, rceil (the least power that clips nothing), even; or nearest, the power
+    nearest to the fitted scale itself in the logarithm, for the rms fit. A scale of 0 or below 2^-126 is stored as
+    code 0, which XLA may flush to 0; NaN and inf as the NaN code 255. Raises: ValueError for another mode."""
 
     mode: str = "floor"
 
@@ -65,43 +64,22 @@ class PowerOfTwo:
         if self.mode not in ("floor", "ceil", "rceil", "even", "nearest"):
             raise ValueError(f"PowerOfTwo(mode={self.mode!r}): the modes are floor, ceil, rceil, even and nearest.")
 
-    def exponent(self, scale: Float[Array, "*s"], fmt: Format) -> Array:
-        """The int32 exponent chosen for each scale."""
-        top = reach(fmt)
-        emax = int(np.frexp(top)[1]) - 1
-        against_power = scale * (top / 2.0**emax)  # amax / 2^emax
-        match self.mode:
-            case "rceil":
-                return _ceil_log2(scale)
-            case "ceil":
-                return _ceil_log2(against_power)
-            case "nearest":
-                fraction, exponent = jnp.frexp(scale)
-                return exponent - 1 + (fraction > np.float32(0.5**0.5)).astype(exponent.dtype)
-            case "even":
-                mantissa_bits = fmt.mantissa_bits if isinstance(fmt, FloatFormat) else max(fmt.bits - 2, 0)
-                fraction, exponent = jnp.frexp(against_power)
-                return exponent - 1 + (fraction >= 1 - 2.0 ** -(mantissa_bits + 2)).astype(exponent.dtype)
-            case _:
-                return jnp.frexp(against_power)[1] - 1
-
     def store(self, scale, fmt):
-        code = jnp.where(scale > 0, jnp.clip(self.exponent(scale, fmt) + 127, 0, 254), 0)
+        if self.mode == "nearest":
+            power = rounding.power_of_two(scale, "log")
+        else:
+            power = rounding.power_of_two_scale(scale * reach(fmt), fmt, self.mode)
+        code = lax.bitcast_convert_type(power, jnp.int32) >> 23  # the exponent field, biased by 127 as in E8M0
+        code = jnp.where(scale > 0, code, 0)
         return (jnp.where(jnp.isfinite(scale), code, 255).astype(jnp.uint8),)
 
     def load(self, stored):
         code = stored[0].astype(jnp.int32)
-        power = jnp.ldexp(jnp.ones(code.shape, jnp.float32), jnp.maximum(code - 127, -126))
-        power = jnp.where(code == 0, power / 2, power)
+        power = lax.bitcast_convert_type(code << 23, jnp.float32)
         return jnp.where(code == 255, jnp.nan, power)
 
     def describe(self) -> str:
         return f"e8m0 {self.mode}"
-
-
-def _ceil_log2(x: Float[Array, "*s"]) -> Array:
-    fraction, exponent = jnp.frexp(x)
-    return jnp.where(fraction == 0.5, exponent - 1, exponent)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
 """Which elements share a scale. A tiling gives a view in which the members of a tile lie along known axes.
 
-`split(x, axis)` answers `(tiles, axes)`: reducing `tiles` over `axes` with `keepdims` gives one scale a tile, in a shape
-that broadcasts against `tiles`. `join(tiles, shape)` is the way back. `axis` is the contraction axis of the product that
-the array will enter (several for a convolution: its window and its channels, the channel axis last).
+`split(x, axis)` answers `(tiles, axes)`: reducing `tiles` over `axes` with `keepdims` gives one scale a tile, in a
+shape that broadcasts against `tiles`. `join(tiles, shape)` is the way back. `axis` is the contraction axis of the
+product that the array will enter (several for a convolution: its window and its channels, the channel axis last).
 """
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Shaped
 
@@ -19,10 +19,13 @@ def normalized_axes(axis: Axis, ndim: int, who: str) -> tuple[int, ...]:
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     for a in axes:
         if not -ndim <= a < ndim:
-            raise ValueError(f"{who}: axis {a} of an array of {ndim} dimensions. Give an axis from {-ndim} to {ndim - 1}.")
+            raise ValueError(
+                f"{who}: axis {a} of an array of {ndim} dimensions. Give an axis from {-ndim} to {ndim - 1}."
+            )
     return tuple(a % ndim for a in axes)
 
 
+@runtime_checkable
 class Tiling(Protocol):
     def split(self, x: Shaped[Array, "*s"], axis: Axis) -> tuple[Shaped[Array, "*tiles"], tuple[int, ...]]: ...
 
@@ -47,7 +50,8 @@ class PerTensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PerRow:
-    """One scale for each index outside the contraction axis: a token of an activation, an output channel of a weight."""
+    """One scale for each index outside the contraction axis: a token of an activation, an output channel of a
+    weight."""
 
     def split(self, x, axis):
         return x, normalized_axes(axis, x.ndim, "PerRow")

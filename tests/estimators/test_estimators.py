@@ -78,7 +78,8 @@ def test_pact_is_the_papers_rule(data):
 
 
 def test_finite_differences_of_the_learned_scale():
-    """Where all elements are clipped the output is s Qp, a smooth function of s: autodiff without the gain must agree."""
+    """Where all elements are clipped the output is s Qp, a smooth function of s: autodiff without the gain must
+    agree."""
     x, fmt = jnp.full((1, 8), 100.0), formats.INT4
     f = lambda s: jnp.sum(quantize_through(PACT(), fmt, rounding.nearest, x, s, None, None) ** 2)
     s, eps = jnp.full((1, 1), 0.5), 1e-3

@@ -16,7 +16,10 @@ def operands(seed: int, tokens: int = 12, size: int = 256, channels: int = 24):
     """Float64 operands that float32 holds exactly, each row with its own spread."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape) * rng.uniform(0.1, 5, (shape[0], 1))
-    return [a.astype(np.float32).astype(np.float64) for a in (draw(tokens, size), draw(channels, size), draw(tokens, channels))]
+    return [
+        a.astype(np.float32).astype(np.float64)
+        for a in (draw(tokens, size), draw(channels, size), draw(tokens, channels))
+    ]
 
 
 def away_from_ties(u: np.ndarray, bits: int, block: int | None) -> bool:
@@ -38,7 +41,8 @@ def safe_operands(bits: int, block: int | None):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_alpha_star_to_1e_9(bits):
-    """The minimizer by quadrature: flat to second order there, so compare the slope-accurate value through its loss too."""
+    """The minimizer by quadrature: flat to second order there, so compare the slope-accurate value through its loss
+    too."""
     fmt = lb.formats.get(f"midrise{bits}")
     ours = scaling.optimal_clip(fmt)
     np.testing.assert_allclose(ours, reference.alpha_star(bits), rtol=1e-6)
@@ -69,7 +73,11 @@ def test_one_sided_quest_unrotates(side):
     x, w, _ = safe_operands(3, 128)
     recipe = lb.quest(3, **{"weights": False, "activations": False} | {side: True})
     y = lb.dot_general(
-        jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), (((1,), (1,)), ((), ())), precision="highest", recipe=recipe
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(w, jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision="highest",
+        recipe=recipe,
     )
     back = lambda u: reference.rotate(reference.quantize(u, 3, reference.alpha_star(3))[0], 128)
     expected = back(x) @ w.T if side == "activations" else x @ back(w).T

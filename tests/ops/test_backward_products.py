@@ -22,7 +22,9 @@ def test_all_six_operands(key):
     """D: Q(g) along channels times the forward's weight; G: the original activation and Q(g), both along tokens."""
     x, w, g = setup(key)
     recipe = lb.LinearRecipe(
-        out=lb.Gemm(lhs=INT8, rhs=INT8), grad_lhs=lb.Gemm(lhs=INT8, rhs=lb.FORWARD), grad_rhs=lb.Gemm(lhs=INT8, rhs=INT8)
+        out=lb.Gemm(lhs=INT8, rhs=INT8),
+        grad_lhs=lb.Gemm(lhs=INT8, rhs=lb.FORWARD),
+        grad_rhs=lb.Gemm(lhs=INT8, rhs=INT8),
     )
     y, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe), x, w)
     dx, dw = pullback(g)
@@ -43,15 +45,17 @@ def test_switchback_keeps_the_weight_gradient_in_high_precision(key):
 
 
 def test_rotated_originals_meet_the_rotated_forward(key):
-    """QuEST forward with high-precision backward operands: x and w enter in the rotated space, then mask and rotate back."""
+    """QuEST forward with high-precision backward operands: x and w enter in the rotated space, then mask and rotate
+    back."""
     x, w, g = setup(key)
     quest = lb.quest(4)
     recipe = lb.LinearRecipe(out=quest.out, grad_lhs=lb.Gemm(), grad_rhs=lb.Gemm())
     _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe), x, w)
     dx, dw = pullback(g)
     rotation = quest.out.lhs.rotation
-    mask = lambda h, d, axis: jax.vjp(
-        lambda h: lb.quest_quantizer(4, block=None).in_rotated_space(h, axis=axis), h)[1](d)[0]
+    mask = lambda h, d, axis: jax.vjp(lambda h: lb.quest_quantizer(4, block=None).in_rotated_space(h, axis=axis), h)[1](
+        d
+    )[0]
     h_x, h_w = rotation.apply(x, 1), rotation.apply(w, 0)
     np.testing.assert_allclose(dx, rotation.undo(mask(h_x, g @ h_w.T, 1), 1), atol=2e-4)
     np.testing.assert_allclose(dw, rotation.undo(mask(h_w, h_x.T @ g, 0), 0), atol=2e-4)
@@ -62,7 +66,9 @@ def test_stochastic_cotangents_are_unbiased(key):
     recipe = lb.LinearRecipe(grad_lhs=lb.Gemm(lhs=NOISY), grad_rhs=lb.Gemm(rhs=NOISY))
 
     def gradients(k):
-        _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe, key=k), x, w)
+        _, pullback = jax.vjp(
+            lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe, key=k), x, w
+        )
         return pullback(g)
 
     draws = jax.jit(jax.vmap(gradients))(jax.random.split(key, 2000))

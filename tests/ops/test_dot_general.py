@@ -53,7 +53,9 @@ def test_every_layout(key, layout, recipe):
     recipe = RECIPES[recipe]
     y = lb.dot_general(lhs, rhs, numbers, precision="highest", recipe=recipe)
     lhs_hat, rhs_hat = by_hand(recipe.out.lhs, lhs, numbers[0][0]), by_hand(recipe.out.rhs, rhs, numbers[0][1])
-    expected = jax.lax.dot_general(jnp.asarray(lhs_hat, jnp.float32), jnp.asarray(rhs_hat, jnp.float32), numbers, "highest")
+    expected = jax.lax.dot_general(
+        jnp.asarray(lhs_hat, jnp.float32), jnp.asarray(rhs_hat, jnp.float32), numbers, "highest"
+    )
     np.testing.assert_allclose(y, expected, atol=64 * 2e-6 * float(jnp.abs(expected).max()))
     assert y.shape == jax.lax.dot_general(lhs, rhs, numbers).shape
 
@@ -109,11 +111,14 @@ def test_transformations(key):
 
 @pytest.mark.parametrize("spec", [("data", None), (None, "model"), ("data", "model")])
 def test_sharding(key, spec):
-    """Token and contraction shards: equal to one device (row fits over a sharded contraction add one reduction order)."""
+    """Token and contraction shards: equal to one device (row fits over a sharded contraction add one reduction
+    order)."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x, w = jax.random.normal(key, (8, 256)), jax.random.normal(jax.random.split(key)[1], (256, 32))
     loss = jax.jit(
-        jax.value_and_grad(lambda x, w: jnp.sum(lb.dot_general(x, w, LAYOUTS["dense"][2], recipe=lb.quest(4)) ** 2), (0, 1))
+        jax.value_and_grad(
+            lambda x, w: jnp.sum(lb.dot_general(x, w, LAYOUTS["dense"][2], recipe=lb.quest(4)) ** 2), (0, 1)
+        )
     )
     expected, (dx, dw) = loss(x, w)
     put = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*axes)))

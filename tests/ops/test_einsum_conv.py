@@ -40,14 +40,18 @@ def test_einsum_is_dot_general(key):
     np.testing.assert_array_equal(y, lb.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=lb.quest(2)).T)
 
 
-@pytest.mark.parametrize("spec", ["bk,kn", "bk->b", "bk,kn,nm->bm", "bkk,kn->bn", "bk,kn->b", "bk,kn->bnz", "bxk,kn->bxn"])
+@pytest.mark.parametrize(
+    "spec", ["bk,kn", "bk->b", "bk,kn,nm->bm", "bkk,kn->bn", "bk,kn->b", "bk,kn->bnz", "bxk,kn->bxn"]
+)
 def test_einsum_refuses(spec):
     with pytest.raises(ValueError, match="lb.einsum"):
         lb.einsum(spec, jnp.ones((3, 32)), jnp.ones((32, 5)), recipe=lb.quest(4))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("recipe", [lb.quest(4), lb.quest(3, activations=False), lb.methods.get("absmax_integer", bits=8)])
+@pytest.mark.parametrize(
+    "recipe", [lb.quest(4), lb.quest(3, activations=False), lb.methods.get("absmax_integer", bits=8)]
+)
 def test_conv(key, recipe, groups):
     """NHWC by HWIO: one scale a pixel and one an output channel, rotated on the channels where both are."""
     a, b = jax.random.split(key)
@@ -63,7 +67,9 @@ def test_conv(key, recipe, groups):
     w_hat = fit(q_w)(w, axis=(0, 1, 2))
     expected = lax.conv_general_dilated(x_hat, w_hat, (1, 1), "SAME", **options)
     np.testing.assert_allclose(y, expected, atol=1e-4 * float(jnp.abs(expected).max()))
-    gradient = jax.grad(lambda w: jnp.sum(lb.conv_general_dilated(x, w, (1, 1), "SAME", recipe=recipe, **options) ** 2))(w)
+    gradient = jax.grad(
+        lambda w: jnp.sum(lb.conv_general_dilated(x, w, (1, 1), "SAME", recipe=recipe, **options) ** 2)
+    )(w)
     assert np.isfinite(gradient).all() and float(jnp.abs(gradient).max()) > 0
 
 

@@ -52,9 +52,8 @@ def test_e8m0_codes_load_as_ml_dtypes_reads_them():
     codes = np.arange(256, dtype=np.uint8)
     ours = np.asarray(scaling.PowerOfTwo().load((jnp.asarray(codes),)))
     theirs = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    keep = codes != 0  # 2^-127 is a float32 denormal, which XLA may flush to 0
-    np.testing.assert_array_equal(ours[keep], theirs[keep])
-    assert ours[0] in (0.0, np.float32(2.0**-127))
+    np.testing.assert_array_equal(ours[1:], theirs[1:])
+    assert ours[0] == 0  # here the code of a tile of zeros; in the format it is 2^-127, a float32 denormal
 
 
 def test_two_level_scales_are_e4m3_under_one_float32(key):
@@ -82,7 +81,9 @@ def test_block_formats_lose_what_they_should_of_a_gaussian(key, name, expected):
     np.testing.assert_allclose(error, expected, rtol=0.015)
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("floor", 0.01322), ("ceil", 0.0208), ("rceil", 0.0133), ("even", 0.01252)])
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("floor", 0.01322), ("ceil", 0.0208), ("rceil", 0.0133), ("even", 0.01252)]
+)
 def test_mxfp4_modes_lose_what_they_should(key, mode, expected):
     x = jax.random.normal(key, (1024, 1024))
     quantizer = lb.block_quantizer(formats.MXFP4, scale_format=scaling.PowerOfTwo(mode))
