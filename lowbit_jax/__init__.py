@@ -18,7 +18,7 @@ from lowbit_jax import (
     sparsity,
 )
 from lowbit_jax.methods.quest import quest, quest_quantizer
-from lowbit_jax.nn import convert, quantize
+from lowbit_jax.nn import calibrate, convert, explain, quantize
 from lowbit_jax.ops import (
     FORWARD,
     Gemm,
@@ -41,12 +41,14 @@ __all__ = [
     "QTensor",
     "Quantizer",
     "block_quantizer",
+    "calibrate",
     "coding",
     "conv_general_dilated",
     "convert",
     "dot_general",
     "einsum",
     "estimators",
+    "explain",
     "formats",
     "methods",
     "nn",
