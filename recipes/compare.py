@@ -61,7 +61,7 @@ def main(config: Compare) -> list[dict]:
                                           tensorboard=False)  # fmt: skip
                 name = f"{scheme.name}-seed{seed}"
                 quantized = scheme.method != "none"
-                done = train_loop.train(name, model, corpus, plan, folder / name, stop, quantized=quantized)
+                done = train_loop.train(name, model, corpus, plan, folder, stop, quantized=quantized)
                 losses[scheme.name].append(done.validation_loss)
         rows = summary(cells, losses)
         (folder / "compare.json").write_text(json.dumps({"losses": losses, "rows": rows}, indent=1))

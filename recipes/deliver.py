@@ -1,5 +1,6 @@
 """What a finished run hands over: held-out loss, packed weights and their size, their text, curves, results.json."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,36 +15,63 @@ import lowbit_jax as lb
 from recipes import checkpoints, display, plots, sampling, text, train_loop
 
 
-def results(
-    folder: pathlib.Path, config, corpus: text.Corpus, plan: train_loop.Plan, runs: dict[str, train_loop.Trained]
-) -> dict:
-    """Prints the tables and writes the files; answers with what `results.json` holds."""
-    answer = {"text": corpus.note, "steps": plan.steps, "runs": {}}
-    twin = runs.get("unquantized")
-    for name, run in runs.items():
-        entry = {"validation_loss": run.validation_loss, "bits_per_byte": bits_per_byte(run.validation_loss, corpus)}
-        entry |= {"tokens_per_second": run.tokens_per_second, "skipped_steps": run.skipped}
-        if twin is not None and run is not twin:
-            entry["above_unquantized"] = run.validation_loss - twin.validation_loss
-        answer["runs"][name] = entry
-    answer["unigram_entropy"] = unigram_entropy(corpus)
-    name, run = list(runs.items())[-1]
-    model = run.model
-    if name != "unquantized":
-        model = lb.convert(run.model)
-        answer["packed"] = save_both(folder, run.model, model) | {
-            "validation_loss": train_loop.evaluate(model, held_out(corpus, plan))
-        }
-    prompt = corpus.tokenizer.encode(config.prompt)
-    ids = sampling.generate(model, prompt, tokens=config.sample_tokens, context=plan.context,
-                            temperature=config.temperature, key=jax.random.key(config.seed))  # fmt: skip
-    answer["sample"] = corpus.tokenizer.decode(ids)
-    plots.curves(
-        folder / "curves.png", {name: run.lines for name, run in runs.items()}, title=f"{config.preset}, {corpus.note}"
-    )
-    (folder / "results.json").write_text(json.dumps(answer, indent=1))
-    show(answer, folder)
-    return answer
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """What to make at the end; checked before hours of training go into it."""
+
+    corpus: text.Corpus
+    plan: train_loop.Plan
+    prompt: np.ndarray
+    sample_tokens: int
+    temperature: float
+    seed: int
+    title: str
+
+    @classmethod
+    def of(cls, config, corpus: text.Corpus, plan: train_loop.Plan) -> "Delivery":
+        corpus.check(plan.context, plan.batch)
+        plots.check()
+        prompt = corpus.validation[:12] if config.prompt is None else corpus.tokenizer.encode(config.prompt)
+        sampling.check(prompt, config.sample_tokens, config.temperature, corpus.vocab_size)
+        return cls(corpus=corpus, plan=plan, prompt=prompt, sample_tokens=config.sample_tokens, seed=config.seed,
+                   temperature=config.temperature, title=f"{config.preset}, {corpus.note}")  # fmt: skip
+
+    def make(self, folder: pathlib.Path, runs: dict[str, train_loop.Trained]) -> dict:
+        """Prints the tables and writes the files; answers with what `results.json` holds."""
+        answer = {"text": self.corpus.note, "steps": self.plan.steps, "runs": {}}
+        twin = runs.get("unquantized")
+        for name, run in runs.items():
+            entry = {
+                "validation_loss": run.validation_loss,
+                "bits_per_byte": bits_per_byte(run.validation_loss, self.corpus),
+            }
+            entry |= {"tokens_per_second": run.tokens_per_second, "skipped_steps": run.skipped}
+            if twin is not None and run is not twin:
+                entry["above_unquantized"] = run.validation_loss - twin.validation_loss
+            answer["runs"][name] = entry
+        answer["unigram_entropy"] = unigram_entropy(self.corpus)
+        name, run = list(runs.items())[-1]
+        model = run.model
+        if name != "unquantized":
+            model = _convert(run.model)
+            answer["packed"] = save_both(folder, run.model, model) | {"validation_loss": self.held_out_loss(model)}
+        ids = sampling.generate(model, self.prompt, tokens=self.sample_tokens, context=self.plan.context,
+                                temperature=self.temperature, key=jax.random.key(self.seed))  # fmt: skip
+        answer["sample"] = self.corpus.tokenizer.decode(ids)
+        plots.curves(folder / "curves.png", {name: run.lines for name, run in runs.items()}, title=self.title)
+        (folder / "results.json").write_text(json.dumps(answer, indent=1))
+        show(answer, folder)
+        return answer
+
+    def held_out_loss(self, model: nnx.Module) -> float:
+        plan = self.plan
+        batches = text.fixed_batches(
+            self.corpus.validation, context=plan.context, batch=plan.batch, windows=plan.validation_windows
+        )
+        return train_loop.evaluate(model, batches)
+
+
+_convert = nnx.jit(lb.convert)
 
 
 def bits_per_byte(loss: float, corpus: text.Corpus) -> float | None:
@@ -58,12 +86,6 @@ def unigram_entropy(corpus: text.Corpus) -> float:
     seen = np.bincount(sample, minlength=size) + 1.0
     held = np.bincount(corpus.validation[: 1 << 26], minlength=size)
     return float(-(held * np.log(seen / seen.sum())).sum() / held.sum())
-
-
-def held_out(corpus: text.Corpus, plan: train_loop.Plan) -> list[np.ndarray]:
-    return text.fixed_batches(
-        corpus.validation, context=plan.context, batch=plan.batch, windows=plan.validation_windows
-    )
 
 
 def save_both(folder: pathlib.Path, trained: nnx.Module, packed: nnx.Module) -> dict:

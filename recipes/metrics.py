@@ -29,7 +29,10 @@ class Metrics:
         self.steps.flush()
         self.timing.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
         self.flush()
         self.steps.file.close()
         self.timing.file.close()
@@ -58,7 +61,7 @@ class _LineFile:
         replacement = path.with_suffix(".new")
         replacement.write_bytes(b"".join(kept))
         os.replace(replacement, path)
-        self.file = path.open("a")
+        self.file = path.open("a", buffering=1)  # whole lines, so that others can follow
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         finite = {

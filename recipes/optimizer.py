@@ -1,19 +1,31 @@
 """AdamW with a one-cycle rate, as the QuEST runs use it (Panferov et al. 2025, arXiv:2502.05003, section 4)."""
 
+import dataclasses
+
 import jax
 import optax
 
 
-def adamw(
-    peak: float, steps: int, *, warmup: float = 0.1, weight_decay: float = 0.1, clip: float = 1.0
-) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW:
     """Gradient clipped to a norm of `clip`; betas 0.9 and 0.95; decoupled decay of the block matrices only."""
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(b1=0.9, b2=0.95),
-        optax.add_decayed_weights(weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(one_cycle(peak, steps, warmup)),
-    )
+
+    peak: float
+    steps: int
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def schedule(self) -> optax.Schedule:
+        return one_cycle(self.peak, self.steps, self.warmup)
+
+    def transformation(self) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.scale_by_adam(b1=0.9, b2=0.95),
+            optax.add_decayed_weights(self.weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(self.schedule()),
+        )
 
 
 def one_cycle(peak: float, steps: int, warmup: float = 0.1) -> optax.Schedule:

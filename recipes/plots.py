@@ -1,5 +1,6 @@
 """Curves as PNG files. Matplotlib without a display; imported only when a plot is drawn."""
 
+import importlib.util
 import pathlib
 
 import numpy as np
@@ -43,10 +44,15 @@ def by_bits(
     figure.savefig(path, dpi=120)
 
 
+def check() -> None:
+    """Raises: ImportError where no plot can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("The plots need matplotlib: pip install 'lowbit_jax[recipes]'.")
+
+
 def _figure(width: float, height: float):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The plots need matplotlib: pip install 'lowbit_jax[recipes]'.") from error
+    check()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

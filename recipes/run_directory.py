@@ -46,10 +46,11 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def fields_that_matter(config, **data: str) -> dict[str, str]:
+def fields_that_matter(config, **more) -> dict[str, str]:
     """The settings that change the numbers of a run, as text; a field opts out by `metadata={"numbers": False}`."""
     fields = (field for field in dataclasses.fields(config) if field.metadata.get("numbers", True))
-    return {field.name: repr(getattr(config, field.name)) for field in fields} | data
+    values = {field.name: getattr(config, field.name) for field in fields} | more
+    return {name: repr(value) for name, value in values.items()}
 
 
 def short_hash(settings: dict[str, str]) -> str:

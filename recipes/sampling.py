@@ -15,17 +15,21 @@ def generate(
     """The prompt and `tokens` more ids drawn from softmax(logits / temperature); 0 takes the most likely.
 
     Every token is a full forward pass over a window of `context` ids: no cache, so any ids-to-logits model will do."""
-    if len(prompt) == 0 or tokens < 1 or temperature < 0:
-        raise ValueError(
-            f"sampling.generate: {len(prompt)} prompt ids, {tokens} new tokens, temperature {temperature}. It needs a"
-            " prompt, at least one new token and a temperature of 0 or more."
-        )
     prompt = np.asarray(prompt, np.int32)[-context:]
     window = np.zeros((1, context), np.int32)
     window[0, : len(prompt)] = prompt
     graph, state = nnx.split(model)
     drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(prompt)), key, jnp.float32(temperature), tokens)
     return np.concatenate([prompt, np.asarray(drawn)])
+
+
+def check(prompt: np.ndarray, tokens: int, temperature: float, vocab_size: int) -> None:
+    """Raises: ValueError for what cannot be sampled."""
+    if len(prompt) == 0 or tokens < 1 or not temperature >= 0 or np.max(prompt) >= vocab_size:
+        raise ValueError(
+            f"sampling: {len(prompt)} prompt ids below {vocab_size}, {tokens} new tokens, temperature {temperature}. It"
+            " needs a prompt within the vocabulary, at least one new token and a temperature of 0 or more."
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "tokens"))

@@ -40,11 +40,30 @@ class Plan:
     log_every: int = 10
     tensorboard: bool = True
 
+    def __post_init__(self):
+        for name in ("steps", "batch", "context", "microbatches", "validation_windows", "evaluate_every",
+                     "checkpoint_every", "keep", "log_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"train_loop: {name} must be at least 1, not {getattr(self, name)}.")
+        if self.batch % self.microbatches:
+            raise ValueError(
+                f"train_loop: {self.batch} sequences cannot be cut into {self.microbatches} microbatches; take a"
+                " divisor."
+            )
+        self.optimizer().schedule()  # checks the rate
+
+    def optimizer(self) -> optimizer.AdamW:
+        return optimizer.AdamW(
+            peak=self.learning_rate, steps=self.steps, warmup=self.warmup, weight_decay=self.weight_decay
+        )
+
     @classmethod
-    def of(cls, size: llama.LlamaConfig, **settings) -> "Plan":
-        """Steps, batch, context and rate from a preset."""
-        names = ("steps", "batch", "context", "learning_rate", "warmup")
-        return cls(**{name: getattr(size, name) for name in names}, **settings)
+    def of(cls, size: llama.LlamaConfig, settings=None, **more) -> "Plan":
+        """Steps, batch, context and rate from a preset; what else has the same name in `settings`, and `more`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+        values |= {name: getattr(size, name) for name in names if hasattr(size, name)}
+        return cls(**(values | more))
 
 
 class Stopped(Exception):
@@ -66,16 +85,12 @@ class Trained:
 
 def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder: pathlib.Path,
           stop: run_directory.StopRequest | None = None, *, quantized: bool = False) -> Trained:  # fmt: skip
-    """Trains `model`, which `lb.quantize` made if `quantized`; goes on from the newest good checkpoint in `folder`."""
+    """Trains `model`, from `lb.quantize` if `quantized`; goes on from the newest good checkpoint in `folder/name`."""
     corpus.check(plan.context, plan.batch)
+    folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    if plan.batch % plan.microbatches:
-        raise ValueError(
-            f"{plan.batch} sequences a step cannot be cut into {plan.microbatches} microbatches; choose a divisor."
-        )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    transform = optimizer.adamw(plan.learning_rate, plan.steps, warmup=plan.warmup, weight_decay=plan.weight_decay)
-    state = {"params": params, "optimizer": transform.init(params), "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
+    state = first_state(params, plan.optimizer())
     data = text.batches(corpus.train, context=plan.context, batch=plan.batch, seed=plan.seed)
     held = text.fixed_batches(
         corpus.validation, context=plan.context, batch=plan.batch, windows=plan.validation_windows
@@ -88,29 +103,28 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
         data.set_state(extra["data"])
         print(f"{name} | resumes after step {start} from {folder}")
     prepare = lb.nn.prepare if quantized else None
-    step_function = make_step(graph, rest, transform, plan.microbatches, prepare)
-    log = metrics.Metrics(folder, after_step=start, tensorboard=plan.tensorboard)
-    schedule = optimizer.one_cycle(plan.learning_rate, plan.steps, plan.warmup)
+    step_function = make_step(graph, plan.optimizer(), plan.microbatches, prepare)
+    schedule = plan.optimizer().schedule()
+    progress = display.Progress(name, start=start, steps=plan.steps, tokens_per_step=plan.batch * plan.context)
     waiting = []
-    with display.Progress(name, start=start, steps=plan.steps, tokens_per_step=plan.batch * plan.context) as progress:
+    with metrics.Metrics(folder, after_step=start, tensorboard=plan.tensorboard) as log, progress:
         for step in range(start + 1, plan.steps + 1):
-            state, values = step_function(state, next(data))
+            state, values = step_function(state, rest, next(data))
             waiting.append((step, values))
             last, stopping = step == plan.steps, stop is not None and stop.signal is not None
             saving = last or stopping or step % plan.checkpoint_every == 0
-            if saving or step % plan.log_every == 0:
+            evaluating = last or step % plan.evaluate_every == 0
+            if saving or evaluating or step % plan.log_every == 0:
                 values = _write(log, waiting, schedule)
                 speed = progress.update(step, values["loss"], int(state["skipped"]))
                 log.time(step, tokens_per_second=speed)
-            if last or step % plan.evaluate_every == 0:
+            if evaluating:
                 log.step(step, validation_loss=evaluate(nnx.merge(graph, state["params"], rest), held))
             if saving:
                 log.flush()
                 checkpoints.save(step, state, data=data.get_state())
             if stopping and not last:
-                log.close()
                 raise Stopped(f"{name} stopped after step {step} of {plan.steps}; the same command goes on from there.")
-    log.close()
     lines = metrics.read(folder / "metrics.jsonl")
     final = next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
     speeds = [line["tokens_per_second"] for line in metrics.read(folder / "timing.jsonl")]
@@ -118,13 +132,22 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
     return Trained(nnx.merge(graph, state["params"], rest), final, lines, speed, int(state["skipped"]))
 
 
-def make_step(graph, rest, transform: optax.GradientTransformation, microbatches: int = 1, prepare=None):
-    """(state, tokens) -> (state, metrics), compiled once. A step that is not finite moves nothing and is counted."""
+def first_state(params, adamw: optimizer.AdamW) -> dict:
+    moments = adamw.transformation().init(params)
+    return {"params": params, "optimizer": moments, "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
 
-    def loss(params, tokens: Int[Array, "batch time"]) -> Float[Array, ""]:
-        return next_token_loss(nnx.merge(graph, params, rest), tokens)
 
-    def accumulated(params, tokens):
+@functools.cache  # one compilation for all seeds of a model
+def make_step(graph, adamw: optimizer.AdamW, microbatches: int = 1, prepare=None):
+    """(state, rest, tokens) -> (state, metrics). A step that is not finite moves nothing and is counted.
+
+    `rest` is the model's state that is not trained; `prepare` quantizes its weights once for all microbatches."""
+    transform = adamw.transformation()
+
+    def whole(params, rest, tokens):
+        return jax.value_and_grad(lambda params: next_token_loss(nnx.merge(graph, params, rest), tokens))(params)
+
+    def accumulated(params, rest, tokens):
         """Mean over the microbatches; the weights are quantized once and their gradient is taken back once."""
 
         def ready(params):
@@ -145,10 +168,10 @@ def make_step(graph, rest, transform: optax.GradientTransformation, microbatches
         return value, back(gradient)[0]
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, tokens):
+    def step(state, rest, tokens):
         params = state["params"]
-        value, gradient = accumulated(params, tokens) if microbatches > 1 else jax.value_and_grad(loss)(params, tokens)
-        norm = optax.global_norm(gradient)
+        value, gradient = (accumulated if microbatches > 1 else whole)(params, rest, tokens)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, after = transform.update(gradient, state["optimizer"], params)
         moved = (optax.apply_updates(params, updates), after)

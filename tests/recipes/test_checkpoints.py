@@ -53,7 +53,7 @@ def files(folder):
 
 
 def test_a_flipped_bit_anywhere_never_comes_back(saved):
-    """One bit in the middle of each file in turn: this checkpoint comes back intact, or the one before and a warning."""
+    """One bit in the middle of each file in turn: this checkpoint comes back intact, or the one before, warned."""
     newest = saved.folder / "step_00000020"
     keep = saved.folder.parent / "keep"
     shutil.copytree(newest, keep)

@@ -150,7 +150,7 @@ class TestOptimizer:
 
     def test_decay_and_clipping_reach_the_update(self):
         params = {"blocks": {"kernel": jnp.ones(4)}, "embed": jnp.ones(4)}
-        transform = optimizer.adamw(1.0, 10, weight_decay=0.5)
+        transform = optimizer.AdamW(peak=1.0, steps=10, weight_decay=0.5).transformation()
         updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
         np.testing.assert_allclose(updates["blocks"]["kernel"], -0.01 * 0.5, rtol=1e-5)  # the first rate is 1/100
         np.testing.assert_allclose(updates["embed"], 0)
@@ -183,8 +183,8 @@ class TestSampling:
         np.testing.assert_array_equal(draw(key), draw(key))
         assert (draw(key) != draw(jax.random.key(5))).any()
 
-    @pytest.mark.parametrize("change", [{"prompt": np.zeros(0, int)}, {"tokens": 0}, {"temperature": -1.0}])
-    def test_nothing_to_do(self, change, key):
-        arguments = {"prompt": np.asarray([1]), "tokens": 3, "temperature": 1.0} | change
-        with pytest.raises(ValueError, match="sampling.generate"):
-            sampling.generate(NextIs(), context=8, key=key, **arguments)
+    @pytest.mark.parametrize("change", [{"prompt": np.zeros(0, int)}, {"prompt": np.asarray([11])}, {"tokens": 0},
+                                        {"temperature": -1.0}, {"temperature": np.nan}])  # fmt: skip
+    def test_what_cannot_be_sampled(self, change):
+        with pytest.raises(ValueError, match="sampling: "):
+            sampling.check(**({"prompt": np.asarray([1]), "tokens": 3, "temperature": 1.0, "vocab_size": 11} | change))

@@ -35,7 +35,7 @@ class TestLock:
 class TestClaim:
     def test_the_same_settings_go_on(self, tmp_path):
         settings = run_directory.fields_that_matter(Settings(), text="abc")
-        assert settings == {"seed": "0", "text": "abc"}
+        assert settings == {"seed": "0", "text": "'abc'"}
         run_directory.claim(tmp_path, settings)
         run_directory.claim(tmp_path, run_directory.fields_that_matter(Settings(out=pathlib.Path("b")), text="abc"))
 
@@ -64,26 +64,22 @@ class TestMetrics:
         return metrics.read(folder / "metrics.jsonl")
 
     def test_cut_back_to_the_checkpoint(self, tmp_path):
-        log = metrics.Metrics(tmp_path, after_step=0, tensorboard=False)
-        for step in range(1, 6):
-            log.step(step, loss=step / 3)
-        log.close()
+        with metrics.Metrics(tmp_path, after_step=0, tensorboard=False) as log:
+            for step in range(1, 6):
+                log.step(step, loss=step / 3)
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 6, "lo')  # a kill in the middle of a line
-        log = metrics.Metrics(tmp_path, after_step=3, tensorboard=False)
-        log.step(4, loss=4.5)
-        log.close()
+        with metrics.Metrics(tmp_path, after_step=3, tensorboard=False) as log:
+            log.step(4, loss=4.5)
         assert self.lines(tmp_path) == [{"step": s, "loss": s / 3} for s in (1, 2, 3)] + [{"step": 4, "loss": 4.5}]
 
     def test_not_a_number_is_null(self, tmp_path):
-        log = metrics.Metrics(tmp_path, after_step=0, tensorboard=False)
-        log.step(1, loss=float("nan"), gradient_norm=float("inf"), skipped=1)
-        log.close()
+        with metrics.Metrics(tmp_path, after_step=0, tensorboard=False) as log:
+            log.step(1, loss=float("nan"), gradient_norm=float("inf"), skipped=1)
         assert self.lines(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "skipped": 1}]
 
     def test_tensorboard_files(self, tmp_path):
         pytest.importorskip("tensorboardX")
-        log = metrics.Metrics(tmp_path, after_step=0, tensorboard=True)
-        log.step(1, loss=2.0)
-        log.close()
+        with metrics.Metrics(tmp_path, after_step=0, tensorboard=True) as log:
+            log.step(1, loss=2.0)
         assert b"loss" in next((tmp_path / "tensorboard").glob("events*")).read_bytes()
