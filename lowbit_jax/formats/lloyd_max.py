@@ -18,8 +18,8 @@ def lloyd_max_levels(bits: int) -> tuple[float, ...]:
     start = NormalDist(sigma=math.sqrt(3))
     levels = np.array([start.inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)])
     for _ in range(20):
-        means, jacobian = _cell_means(levels)
-        change = np.linalg.solve(np.eye(count) - jacobian, levels - means)
+        means, by_lower, by_upper = _cell_means(levels)
+        change = _solve_tridiagonal(-by_lower[1:], 1 - by_lower - by_upper, -by_upper[:-1], levels - means)
         levels -= change
         if np.max(np.abs(change)) < 1e-10:  # the next change would be its square
             positive = levels.tolist()
@@ -27,8 +27,9 @@ def lloyd_max_levels(bits: int) -> tuple[float, ...]:
     raise AssertionError(f"Newton's method did not settle on the {bits}-bit Lloyd-Max levels")
 
 
-def _cell_means(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of N(0, 1) over each cell of the positive half, and the derivatives of the means by the levels."""
+def _cell_means(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of N(0, 1) over each cell of the positive half, and half its derivatives by the cell's two edges: a level
+    moves the edges on both its sides, so these are the entries of a tridiagonal Jacobian."""
     edges = np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2, [40.0]])  # the density at 40 is exactly zero
     lower, upper = edges[:-1], edges[1:]
     density = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
@@ -38,4 +39,18 @@ def _cell_means(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     by_lower = density[:-1] * (means - lower) / mass / 2
     by_upper = density[1:] * (upper - means) / mass / 2
     by_lower[0] = by_upper[-1] = 0.0  # the edges at zero and at infinity do not move
-    return means, np.diag(by_lower + by_upper) + np.diag(by_lower[1:], -1) + np.diag(by_upper[:-1], 1)
+    return means, by_lower, by_upper
+
+
+def _solve_tridiagonal(below: np.ndarray, diagonal: np.ndarray, above: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Thomas's algorithm; the matrix is diagonally dominant, so nothing is pivoted. (The library call would start
+    the threads of a BLAS while the package is imported.)"""
+    diagonal, answer = diagonal.copy(), right.copy()
+    for i in range(1, len(diagonal)):
+        factor = below[i - 1] / diagonal[i - 1]
+        diagonal[i] -= factor * above[i - 1]
+        answer[i] -= factor * answer[i - 1]
+    answer[-1] /= diagonal[-1]
+    for i in range(len(diagonal) - 2, -1, -1):
+        answer[i] = (answer[i] - above[i] * answer[i + 1]) / diagonal[i]
+    return answer
