@@ -10,6 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # expected values are those of fl
 import jax
 import pytest
 
+import tests.typechecker  # noqa: F401  # found by name by --jaxtyping-packages
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if os.environ["JAX_PLATFORMS"] == "cpu":
