@@ -15,7 +15,7 @@ class Scheme:
     """A method of `lb.methods` for the matrices of the blocks, after any rules. Embedding and head stay as they are."""
 
     method: str = "quest"
-    bits: Bits | None = None  # 4 unless given
+    bits: Bits | None = None  # the method's default, 4 for most
     weight_only: bool = False
     rules: tuple[str, ...] = ()
 
@@ -27,39 +27,42 @@ class Scheme:
 
     @property
     def name(self) -> str:
+        """Fit for a folder: quest-w4a4, lsq-w2a2, quest-w4a16, none."""
         if self.method == "none":
             return "none"
-        bits = 4 if self.bits is None else self.bits
-        width = bits if isinstance(bits, str) else f"w{bits}a{16 if self.weight_only else bits}"
-        return f"{self.method}-{width}" + ("-rules" if self.rules else "")
+        return self.recipe(self.method, self.bits).name.lower().replace(" ", "-") + ("-rules" if self.rules else "")
 
     def apply(self, model: nnx.Module, tokens: jax.Array) -> nnx.Module:
         """The quantized view of `model`, learned steps set from `tokens`; `model` itself for "none"."""
         if self.method == "none":
             return model
-        recipe = self.recipe(self.method, 4 if self.bits is None else self.bits)
-        model = lb.quantize(model, rules=[*map(self._rule, self.rules), ("blocks", recipe)])
-        return lb.calibrate(model, tokens) if _learns(recipe) else model
+        rules = [*map(self._rule, self.rules), ("blocks", self.recipe(self.method, self.bits))]
+        model = lb.quantize(model, rules=rules)
+        return lb.calibrate(model, tokens) if any(map(_learns, rules)) else model
 
-    def recipe(self, method: str, bits: Bits) -> lb.LinearRecipe:
-        options = {"activations": False} if self.weight_only else {}
+    def recipe(self, method: str, bits: Bits | None) -> lb.LinearRecipe:
+        options = {} if bits is None else {"bits": bits}
+        if self.weight_only:
+            options["activations"] = False
         try:
-            return lb.methods.get(method, bits=bits, **options)
-        except TypeError as error:  # an option or width that this method does not have
+            return lb.methods.get(method, **options)
+        except TypeError as error:  # an option that this method does not have
             raise ValueError(f"schemes: {error}") from error
 
     def _rule(self, rule: str) -> tuple[str, lb.LinearRecipe | None]:
         """`pattern=method:bits`; the pattern is a regular expression over module paths, as `lb.quantize` reads it."""
         pattern, _, value = rule.rpartition("=")
         method, _, bits = value.partition(":")
-        if not pattern or not method or (method == "none") == bool(bits):
+        if not pattern or not method or (method == "none" and bits):
             raise ValueError(
-                f"schemes: {rule!r} is not pattern=method:bits or pattern=none, like blocks/mlp/down=quest:8."
+                f"schemes: {rule!r} is not pattern=method:bits, pattern=method or pattern=none, like"
+                " blocks/mlp/down=quest:8."
             )
         if method == "none":
             return pattern, None
-        return pattern, self.recipe(method, int(bits) if bits.isdigit() else bits)
+        return pattern, self.recipe(method, int(bits) if bits.isdigit() else bits or None)
 
 
-def _learns(recipe: lb.LinearRecipe) -> bool:
-    return any(quantizer is not None and quantizer.learned for quantizer in (recipe.out.lhs, recipe.out.rhs))
+def _learns(rule: tuple[str, lb.LinearRecipe | None]) -> bool:
+    quantizers = (rule[1].out.lhs, rule[1].out.rhs) if rule[1] else ()
+    return any(quantizer is not None and quantizer.learned for quantizer in quantizers)

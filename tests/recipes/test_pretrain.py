@@ -153,7 +153,7 @@ def test_senseless_settings_are_refused_before_anything_is_trained(config, chang
 class TestSchemes:
     @pytest.mark.parametrize(
         ("scheme", "name"),
-        [(schemes.Scheme(), "quest-w4a4"), (schemes.Scheme(bits="e2m1"), "quest-e2m1"),
+        [(schemes.Scheme(), "quest-w4a4"), (schemes.Scheme(bits="e2m1"), "quest-we2m1ae2m1"),
          (schemes.Scheme(method="lsq", bits=2), "lsq-w2a2"), (schemes.Scheme(weight_only=True), "quest-w4a16"),
          (schemes.Scheme(method="none"), "none"), (schemes.Scheme(rules=("a=none",)), "quest-w4a4-rules")],
     )  # fmt: skip
@@ -165,7 +165,7 @@ class TestSchemes:
             schemes.Scheme(method="none", bits=4)
 
     @pytest.mark.parametrize(
-        "rule", ["blocks", "=quest:4", "blocks=quest", "blocks=none:4", "blocks=quest:nine", "nowhere=none"]
+        "rule", ["blocks", "=quest:4", "blocks=", "blocks=none:4", "blocks=quest:nine", "nowhere=none"]
     )
     def test_rules_that_say_nothing(self, rule):
         with pytest.raises(ValueError):

@@ -1,0 +1,42 @@
+"""The comparison: intervals from a table of Student's t, differences paired by seed, cells that are not run twice."""
+
+import numpy as np
+import pytest
+
+from recipes import compare, schemes, train_loop
+
+
+def test_interval_against_the_printed_table():
+    """t(0.975) is 12.706 with one degree of freedom and 4.303 with two."""
+    assert compare.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / np.sqrt(3)), rel=1e-3)
+    assert compare.interval([1.0, 3.0]) == pytest.approx((2.0, 12.706), rel=1e-3)
+    assert compare.interval([5.0]) == (5.0, None)
+
+
+def test_differences_are_paired():
+    """Seeds differ by 1, methods by exactly 0.1 and 0.3: the pairs leave no spread."""
+    cells = [schemes.Scheme(method="none"), *(schemes.Scheme(method=name, bits=2) for name in ("quest", "lsq"))]
+    losses = {"none": [1.0, 2.0, 3.0], "quest-w2a2": [1.1, 2.1, 3.1], "lsq-w2a2": [1.3, 2.3, 3.3]}
+    none, quest, lsq = compare.summary(cells, losses)
+    assert none["above_unquantized"] is none["above_quest"] is quest["above_quest"] is None
+    assert quest["above_unquantized"] == pytest.approx((0.1, 0), abs=1e-9)
+    assert lsq["above_unquantized"] == pytest.approx((0.3, 0), abs=1e-9)
+    assert lsq["above_quest"] == pytest.approx((0.2, 0), abs=1e-9)
+    assert none["loss"][1] > 1
+
+
+def test_a_small_comparison(tmp_path, capsys, monkeypatch):
+    (tmp_path / "words.txt").write_text("".join(f"the square of {i} is {i * i}\n" for i in range(3000)))
+    config = compare.Compare(preset="smoke", steps=4, bits=(2,), methods=("quest", "straight_through"), seeds=2,
+                             data=str(tmp_path / "words.txt"), out=tmp_path / "out")  # fmt: skip
+    rows = compare.main(config)
+    assert [row["name"] for row in rows] == ["none", "quest-w2a2", "straight-through-w2a2"]
+    assert "±" in capsys.readouterr().out
+    assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(train_loop, "make_step", lambda *_: None)  # any further step would fail
+    assert compare.main(config) == rows
+
+
+def test_nothing_to_compare():
+    with pytest.raises(ValueError, match="at least one seed"):
+        compare.main(compare.Compare(seeds=0))
