@@ -1,6 +1,6 @@
 """Checks the shapes and dtypes in every signature of the library while tests run:
 
-    pytest --jaxtyping-packages=lowbit_jax,tests.typechecker.check tests/ops
+pytest --jaxtyping-packages=lowbit_jax,tests.typechecker.check tests/ops
 """
 
 from beartype import BeartypeConf, beartype
