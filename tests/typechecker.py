@@ -1,7 +1,5 @@
-"""Checks the shapes and dtypes in every signature of the library while tests run:
-
-pytest --jaxtyping-packages=lowbit_jax,tests.typechecker.check tests/ops
-"""
+"""Checks the shapes and dtypes in every signature of the library while tests run, given
+`pytest --jaxtyping-packages=lowbit_jax,tests.typechecker.check`. Tests of bad arguments then meet its error first."""
 
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeException
