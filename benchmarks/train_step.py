@@ -71,6 +71,7 @@ def compare(programs: Mapping[str, Program], rounds: int) -> dict[str, dict]:
             "step_ms": 1e3 * median(seconds[name]),
             "step_ratio": ratio(seconds[name], seconds[REFERENCE]),
             "compile_s": program.trace_s + program.compile_s,
+            "of_which_tracing_s": program.trace_s,
             "compile_ratio": (program.trace_s + program.compile_s) / (base.trace_s + base.compile_s),
             "temp_mib": program.temp_bytes / 2**20,
             "peak_mib": program.peak_bytes / 2**20,
