@@ -6,12 +6,15 @@
 A checkpoint is written under a hidden name, flushed, and renamed, so a kill leaves the earlier ones as they were. Orbax
 does not notice a flipped bit; the manifest does, and `latest` then warns and answers with the checkpoint before it."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +43,8 @@ class Checkpoints:
         try:
             shutil.rmtree(hidden, ignore_errors=True)
             hidden.mkdir(parents=True)
-            write(hidden, tree, step=step, **extra)
+            with _without_tracebacks():
+                write(hidden, tree, step=step, **extra)
             if final.exists():  # the same step of an earlier try; what is there did not verify
                 shutil.rmtree(final)
             os.rename(hidden, final)
@@ -48,7 +52,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             shutil.rmtree(hidden, ignore_errors=True)
             raise OSError(
-                f"Checkpoints could not write step {step} to {self.folder}: {error}. Earlier checkpoints"
+                f"Checkpoints could not write step {step} to {self.folder}: {str(error)[-300:]}. Earlier checkpoints"
                 f" ({self.steps() or 'none'}) are untouched; free space or choose another --out, and run again."
             ) from error
         for old in self.steps()[: -self.keep]:
@@ -158,11 +162,23 @@ def _describe(array) -> dict:
 
 
 def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8) if array.ndim else array.tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _digest_of_json(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Orbax logs the tracebacks of its threads before it raises; the error that we raise says it in one sentence."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _flush(folder: pathlib.Path) -> None:

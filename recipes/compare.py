@@ -98,10 +98,11 @@ def show(rows: list[dict], folder: pathlib.Path, config: Compare, corpus: text.C
             return "-"
         return f"{value[0]:{sign}.4f}" + ("" if value[1] is None else f" ± {value[1]:.4f}")
 
-    lines = [
-        [row["name"], cell(row["loss"], ""), cell(row["above_unquantized"], "+"), cell(row["above_quest"], "+")]
-        for row in rows
-    ]
+    signs = {"loss": "", "above_unquantized": "+", "above_quest": "+"}
+    lines = []
+    for row in rows:
+        name = "unquantized" if row["method"] == "none" else row["name"]
+        lines.append([name, *(cell(row[key], sign) for key, sign in signs.items())])
     title = (
         f"Held-out loss, nats a token: {config.preset}, {config.seeds} seeds, 95% intervals, differences paired by seed"
     )

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,7 +89,7 @@ def unigram_entropy(corpus: text.Corpus) -> float:
     return float(-(held * np.log(seen / seen.sum())).sum() / held.sum())
 
 
-def save_both(folder: pathlib.Path, trained: nnx.Module, packed: nnx.Module) -> dict:
+def save_both(folder: pathlib.Path, trained: Any, packed: Any) -> dict:
     """Writes the float weights and the packed ones as checkpoints; answers with their sizes in bytes."""
     sizes = {}
     for name, model in {"float": trained, "packed": packed}.items():

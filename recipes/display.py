@@ -61,11 +61,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def size(count: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
+    power = min(3, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.{2 if power else 0}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
 def _bar() -> rich.progress.Progress:

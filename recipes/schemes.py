@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import jax
+import numpy as np
 from flax import nnx
 
 import lowbit_jax as lb
@@ -32,7 +32,7 @@ class Scheme:
             return "none"
         return self.recipe(self.method, self.bits).name.lower().replace(" ", "-") + ("-rules" if self.rules else "")
 
-    def apply(self, model: nnx.Module, tokens: jax.Array) -> nnx.Module:
+    def apply(self, model: nnx.Module, tokens: np.ndarray) -> nnx.Module:
         """The quantized view of `model`, learned steps set from `tokens`; `model` itself for "none"."""
         if self.method == "none":
             return model
@@ -65,4 +65,4 @@ class Scheme:
 
 def _learns(rule: tuple[str, lb.LinearRecipe | None]) -> bool:
     quantizers = (rule[1].out.lhs, rule[1].out.rhs) if rule[1] else ()
-    return any(quantizer is not None and quantizer.learned for quantizer in quantizers)
+    return any(isinstance(quantizer, lb.Quantizer) and quantizer.learned for quantizer in quantizers)

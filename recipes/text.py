@@ -195,10 +195,10 @@ def _join(documents: list[str], tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
-def _from_tokens(path: pathlib.Path, tokenizer: tokenizers.Tokenizer | None, held_out: float) -> Corpus:
+def _from_tokens(path: pathlib.Path, chosen: tokenizers.Tokenizer | None, held_out: float) -> Corpus:
     ids, index = token_files.read(path)
     vocab_size = index["vocab_size"]
-    tokenizer = tokenizer or tokenizers.Ids(vocab_size)
+    tokenizer: tokenizers.Tokenizer = chosen or tokenizers.Ids(vocab_size)
     if vocab_size > tokenizer.vocab_size:
         raise ValueError(
             f"recipes.text: {path} has a vocabulary of {vocab_size} and the tokenizer {tokenizer.name!r} one of"

@@ -7,9 +7,14 @@ import numpy as np
 
 
 class Tokenizer(Protocol):
-    name: str
-    vocab_size: int
-    separator: int | None  # written after each document
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def separator(self) -> int | None:
+        """The id written after each document."""
+        ...
 
     def encode(self, text: str) -> np.ndarray: ...
     def decode(self, ids: np.ndarray) -> str: ...

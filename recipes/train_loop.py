@@ -207,7 +207,7 @@ def _write(log: metrics.Metrics, waiting: list, schedule: optax.Schedule) -> dic
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         in_a_row, skipped = values.pop("in_a_row"), values.pop("skipped")
         note = {"skipped": skipped} if in_a_row else {}  # only a skipped step says so
-        log.step(step, **values, learning_rate=float(schedule(step - 1 - skipped)), **note)
+        log.step(step, **values, learning_rate=np.asarray(schedule(step - 1 - skipped)).item(), **note)
         if in_a_row >= MOST_SKIPS_IN_A_ROW:
             log.flush()
             raise Diverged(
