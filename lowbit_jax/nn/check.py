@@ -52,7 +52,7 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
 
 
 def _names_used(member: Any) -> set[str]:
-    """Attribute names in the code of a function, a property, or what wraps one."""
+    """Names and strings in the code of a function, a property, or what wraps one; its docstring is no name."""
     member = (
         getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", None) or member
     )
@@ -60,6 +60,6 @@ def _names_used(member: Any) -> set[str]:
     names, pending = set(), [code] if code else []
     while pending:
         code = pending.pop()
-        names |= set(code.co_names)
+        names |= set(code.co_names) | {c for c in code.co_consts if isinstance(c, str)}
         pending += [c for c in code.co_consts if inspect.iscode(c)]
     return names

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from flax import linen
 from lowbit_jax.nn.check import check_subclass
 from lowbit_jax.nn.linen_layers import layer_base, own_call, quantized_call
 from lowbit_jax.nn.policy import Node, Policy, check_rule, unmatched
-from lowbit_jax.nn.site import naming
+from lowbit_jax.nn.site import called, naming
 from lowbit_jax.ops import LinearRecipe
 
 WHO = "lb.quantize"
@@ -104,25 +105,66 @@ def quantized_class(base: type, chosen: Quantization, root: tuple[str, ...] | No
 
     def setup(self):
         base.setup(self)
-        _adopt(self, chosen, self.scope.path if root is None else root)
+        _adopt(self, chosen, root)
+
+    def __post_init__(self):
+        base.__post_init__(self)
+        _adopt(self, chosen, root)
 
     def __reduce__(self):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init and f.name != "parent"}
         return _rebuild, (base, chosen, fields)
 
-    members = dict(_call_wrapped_method=_call_wrapped_method, setup=setup, __reduce__=linen.nowrap(__reduce__))
-    members |= dict(_lowbit=chosen, _lowbit_base=base, __module__=base.__module__, __qualname__=base.__qualname__)
-    members["__doc__"] = base.__doc__
-    members["_call_wrapped_method"] = linen.nowrap(_call_wrapped_method)
+    members = dict(_call_wrapped_method=_call_wrapped_method, __reduce__=__reduce__)
+    members |= {name: _lifted_method(base, name, root) for name in _lifted(base)}
+    members |= {name: _applying(getattr(base, name)) for name in ("apply", "init", "init_with_output", "lazy_init")}
+    members = {name: linen.nowrap(member) for name, member in members.items()}
+    members |= dict(setup=setup, __post_init__=__post_init__, _lowbit=chosen, _lowbit_base=base)
+    members |= dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
     return type(base.__name__, (base,), members)
+
+
+def _lifted(base: type) -> list[str]:
+    """Methods that nn.scan, nn.remat and the like made of a class: Flax lets them bypass `_call_wrapped_method`."""
+    is_lifted = lambda f: (
+        hasattr(f, "method_handler_wrapped") and hasattr(getattr(f, "__wrapped__", None), "method_handler_wrapped")
+    )
+    return [name for name in dir(base) if is_lifted(inspect.getattr_static(base, name, None))]
+
+
+def _lifted_method(base: type, name: str, root: tuple[str, ...] | None) -> Callable:
+    lifted = getattr(base, name)
+
+    @functools.wraps(lifted)
+    def method(self, *args, **kwargs):
+        with _running(self, root, name):
+            return lifted(self, *args, **kwargs)
+
+    return method
+
+
+def _applying(verb: Callable) -> Callable:
+    """`apply` and its kin: a lifted method of the class that was quantized, given as `method=`, is taken from here."""
+
+    @functools.wraps(verb)
+    def run(self, *args, method=None, **kwargs):
+        name = getattr(method, "__name__", None)
+        if name in _lifted(type(self)._lowbit_base) and getattr(type(self)._lowbit_base, name) is method:
+            method = getattr(type(self), name)
+        return verb(self, *args, method=method, **kwargs)
+
+    return run
 
 
 def _rebuild(base: type, chosen: Quantization, fields: dict[str, Any]) -> linen.Module:
     return quantized_class(base, chosen, None)(**fields)
 
 
-def _adopt(module: linen.Module, chosen: Quantization, root: tuple[str, ...]) -> None:
+def _adopt(module: linen.Module, chosen: Quantization, root: tuple[str, ...] | None) -> None:
     """Turns the submodules of `setup` and of fields into quantized ones, so that calls from outside are quantized."""
+    if module.scope is None:
+        return
+    root = module.scope.path if root is None else root
     pending = [value for name, value in vars(module).items() if name not in ("parent", "_parent_ref", "_state")]
     while pending:
         value = pending.pop()
@@ -130,6 +172,7 @@ def _adopt(module: linen.Module, chosen: Quantization, root: tuple[str, ...]) ->
             inside = value.scope is not None and value.scope.path[: len(root)] == root and value is not module
             if inside and quantization(value) is None:
                 object.__setattr__(value, "__class__", quantized_class(type(value), chosen, root))
+                _adopt(value, chosen, root)
         elif isinstance(value, Mapping):
             pending += list(value.values())
         elif isinstance(value, tuple | list):
@@ -186,7 +229,7 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
     if context.orig_method.func is not own_call(
         base
     ):  # a subclass or a lifted class: its own call comes through here later
-        check_subclass(module, base, f"{WHO}: the layer {path!r} ({type(module).__name__})")
+        check_subclass(module, base, f"{WHO}: {called(path, type(module))}")
         run.entered.setdefault(path, type(module))
         return call(*args, **kwargs)
     if path in run.entered:
@@ -215,7 +258,7 @@ def _check(run: Run, module: linen.Module) -> None:
     if missing:
         path, kind = next(iter(missing.items()))
         raise ValueError(
-            f"{WHO}: the layer {path!r} ({kind.__name__}) never called {layer_base_of(kind).__name__}.__call__, so"
+            f"{WHO}: {called(path, kind)} never called {layer_base_of(kind).__name__}.__call__, so"
             " its product"
             " stayed in high precision. Let it call super().__call__, or leave it out by a rule."
         )

@@ -9,7 +9,7 @@ from flax.core import FrozenDict, freeze
 
 from lowbit_jax.nn.linen import Quantization, quantization, watching, with_quantization
 from lowbit_jax.nn.site import Site, needs_key, stacked
-from lowbit_jax.nn.weight import packed_weight, ready_weight, to_nearest
+from lowbit_jax.nn.weight import packed_stack, ready_weight, to_nearest
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -21,12 +21,11 @@ def convert(model: linen.Module, variables: Any = None, *args: Any, **kwargs: An
     sites = _sites(model, variables, args, kwargs, "lb.convert")
 
     def pack(site: Site, recipe: LinearRecipe, layer: dict[str, Any]) -> dict[str, Any]:
-        recipe, scale = to_nearest(recipe), layer.get("rhs_scale")
+        recipe, scale = to_nearest(recipe), linen.meta.unbox(layer.get("rhs_scale"))
         kept = {name: value for name, value in layer.items() if name != "rhs_scale"}
-        function = lambda kernel, scale=None: packed_weight(kernel, recipe, site, scale=scale)
-        return (
-            kept if recipe.out.rhs is None else kept | {"kernel": _over_stack(function, layer["kernel"], scale, site)}
-        )
+        if recipe.out.rhs is None:
+            return kept
+        return kept | {"kernel": packed_stack(linen.meta.unbox(layer["kernel"]), recipe, site, scale)}
 
     return model, _with_layers(variables, sites, pack)
 
@@ -42,8 +41,9 @@ def prepare(model: linen.Module, variables: Any = None, *args: Any, **kwargs: An
 
     def ready(site: Site, recipe: LinearRecipe, layer: dict[str, Any]) -> dict[str, Any]:
         key, scale = next(keys, None), layer.get("rhs_scale")
-        function = lambda kernel, scale=None: ready_weight(kernel, recipe, site, scale=scale, key=key)
-        return layer | {"kernel": _over_stack(function, layer["kernel"], scale, site)}
+        kernel, others = linen.meta.unbox((layer["kernel"], {"scale": scale}))
+        function = lambda kernel, others: ready_weight(kernel, recipe, site, key=key, **others)
+        return layer | {"kernel": stacked(function, kernel, site)(kernel, others)}
 
     policy = quantization(model).policy
     return with_quantization(model, Quantization(policy, form="ready")), _with_layers(variables, sites, ready)
@@ -123,12 +123,6 @@ def _inside(params: Any, path: str) -> Any:
     for part in path.split("/") if path else ():
         params = params[part]
     return params
-
-
-def _over_stack(function: Callable[..., Any], kernel: Any, scale: Any, site: Site) -> Any:
-    kernel, scale = linen.meta.unbox((kernel, scale))
-    each = stacked(function, kernel, site)
-    return each(kernel) if scale is None else each(kernel, scale)
 
 
 def _with_layers(variables: Any, sites: Sites, change: Callable[..., dict[str, Any]]) -> Any:

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lowbit_jax.nn.check import check_site
 from lowbit_jax.nn.product import KeepMaster, Product
-from lowbit_jax.nn.site import Site, check_activation_scale, einsum_contraction, initial_weight_scale, needs_key
+from lowbit_jax.nn.site import Site, called, check_activation_scale, einsum_contraction, initial_weight_scale, needs_key
 from lowbit_jax.nn.weight import to_nearest
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
@@ -79,7 +79,7 @@ def quantized_call(
     layer: Any, base: type, path: str, recipe: LinearRecipe, call: Callable, args: tuple, kwargs: dict, watchers: Any
 ) -> Array:
     """One call of the layer's own `__call__`, its product replaced; raises where it cannot be."""
-    where = f"lb.quantize: the layer {path!r} ({base.__name__})"
+    where = f"lb.quantize: {called(path, base)}"
     _check_layer(layer, base, where)
     bound = inspect.signature(own_call(base)).bind(layer, *args, **kwargs)
     arguments = list(bound.arguments.values())[1:]

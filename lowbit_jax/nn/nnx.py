@@ -21,7 +21,7 @@ from jaxtyping import Array
 from lowbit_jax.nn.check import check_site, check_subclass
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
-from lowbit_jax.nn.site import Site, einsum_contraction, initial_scales, needs_key
+from lowbit_jax.nn.site import Site, called, einsum_contraction, initial_scales, needs_key
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -128,7 +128,8 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
             product = _product(layer, paths[0], assigned[paths[0]], who)
             if needs_key(product.recipe) and rngs is None:
                 raise ValueError(
-                    f"{who}: the recipe of {paths[0]!r} rounds stochastically, which takes random keys. Pass"
+                    f"{who}: the recipe of {called(paths[0], type(layer))} rounds stochastically, which takes"
+                    " random keys. Pass"
                     " rngs=nnx.Rngs(quantize=0); each layer then owns a stream of keys."
                 )
             products |= dict.fromkeys(paths, product)
@@ -141,7 +142,7 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
         if scales or stream is not None:
             setattr(layer, attribute, nnx.data(StatefulProduct(product, scales, stream)))
         else:
-            setattr(layer, attribute, product)
+            setattr(layer, attribute, nnx.static(product))
         layer.promote_dtype = keep
 
     return edited(module, products, change)
@@ -196,7 +197,7 @@ def describe(module: nnx.Module, paths: tuple[str, ...]) -> Node:
 def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
     """Checks that the layer's product can be taken over, whole; raises with its path otherwise."""
     base, kind = layer_type(layer)
-    where = f"{who}: the layer {path!r} ({type(layer).__name__})" if path else f"{who}: this {type(layer).__name__}"
+    where = f"{who}: {called(path, type(layer))}"
     if hook(layer) is not None or isinstance(layer.kernel, PackedWeight):
         raise ValueError(
             f"{where} is quantized already. Quantize the original model, or leave this layer out by a rule."

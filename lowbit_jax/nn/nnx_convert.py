@@ -1,15 +1,16 @@
 """NNX: the same model with its weights packed (`convert`) or quantized once for many microbatches (`prepare`)."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
+from jaxtyping import Array
 
 from lowbit_jax.nn.nnx import PackedWeight, StatefulProduct, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import needs_key, stacked
-from lowbit_jax.nn.weight import packed_weight, ready_weight, to_nearest
+from lowbit_jax.nn.weight import packed_stack, ready_weight, to_nearest
 
 
 def convert(model: nnx.Module) -> nnx.Module:
@@ -27,8 +28,8 @@ def convert(model: nnx.Module) -> nnx.Module:
             )
         recipe = to_nearest(product.recipe)
         if recipe.out.rhs is not None:
-            pack = lambda kernel, scale: packed_weight(kernel, recipe, product.site, scale=scale)
-            layer.kernel = PackedWeight(_over_stack(pack, layer, product))
+            kernel = packed_stack(layer.kernel.get_value(), recipe, product.site, _weight_scale(layer))
+            layer.kernel = PackedWeight(kernel)
         _replace(layer, dataclasses.replace(product, recipe=recipe), drop=("rhs_scale", "rngs"))
 
     return edited(model, products, change)
@@ -41,9 +42,10 @@ def prepare(model: nnx.Module) -> nnx.Module:
     def change(layer: nnx.Module, product: Product) -> None:
         if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
             return
-        key = _held(layer).rngs() if needs_key(product.recipe) else None
-        ready = lambda kernel, scale: ready_weight(kernel, product.recipe, product.site, scale=scale, key=key)
-        layer.kernel = layer.kernel.replace(_over_stack(ready, layer, product))
+        key = _draw(_held(layer).rngs) if needs_key(product.recipe) else None
+        kernel, others = layer.kernel.get_value(), {"scale": _weight_scale(layer), "key": key}
+        ready = lambda kernel, others: ready_weight(kernel, product.recipe, product.site, **others)
+        layer.kernel = layer.kernel.replace(stacked(ready, kernel, product.site)(kernel, others))
         _replace(layer, dataclasses.replace(product, recipe=product.recipe.with_rhs_ready()), drop=("rhs_scale",))
 
     return edited(model, products, change)
@@ -66,19 +68,26 @@ def _held(layer: nnx.Module) -> Any:
     return getattr(layer, layer_type(layer)[1].attribute)
 
 
-def _over_stack(function: Callable[..., Any], layer: nnx.Module, product: Product) -> Any:
-    """`function(kernel, scale)` of each layer of a stack."""
-    kernel, scale = layer.kernel.get_value(), getattr(_held(layer), "rhs_scale", None)
-    if scale is None:
-        return stacked(lambda k: function(k, None), kernel, product.site)(kernel)
-    return stacked(function, kernel, product.site)(kernel, scale.get_value())
+def _weight_scale(layer: nnx.Module) -> Array | None:
+    scale = getattr(_held(layer), "rhs_scale", None)
+    return None if scale is None else scale.get_value()
+
+
+def _draw(stream: nnx.RngStream) -> Array:
+    """The next key, or keys of a stack of streams."""
+    key, count = stream.key.get_value(), stream.count.get_value()
+    draw = jax.random.fold_in
+    for _ in range(key.ndim):
+        draw = jax.vmap(draw)
+    stream.count.set_value(count + 1)
+    return draw(key, count)
 
 
 def _replace(layer: nnx.Module, product: Product, drop: tuple[str, ...]) -> None:
     """Puts `product` in the layer and keeps what it still needs of a stateful one."""
     attribute, held = layer_type(layer)[1].attribute, _held(layer)
     if not isinstance(held, StatefulProduct):
-        setattr(layer, attribute, product)
+        setattr(layer, attribute, nnx.static(product))
         return
     kept = {
         name: value
@@ -86,7 +95,7 @@ def _replace(layer: nnx.Module, product: Product, drop: tuple[str, ...]) -> None
         if name in ("lhs_scale", "rhs_scale", "rngs") and name not in drop
     }
     if not kept:
-        setattr(layer, attribute, product)
+        setattr(layer, attribute, nnx.static(product))
         return
     fresh = StatefulProduct(product, {}, None)
     for name, value in kept.items():

@@ -121,7 +121,8 @@ def check_recipe(recipe: Any, who: str) -> None:
         way = f"a LinearRecipe, not a number of bits: lb.quest({recipe})"
     else:
         way = f"a LinearRecipe, not a name: lb.methods.get({recipe!r})"
-    raise TypeError(f"{who} got {recipe!r}. Pass {way}.")
+    shown = f"a {type(recipe).__name__}" if dataclasses.is_dataclass(recipe) else repr(recipe)
+    raise TypeError(f"{who} got {shown}. Pass {way}.")
 
 
 def assign(policy: Policy, nodes: Sequence[Node], who: str = "lb.quantize") -> dict[str, LinearRecipe]:

@@ -46,13 +46,19 @@ class Site:
         return (self.contract, self.contract), ((), ())
 
 
+def called(path: str, kind: type) -> str:
+    """A layer in an error message."""
+    return f"the layer {path!r} ({kind.__name__})" if path else f"this {kind.__name__}"
+
+
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
     """Adds the layer's path to an error on its way up."""
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
-        error.add_note(f"This was in the quantized layer {path or 'itself (the whole module)'!r}.")
+        if path:
+            error.add_note(f"This was in the quantized layer {path!r}.")
         raise
 
 

@@ -25,7 +25,7 @@ def framework(module: Any, who: str) -> Literal["nnx", "linen"]:
         way = "Functions hold no layers: call lb.dot_general with a recipe inside, or pass a Flax module."
     else:
         way = "Pass an instance of flax.nnx.Module or flax.linen.Module."
-    raise TypeError(f"{who} got a {type(module).__name__}, which is no Flax module. {way}")
+    raise TypeError(f"{who} got an object of type {type(module).__name__}, which is no Flax module. {way}")
 
 
 def quantize(module: Any, recipe: LinearRecipe | None = None, *, rules: Rules | None = None, rngs: Any = None) -> Any:

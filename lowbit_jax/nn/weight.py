@@ -4,13 +4,15 @@ Convolutions rotate the channels of a weight and share its scales over window an
 """
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit_jax import rounding
-from lowbit_jax.nn.site import Site
+from lowbit_jax.nn.site import Site, stacked
 from lowbit_jax.ops import LinearRecipe, pack_rhs, quantize_rhs
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
@@ -49,6 +51,17 @@ def packed_weight(
         )
     merged = kernel.reshape(-1, kernel.shape[-1])
     return channel_rotation(quantizer, kernel.shape[-2]).quantize(merged, axis=0, scale=scale)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "site"))
+def _packed_stack(kernel: Array, scale: Array | None, recipe: LinearRecipe, site: Site) -> QTensor:
+    pack = lambda kernel, scale: packed_weight(kernel, recipe, site, scale=scale)
+    return stacked(pack, kernel, site)(kernel, scale)
+
+
+def packed_stack(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None = None) -> QTensor:
+    """`packed_weight` over the leading axes of stacked layers, compiled once for layers alike."""
+    return _packed_stack(kernel, scale, recipe, dataclasses.replace(site, path=""))
 
 
 def convolution_weight(packed: QTensor, recipe: LinearRecipe, site: Site, dtype: Any) -> Float[Array, "*s"]:

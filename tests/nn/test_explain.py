@@ -1,0 +1,130 @@
+"""The table says what is computed, and the compiled program confirms it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen, nnx
+
+import lowbit_jax as lb
+from lowbit_jax.nn.compiled import products_of
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 96, rngs=rngs)
+        self.up = nnx.Linear(96, 40, rngs=rngs)
+        self.unused = nnx.Linear(40, 8, rngs=rngs)
+        self.head = nnx.Linear(40, 24, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.head(jnp.tanh(self.up(self.embed(tokens))))
+
+
+TOKENS = jnp.arange(6).reshape(2, 3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lb.quantize(Net(nnx.Rngs(0)), lb.quest(3))
+
+
+def rows_of(explanation, layer, product):
+    return [row for row in explanation.rows if (row.layer, row.product) == (layer, product)]
+
+
+def test_a_recipe_explains_itself():
+    explanation = lb.explain(lb.quest(3))
+    assert [(r.product, r.operand) for r in explanation.rows] == [
+        ("out", "activation"),
+        ("out", "weight"),
+        ("grad_lhs", "cotangent"),
+        ("grad_lhs", "weight"),
+        ("grad_rhs", "activation"),
+        ("grad_rhs", "cotangent"),
+    ]
+    weight = explanation.rows[1]
+    assert (weight.format, weight.rotation, weight.bits, weight.kernel) == ("midrise3", "hadamard 128", 3.0, "xla")
+    assert [r.format for r in explanation.rows[2:4]] == ["high precision", "as in out"]
+    assert "midrise3" in str(explanation) and repr(explanation) == str(explanation)
+
+
+def test_each_layer_shows_its_block_and_its_bits(model):
+    """96 = 3 * 32: the largest power of two that divides it. A weight column of 96 elements has one float32 scale."""
+    explanation = lb.explain(model)
+    activation, weight = rows_of(explanation, "up", "out")
+    assert weight.rotation.startswith("hadamard 32") and "128 does not divide 96" in weight.rotation
+    assert weight.bits == pytest.approx(3 + 32 / 96) and activation.bits == 3
+    assert explanation.high_precision == ("embed (Embed)",)
+    assert not explanation.proved and "up" in str(explanation)
+
+
+def test_the_compiled_program_shows_operation_and_dtypes(model):
+    explanation = lb.explain(model, TOKENS)
+    for product in ("out", "grad_lhs", "grad_rhs"):
+        assert {r.ran for r in rows_of(explanation, "up", product)} == {"dot f32 x f32 -> f32"}
+    (head,) = {r.ran for r in rows_of(explanation, "head", "out")}
+    assert head.startswith("dot ") and "bf16" in head or "f32 x f32" in head
+    assert explanation.missing == ("unused",)
+    assert "NOT IN THE COMPILED PROGRAM: unused" in str(explanation)
+
+
+def test_packed_models_show_that_they_are(model):
+    explanation = lb.explain(lb.convert(model), TOKENS)
+    assert {r.kernel for r in rows_of(explanation, "up", "out")} == {"xla", "xla, packed"}
+    assert {r.ran for r in rows_of(explanation, "up", "out")} == {"dot f32 x f32 -> f32"}
+    assert "gradients" not in str(explanation)
+
+
+def test_convolutions_and_stacks():
+    class Images(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(16, 12, (3, 3), rngs=rngs)
+            self.layers = nnx.vmap(lambda rngs: nnx.Linear(12, 12, rngs=rngs))(rngs.split(2))
+
+        def __call__(self, x):
+            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                self.conv(x), self.layers
+            )
+
+    explanation = lb.explain(lb.quantize(Images(nnx.Rngs(0))), jnp.ones((1, 5, 5, 16)))
+    assert not explanation.missing
+    for product in ("out", "grad_lhs", "grad_rhs"):
+        assert all("f32 x f32 -> f32" in r.ran for r in rows_of(explanation, "conv", product))
+        assert all(r.ran == "dot f32 x f32 -> f32" for r in rows_of(explanation, "layers", product))
+    assert rows_of(explanation, "conv", "out")[1].rotation.startswith("hadamard 16")
+
+
+def test_rotations_are_not_taken_for_products(key):
+    """With as many tokens as inputs and outputs every matrix is 128 x 128, the transform's too."""
+    layer = lb.quantize(nnx.Linear(128, 128, rngs=nnx.Rngs(0)))
+    x = jnp.ones((128, 128))
+    text = jax.jit(lambda layer, x: layer(x)).lower(layer, x).compile().as_text()
+    assert len(products_of(text)) == 1 < text.count(" dot(")
+
+
+def test_linen_models_are_explained_by_their_inputs():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(8, name="head")(linen.Dense(40, name="up")(x))
+
+    model = lb.quantize(Model(), lb.quest(3), rules=[("head", None)])
+    assert "pass inputs" in str(lb.explain(model)) and lb.explain(model).high_precision == ("head",)
+    for arguments in ((jnp.ones((2, 96)),), (model.init(jax.random.key(0), jnp.ones((2, 96))), jnp.ones((2, 96)))):
+        explanation = lb.explain(model, *arguments)
+        assert {r.layer for r in explanation.rows} == {"up"} and explanation.high_precision == ("head (Dense)",)
+        for product in ("out", "grad_lhs", "grad_rhs"):
+            assert {r.ran for r in rows_of(explanation, "up", product)} == {"dot f32 x f32 -> f32"}
+    assert lb.explain(Model()).rows == ()
+
+
+def test_an_unquantized_model_has_an_empty_table():
+    explanation = lb.explain(Net(nnx.Rngs(0)))
+    assert explanation.rows == () and "head (Linear)" in explanation.high_precision
+
+
+def test_what_cannot_be_explained_raises():
+    with pytest.raises(TypeError, match="no Flax module"):
+        lb.explain(4)
+    with pytest.raises(TypeError, match="takes no inputs"):
+        lb.explain(lb.quest(4), jnp.ones(3))

@@ -1,0 +1,133 @@
+"""Scales that are parameters: where they live, that they train, and calibration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import lowbit_jax as lb
+from lowbit_jax.nn.nnx import Scale
+
+LSQ = lb.methods.get("lsq", bits=4)
+
+
+def net():
+    return nnx.Sequential(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
+
+
+def lsq_start(x):
+    """2 E|x| / sqrt(Qp) with Qp = 7.5 (Esser et al. 2019, section 2.1, on half-integer levels)."""
+    return 2 * np.abs(np.asarray(x, np.float64)).mean() / np.sqrt(7.5)
+
+
+def test_nnx_scales_are_params_of_the_layer():
+    model = lb.quantize(net(), LSQ)
+    scales = {"/".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(model, Scale))}
+    sides = ("lhs_scale", "rhs_scale")
+    assert set(scales) == {f"layers/{i}/dot_general/{side}" for i in (0, 2) for side in sides}
+    assert all(isinstance(v, nnx.Param) for v in scales.values())
+    np.testing.assert_allclose(
+        scales["layers/0/dot_general/rhs_scale"].get_value(), lsq_start(model.layers[0].kernel[...]), rtol=1e-6
+    )
+    paths = lambda model: {path for path, _ in nnx.to_flat_state(nnx.state(model))}
+    assert paths(model) - paths(net()) == {tuple(int(p) if p.isdigit() else p for p in s.split("/")) for s in scales}
+
+
+def test_nnx_training_moves_weights_and_scales(key):
+    model = lb.quantize(net(), LSQ)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    x, target = jax.random.normal(key, (16, 32)), jnp.sin(jnp.arange(64.0)).reshape(16, 4)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradient = nnx.value_and_grad(lambda model: jnp.mean((model(x) - target) ** 2))(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, nnx.state(model, nnx.Param))
+    assert all(jax.tree.leaves(moved))
+
+
+def test_calibration_fits_each_layer_to_what_reaches_it(key):
+    model = lb.quantize(net(), LSQ)
+    x = 5 * jax.random.normal(key, (64, 32))
+    assert lb.calibrate(model, x) is model
+    np.testing.assert_allclose(model.layers[0].dot_general.lhs_scale[...], lsq_start(x), rtol=1e-5)
+    hidden = nnx.relu(model.layers[0](x))  # of the quantized, calibrated first layer
+    np.testing.assert_allclose(model.layers[2].dot_general.lhs_scale[...], lsq_start(hidden), rtol=1e-5)
+
+
+class Stack(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))(rngs.split(3))
+
+    def __call__(self, x, *, lax_scan=False):
+        if lax_scan:
+            graph, state = nnx.split(self.layers)
+            return jax.lax.scan(lambda x, s: (nnx.merge(graph, s)(x), None), x, state)[0]
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_calibration_of_stacked_layers(key):
+    model = lb.quantize(Stack(nnx.Rngs(0)), LSQ)
+    x = jax.random.normal(key, (64, 8)) * 3
+    assert model.layers.dot_general.lhs_scale.shape == (3,)
+    lb.calibrate(model, x)
+    scales = model.layers.dot_general.lhs_scale[...]
+    np.testing.assert_allclose(scales[0], lsq_start(x), rtol=1e-5)
+    assert len(set(np.asarray(scales).tolist())) == 3
+
+
+def test_calibration_that_is_lost_raises_and_changes_nothing(key):
+    model = lb.quantize(Stack(nnx.Rngs(0)), LSQ)
+    before = model.layers.dot_general.lhs_scale[...]
+    with pytest.raises(ValueError, match="set no scale in 'layers'.*jax.lax.scan"):
+        lb.calibrate(model, jax.random.normal(key, (4, 8)), lax_scan=True)
+    np.testing.assert_array_equal(model.layers.dot_general.lhs_scale[...], before)
+
+
+def test_calibration_without_learned_scales_raises(key):
+    with pytest.raises(ValueError, match="no activation scale is learned"):
+        lb.calibrate(lb.quantize(net()), jnp.ones((1, 32)))
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        hidden = linen.relu(linen.Dense(16)(x))
+        return linen.Dense(4)(hidden)
+
+
+def test_linen_scales_are_params_fitted_to_the_data_at_init(key):
+    model, x = lb.quantize(LinenNet(), LSQ), 5 * jax.random.normal(key, (64, 32))
+    variables = jax.jit(model.init)(key, x)
+    plain = jax.jit(LinenNet().init)(key, x)
+    for name in ("Dense_0", "Dense_1"):
+        layer = dict(variables["params"][name])
+        scales = {side: layer.pop(side) for side in ("lhs_scale", "rhs_scale")}
+        jax.tree.map(np.testing.assert_array_equal, layer, dict(plain["params"][name]))
+        np.testing.assert_allclose(scales["rhs_scale"], lsq_start(layer["kernel"]), rtol=1e-6)
+    np.testing.assert_allclose(variables["params"]["Dense_0"]["lhs_scale"], lsq_start(x), rtol=1e-5)
+
+
+def test_linen_calibration(key):
+    model, x = lb.quantize(LinenNet(), LSQ), jax.random.normal(key, (64, 32))
+    variables = jax.jit(model.init)(key, x)
+    new = lb.calibrate(model, variables, 3 * x)
+    np.testing.assert_allclose(new["params"]["Dense_0"]["lhs_scale"], lsq_start(3 * x), rtol=1e-5)
+    np.testing.assert_allclose(variables["params"]["Dense_0"]["lhs_scale"], lsq_start(x), rtol=1e-5)
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+    with pytest.raises(ValueError, match="no activation scale is learned"):
+        quantized = lb.quantize(LinenNet())
+        lb.calibrate(quantized, quantized.init(key, x), x)
+
+
+def test_learned_activation_scales_need_one_entry():
+    quantizer = lb.Quantizer(fit=LSQ.out.lhs.fit, estimator=LSQ.out.lhs.estimator, tiling=lb.scaling.PerRow())
+    with pytest.raises(ValueError, match="one entry for the tensor.*tiling=PerTensor"):
+        lb.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), lb.LinearRecipe(out=lb.Gemm(lhs=quantizer)))

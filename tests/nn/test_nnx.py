@@ -1,0 +1,232 @@
+"""NNX layers and models: what is computed, what stays, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lowbit_jax as lb
+from tests.nn.reference import INT4, assert_sums_equal, fake_int4
+
+
+def spread(key, shape):
+    """Rows of different size, so that scales differ."""
+    x = jax.random.normal(key, shape)
+    return x * jnp.exp(jnp.arange(shape[0], dtype=jnp.float32) / 3).reshape(-1, *[1] * (len(shape) - 1))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(32, rngs=rngs)
+        self.up = nnx.Linear(32, 64, rngs=rngs)
+        self.down = nnx.Linear(64, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.relu(self.up(self.norm(x))))
+
+    def half(self, x):
+        return self.up(x)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 32, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.head = nnx.Linear(32, 11, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def model():
+    return Model(nnx.Rngs(0))
+
+
+TOKENS = jnp.arange(10).reshape(2, 5)
+
+
+def test_linear_against_numpy(key):
+    layer = nnx.Linear(32, 8, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    x = spread(key, (5, 32))
+    y = lb.quantize(layer, INT4)(x) - layer.bias[...][None]
+    assert_sums_equal(y, fake_int4(x, 1), fake_int4(layer.kernel[...], 0))
+    np.testing.assert_array_less(1e-2, jnp.abs(y + layer.bias[...][None] - layer(x)).max())
+
+
+def test_linear_general_merges_its_contraction_axes(key):
+    layer = nnx.LinearGeneral((4, 8), (2, 3), axis=(-2, -1), use_bias=False, rngs=nnx.Rngs(0))
+    x = spread(key, (5, 4, 8))
+    y = lb.quantize(layer, INT4)(x)
+    weight = fake_int4(layer.kernel[...].reshape(32, 6), 0)
+    assert_sums_equal(y.reshape(5, 6), fake_int4(x.reshape(5, 32), 1), weight)
+
+
+def test_einsum_quantizes_along_what_it_sums(key):
+    layer = nnx.Einsum("bth,nhd->btnd", (3, 16, 4), rngs=nnx.Rngs(0))
+    x = spread(key, (2, 5, 16))
+    product = lambda a, b: np.einsum("bth,nhd->btnd", a, b)
+    assert_sums_equal(lb.quantize(layer, INT4)(x), fake_int4(x, 2), fake_int4(layer.kernel[...], 1), product)
+
+
+def test_conv_shares_a_weight_scale_over_window_and_channels(key):
+    layer = nnx.Conv(8, 4, (3,), padding="VALID", use_bias=False, rngs=nnx.Rngs(0))
+    x = spread(key, (2, 6, 8))
+    windows = np.stack([fake_int4(x, 2)[:, i : i + 3] for i in range(4)], 1).reshape(2, 4, 24)
+    weight = fake_int4(layer.kernel[...].reshape(24, 4), 0)
+    assert_sums_equal(lb.quantize(layer, INT4)(x), windows, weight)
+
+
+def test_attention_quantizes_its_four_projections(key):
+    attention = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+    quantized = lb.quantize(attention, INT4)
+    x = spread(key, (2, 5, 32))
+    for name in ("query", "key", "value"):
+        weight = fake_int4(getattr(attention, name).kernel[...].reshape(32, 32), 0)
+        assert_sums_equal(getattr(quantized, name)(x).reshape(2, 5, 32), fake_int4(x, 2), weight)
+    assert len(lb.explain(quantized).rows) == 4 * 6
+    assert not np.allclose(quantized(x), attention(x), atol=1e-2)
+
+
+def test_the_view_keeps_parameters_paths_and_the_original(model):
+    before = model(TOKENS)
+    quantized = lb.quantize(model, rules=[("blocks", INT4)])
+    assert isinstance(quantized, Model) and isinstance(quantized.blocks[0].up, nnx.Linear)
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(m))) for m in (quantized, model))
+    assert list(ours) == list(theirs)
+    assert all(ours[path] is theirs[path] or ours[path] == theirs[path] for path in ours)
+    assert quantized.blocks[1].down.kernel is model.blocks[1].down.kernel  # a view: the same Variable
+    np.testing.assert_array_equal(model(TOKENS), before)
+    np.testing.assert_array_equal(quantized.head(model.embed(TOKENS)), model.head(model.embed(TOKENS)))
+    assert not np.allclose(quantized(TOKENS), before, atol=1e-3)
+
+
+def test_however_a_layer_is_called(model, key):
+    quantized = lb.quantize(model, INT4)
+    x = spread(key, (5, 32))
+    expected = fake_int4(x, 1), fake_int4(model.blocks[0].up.kernel[...], 0)
+    for call in (lambda m, x: m.blocks[0].half(x), lambda m, x: m.blocks[0].up(x)):
+        assert_sums_equal(call(quantized, x), *expected)
+        assert_sums_equal(nnx.jit(call)(quantized, x), *expected)
+        assert_sums_equal(nnx.remat(call)(quantized, x), *expected)
+    assert_sums_equal(jax.vmap(quantized.blocks[0].up)(x), *expected)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(quantized.blocks[0].up, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert_sums_equal(jax.jit(mapped)(x), *expected)
+
+
+def test_traces_once_and_equal_views_share_the_trace(model):
+    count = []
+
+    @nnx.jit
+    def run(model, tokens):
+        count.append(1)
+        return model(tokens)
+
+    for _ in range(2):
+        run(lb.quantize(model, lb.quest(4)), TOKENS)
+    assert len(count) == 1
+
+
+def test_bfloat16_layers_fit_the_float32_master(key):
+    """The scale comes from the float32 weight; from its bfloat16 rounding it would differ in half of the columns."""
+    layer = nnx.Linear(32, 8, dtype=jnp.bfloat16, use_bias=False, rngs=nnx.Rngs(0))
+    recipe = lb.LinearRecipe(out=lb.Gemm(rhs=INT4.out.rhs))
+    y = lb.quantize(layer, recipe)(jnp.eye(32))
+    assert y.dtype == jnp.bfloat16
+    expected = fake_int4(layer.kernel[...], 0).astype(jnp.bfloat16)
+    rounded_first = fake_int4(layer.kernel[...].astype(jnp.bfloat16), 0).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(y, expected)
+    assert np.any(expected != rounded_first)
+    gradient = nnx.grad(lambda m: m(jnp.eye(32)).astype(jnp.float32).sum())(lb.quantize(layer, recipe))
+    assert gradient["kernel"].get_value().dtype == jnp.float32
+
+
+def test_sharding_metadata_stays():
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+    mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        layer = nnx.Linear(64, 32, kernel_init=init, rngs=nnx.Rngs(0))
+        for view in (lb.quantize(layer), lb.nn.prepare(lb.quantize(layer))):
+            assert view.kernel.get_metadata() == layer.kernel.get_metadata()
+            assert view.kernel.get_value().sharding == layer.kernel.get_value().sharding
+        assert not lb.convert(lb.quantize(layer)).kernel.get_value().words.sharding.is_fully_replicated
+
+
+def test_shared_layers_stay_shared(key):
+    class Twice(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(16, 16, rngs=rngs)
+            self.second = self.first
+
+    twice = lb.quantize(Twice(nnx.Rngs(0)), rules=[("second|first", INT4)])
+    assert twice.first is twice.second
+    assert lb.convert(twice).first is not twice.first
+
+
+def test_abstract_models_can_be_quantized():
+    abstract = nnx.eval_shape(lambda: lb.convert(lb.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))))
+    assert abstract.kernel.get_value().shape == (64, 32)
+
+
+def test_subclasses_may_add_but_not_go_around(key):
+    class Activated(nnx.Linear):
+        def __call__(self, x):
+            return nnx.relu(super().__call__(x))
+
+    class Around(nnx.Linear):
+        def attend(self, x):
+            return x @ self.kernel[...].T
+
+    x = spread(key, (3, 16))
+    layer = lb.quantize(Activated(16, 4, use_bias=False, rngs=nnx.Rngs(0)), INT4)
+    product = fake_int4(x, 1) @ fake_int4(layer.kernel[...], 0)
+    np.testing.assert_allclose(layer(x), np.maximum(product, 0), rtol=0, atol=16 * 2.0**-22 * np.abs(product).max())
+    with pytest.raises(ValueError, match="Around.attend uses `kernel` itself"):
+        lb.quantize(Around(16, 4, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    "layer, error, words",
+    [
+        (lambda r: nnx.Linear(8, 4, dot_general=lambda *a, **k: 0, rngs=r), ValueError, "has a dot_general of its own"),
+        (lambda r: nnx.Linear(8, 4, promote_dtype=lambda a, dtype: a, rngs=r), ValueError, "promote_dtype of its own"),
+        (lambda r: nnx.Conv(8, 4, (3,), mask=jnp.ones((3, 8, 4)), rngs=r), NotImplementedError, "has a mask"),
+        (lambda r: lb.quantize(nnx.Linear(8, 4, rngs=r)), ValueError, "this Linear is quantized already"),
+        (
+            lambda r: nnx.ConvTranspose(8, 4, (3,), rngs=r),
+            ValueError,
+            "no layer that it can quantize among ConvTranspose",
+        ),
+        (lambda r: nnx.Linear, TypeError, "the class Linear. Build the module first"),
+        (lambda r: jnp.ones((2, 2)), TypeError, "For an array call a quantizer"),
+        (lambda r: nnx.state(nnx.Linear(8, 4, rngs=r)), TypeError, "pass the module"),
+        (lambda r: lambda x: x, TypeError, "call lb.dot_general"),
+        (lambda r: None, TypeError, "NoneType, which is no Flax module"),
+    ],
+)
+def test_refused(layer, error, words):
+    with pytest.raises(error, match=words):
+        lb.quantize(layer(nnx.Rngs(0)))
+
+
+def test_a_group_that_does_not_divide_names_the_layer(model):
+    with pytest.raises(ValueError, match=r"'blocks/0/down' \(Linear\), weight float32\[64, 32\].*Group\(24\)"):
+        lb.quantize(model, lb.methods.get("absmax_integer", bits=4, group=24))
+
+
+def test_an_error_in_a_call_names_the_layer(model):
+    with pytest.raises(ValueError) as caught:
+        lb.quantize(model).blocks[1].down(jnp.ones((2, 3)))
+    assert any("blocks/1/down" in note for note in caught.value.__notes__)
+
+
+def test_empty_and_single_inputs(model):
+    quantized = lb.quantize(model, INT4)
+    assert quantized(TOKENS[:, :0]).shape == (2, 0, 11)
+    assert quantized(TOKENS[:1, :1]).shape == (1, 1, 11)

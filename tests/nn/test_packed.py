@@ -1,0 +1,213 @@
+"""Packed and prepared models compute what the training form computes, stacked or not, and survive a checkpoint."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen, nnx
+
+import lowbit_jax as lb
+
+RECIPES = {
+    "quest W4A4": lb.quest(4),
+    "quest W3A16": lb.quest(3, activations=False),
+    "lsq W2A2": lb.methods.get("lsq", bits=2),
+    "int4": lb.methods.get("absmax_integer", bits=4, group=16),
+}
+
+
+class Stack(nnx.Module):
+    """Three layers scanned, a convolution, an einsum, an attention projection and a head in high precision."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(32, 32, (3,), rngs=rngs)
+        self.mix = nnx.Einsum("bth,nhd->btnd", (2, 32, 16), rngs=rngs)
+        self.merge = nnx.LinearGeneral((2, 16), 32, axis=(-2, -1), rngs=rngs)
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs))(rngs.split(3))
+        self.head = nnx.Linear(32, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.merge(self.mix(self.conv(x)))
+        step = lambda x, layer: jnp.tanh(layer(x))
+        return self.head(nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers))
+
+
+class LinenStack(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(32, (3,))(x)
+        x = linen.DenseGeneral(32, axis=(-2, -1))(linen.Einsum((2, 32, 16), "bth,nhd->btnd")(x))
+        scanned = linen.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return linen.Dense(5, name="head")(scanned(name="layers")(x, None)[0])
+
+
+class Step(linen.Module):
+    @linen.compact
+    def __call__(self, x, _):
+        return jnp.tanh(linen.Dense(32)(x)), None
+
+
+HEAD = [("head", None)]
+LINEN_RECIPES = ["quest W3A16", "lsq W2A2"]
+run = nnx.jit(lambda model, x: model(x))
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return nnx.jit(lambda: Stack(nnx.Rngs(0)))()
+
+
+@pytest.fixture(scope="module")
+def linen_variables():
+    """By recipe: learned scales are among them."""
+    make = lambda recipe: jax.jit(lb.quantize(LinenStack(), recipe, rules=HEAD).init)
+    return functools.cache(lambda name: make(RECIPES[name])(jax.random.key(0), jnp.ones((2, 6, 32))))
+
+
+@pytest.fixture
+def x(key):
+    return jax.random.normal(key, (2, 6, 32))
+
+
+def close(actual, expected):
+    """Same values, other order of sums: five layers of at most 96 terms, each contracting by the tanh or growing by < 4."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=96 * 2.0**-23 * 4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nnx_packed_equals_training_form(name, stack, x):
+    model = lb.quantize(stack, RECIPES[name], rules=HEAD)
+    packed = lb.convert(model)
+    close(run(packed, x), run(model, x))
+    bits = RECIPES[name].out.rhs.format.bits
+    for layer, size in ((packed.layers, 3 * 32 * 32), (packed.conv, 3 * 32 * 32), (packed.mix, 2 * 32 * 16)):
+        value = layer.kernel.get_value()
+        assert isinstance(value, lb.QTensor)
+        assert value.words.dtype == jnp.uint8 and value.words.size == size * bits // 8
+    assert packed.layers.kernel.get_value().shape == (3, 32, 32)
+    assert packed.head.kernel is model.head.kernel
+    assert isinstance(model.conv.kernel.get_value(), jax.Array)  # the training form is untouched
+
+
+@pytest.mark.parametrize("name", LINEN_RECIPES)
+def test_linen_packed_equals_training_form(name, x, linen_variables):
+    model, variables = lb.quantize(LinenStack(), RECIPES[name], rules=HEAD), linen_variables(name)
+    packed, words = lb.convert(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    close(jax.jit(packed.apply)(words, x), jax.jit(model.apply)(variables, x))
+    kernel = words["params"]["layers"]["Dense_0"]["kernel"]
+    assert isinstance(kernel, lb.QTensor) and kernel.shape == (3, 32, 32)
+    assert isinstance(variables["params"]["layers"]["Dense_0"]["kernel"], jax.Array)
+
+
+def assert_gradients_close(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", ["quest W4A4", "lsq W2A2"])
+def test_nnx_preparing_changes_neither_value_nor_gradient(name, stack, x):
+    """Two microbatches with weights quantized once, against weights quantized for each."""
+    model = lb.quantize(stack, RECIPES[name], rules=HEAD)
+
+    def loss(model, prepare):
+        model = prepare(model)
+        return (jnp.mean(model(x[:1]) ** 2) + jnp.mean(model(x[1:]) ** 2)) / 2
+
+    @nnx.jit
+    def both(model):
+        gradient = nnx.value_and_grad(loss)
+        return gradient(model, lb.nn.prepare), gradient(model, lambda model: model)
+
+    (value, ours), (expected, theirs) = both(model)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert_gradients_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", LINEN_RECIPES)
+def test_linen_preparing_changes_no_gradient(name, x, linen_variables):
+    model, variables = lb.quantize(LinenStack(), RECIPES[name], rules=HEAD), linen_variables(name)
+
+    def prepared(variables):
+        ready, weights = lb.nn.prepare(model, variables, x)
+        return jnp.mean(ready.apply(weights, x) ** 2)
+
+    plain = lambda variables: jnp.mean(model.apply(variables, x) ** 2)
+    assert_gradients_close(*jax.jit(lambda v: (jax.grad(prepared)(v), jax.grad(plain)(v)))(variables))
+
+
+def test_nnx_packed_checkpoint_round_trip(tmp_path, stack, x):
+    packed = lb.convert(lb.quantize(stack, rules=HEAD))
+    graph, state = nnx.split(packed)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "packed", state)
+    empty = nnx.eval_shape(lambda: lb.convert(lb.quantize(Stack(nnx.Rngs(1)), rules=HEAD)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "packed", nnx.state(empty))
+    np.testing.assert_array_equal(run(nnx.merge(graph, restored), x), run(packed, x))
+
+
+def test_linen_packed_checkpoint_round_trip(tmp_path, x, linen_variables):
+    model = lb.quantize(LinenStack(), RECIPES["lsq W2A2"], rules=HEAD)
+    packed, words = lb.convert(model, linen_variables("lsq W2A2"), x)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "packed", words)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, words))
+    apply = jax.jit(packed.apply)
+    np.testing.assert_array_equal(apply(restored, x), apply(words, x))
+
+
+def test_bfloat16_layers(key):
+    """bfloat16 products of the same operands: one rounding of the result apart at most."""
+    layer = lb.quantize(nnx.Linear(64, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(key, (4, 64), jnp.bfloat16)
+    packed = lb.convert(layer)(x)
+    assert packed.dtype == jnp.bfloat16
+    scale = float(jnp.abs(layer(x)).max())
+    np.testing.assert_allclose(packed.astype(jnp.float32), layer(x).astype(jnp.float32), rtol=0, atol=2.0**-7 * scale)
+
+
+def test_stochastic_rounding_becomes_nearest(key):
+    quantizer = dataclasses.replace(lb.quest_quantizer(4), rounding=lb.rounding.stochastic)
+    random = lb.LinearRecipe(out=lb.Gemm(lhs=quantizer, rhs=quantizer))
+    layer, x = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), jax.random.normal(key, (4, 64))
+    packed = lb.convert(lb.quantize(layer, random, rngs=nnx.Rngs(0)))
+    nearest = dataclasses.replace(lb.quest_quantizer(4))
+    expected = lb.quantize(layer, lb.LinearRecipe(out=lb.Gemm(lhs=nearest, rhs=nearest)))
+    np.testing.assert_allclose(packed(x), expected(x), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_converted_raises(key):
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="Linear has no quantized layer.*Call lb.quantize first"):
+        lb.convert(layer)
+    with pytest.raises(ValueError, match="packed already"):
+        lb.convert(lb.convert(lb.quantize(layer)))
+    with pytest.raises(ValueError, match="prepared"):
+        lb.convert(lb.nn.prepare(lb.quantize(layer)))
+    with pytest.raises(TypeError, match="call lb.convert\\(model\\) alone"):
+        lb.convert(lb.quantize(layer), {})
+    with pytest.raises(TypeError, match="no Flax module"):
+        lb.convert(jnp.ones(3))
+    with pytest.raises(TypeError, match="read whole"):
+        lb.convert(lb.quantize(layer)).kernel[0]
+
+
+def test_what_cannot_be_converted_in_linen_raises(key, x):
+    model = lb.quantize(LinenStack(), rules=HEAD)
+    variables = jax.eval_shape(model.init, key, x)
+    with pytest.raises(TypeError, match="Pass the inputs of one"):
+        lb.convert(model, variables)
+    with pytest.raises(TypeError, match="give the variables of model.init"):
+        lb.convert(model, x)
+    with pytest.raises(ValueError, match="LinenStack is not quantized"):
+        lb.convert(LinenStack(), variables, x)
+    dense = lb.quantize(linen.Dense(8))
+    packed = lb.convert(dense, dense.init(key, x))  # a Dense shows its use by itself
+    with pytest.raises(ValueError, match="packed already"):
+        lb.convert(*packed)

@@ -1,0 +1,102 @@
+"""Rules without Flax: which recipe a path gets, and which rules are refused."""
+
+import pytest
+
+import lowbit_jax as lb
+from lowbit_jax.nn.policy import Node, assign, make_policy
+
+TWO, FOUR = lb.quest(2), lb.quest(4)
+NODES = [
+    Node(("",), "Model"),
+    Node(("embed",), "Embed", opaque=("embedding",)),
+    Node(("blocks",), "List"),
+    Node(("blocks/0",), "Block"),
+    Node(("blocks/0/mlp",), "Linear", layer=True),
+    Node(("blocks/0/norm",), "LayerNorm"),
+    Node(("blocks/1",), "Block"),
+    Node(("blocks/1/mlp",), "Linear", layer=True),
+    Node(("head", "tied"), "Linear", layer=True),
+]
+
+
+def assigned(*rules, recipe=None):
+    return assign(make_policy(recipe, list(rules)), NODES)
+
+
+def test_without_rules_every_layer_gets_the_recipe():
+    every = {"blocks/0/mlp", "blocks/1/mlp", "head", "tied"}
+    assert assigned() == dict.fromkeys(every, lb.quest(4))
+    assert assigned(recipe=TWO) == dict.fromkeys(every, TWO)
+
+
+def test_the_first_rule_that_names_a_layer_decides():
+    got = assigned(("blocks/0/mlp", TWO), ("blocks", FOUR), ("head|tied", None))
+    assert got == {"blocks/0/mlp": TWO, "blocks/1/mlp": FOUR}
+
+
+def test_a_rule_names_all_that_is_inside():
+    assert assigned(("blocks/1", TWO)) == {"blocks/1/mlp": TWO}
+    assert assigned(("blocks", None)) == {"head": lb.quest(4), "tied": lb.quest(4)}
+
+
+def test_the_default_recipe_is_left_out_when_rules_bring_one():
+    assert set(assigned((".*/mlp", TWO))) == {"blocks/0/mlp", "blocks/1/mlp"}
+    assert assigned((".*/mlp", TWO), recipe=FOUR)["head"] == FOUR
+
+
+def test_patterns_match_whole_paths():
+    with pytest.raises(ValueError, match=r"'mlp' matches nothing.*did you mean '\.\*mlp\.\*'"):
+        assigned(("mlp", TWO))
+
+
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        ([("blcks/0", TWO)], "matches nothing.*'blocks/0'"),
+        ([("blocks/*/mlp", TWO)], r"matches nothing.*for this glob write 'blocks/\.\*/mlp'"),
+        ([("*mlp", TWO)], "not a regular expression"),
+        ([("(?!head).*", TWO)], "lookaround.*earlier rule with None"),
+        ([("embed", TWO)], "cannot be quantized: embed is an Embed with its own embedding"),
+        ([(".*norm", TWO)], "cannot be quantized: blocks/0/norm is a LayerNorm"),
+        ([(".*", TWO)], r"embed is an Embed.*\('embed', None\)"),
+        ([("blocks", TWO), ("blocks/0", None)], "'blocks/0' has no effect.*put special cases first"),
+        ([("head", TWO)], "head and tied are one shared layer"),
+        ([(".*", None)], "leave all 3 layers in high precision"),
+    ],
+)
+def test_rules_that_cannot_take_effect_raise(rules, words):
+    with pytest.raises(ValueError, match=words):
+        assigned(*rules)
+
+
+@pytest.mark.parametrize(
+    "recipe, way_out",
+    [
+        (4, r"lb\.quest\(4\)"),
+        ("quest", r"lb\.methods\.get\('quest'\)"),
+        (lb.quest, r"quest\(\.\.\.\)"),
+        (lb.quest_quantizer(4), r"lb\.LinearRecipe\(out=lb\.Gemm"),
+        (4.0, r"lb\.quest\(4\)"),
+    ],
+)
+def test_what_is_no_recipe_is_told_the_way_out(recipe, way_out):
+    with pytest.raises(TypeError, match=way_out):
+        make_policy(recipe, None)
+    with pytest.raises(TypeError, match=way_out):
+        make_policy(None, [("head", recipe)])
+
+
+@pytest.mark.parametrize("rules", ["head", [("head",)], [(1, TWO)], ["ab"], 3])
+def test_what_is_no_rule_raises(rules):
+    with pytest.raises(TypeError, match="pattern, recipe or None"):
+        make_policy(None, rules)
+
+
+def test_a_recipe_that_quantizes_nothing_raises():
+    with pytest.raises(ValueError, match="quantizes no operand"):
+        make_policy(lb.LinearRecipe(name="empty"), None)
+
+
+def test_a_model_without_layers_raises():
+    with pytest.raises(ValueError, match="found no layer that it can quantize among Embed"):
+        assign(make_policy(None, None), NODES[1:2])
