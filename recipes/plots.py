@@ -9,6 +9,7 @@ import numpy as np
 def curves(path: pathlib.Path, runs: dict[str, list[dict]], *, title: str) -> None:
     """Training loss (a moving mean over the faint steps) and held-out loss of each run over the steps."""
     figure, axes = _figure(8, 5)
+    tops = []
     for number, (name, lines) in enumerate(runs.items()):
         color = f"C{number}"
         points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
@@ -18,10 +19,13 @@ def curves(path: pathlib.Path, runs: dict[str, list[dict]], *, title: str) -> No
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
             axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
             axes.plot(steps[width - 1 :], smooth, color=color, label=f"{name}, training")
+            tops.append(losses[len(losses) // 20 :].max())
         held = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
         if held:
             axes.plot(*np.asarray(held).T, "o--", color=color, markersize=4, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    if tops:  # the fall of the first steps would hide the rest
+        axes.set_ylim(top=max(tops))
     axes.legend()
     figure.savefig(path, dpi=120)
 
