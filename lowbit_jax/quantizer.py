@@ -25,11 +25,13 @@ from lowbit_jax.scaling import (
     Group,
     Learned,
     PerRow,
+    PerTensor,
     PowerOfTwo,
     ScaleFormat,
     Tiling,
     TwoLevel,
     absmax,
+    rms_optimal,
 )
 from lowbit_jax.scaling.fit import reciprocal
 from lowbit_jax.scaling.tiling import Axis, join, normalized_axes
@@ -163,7 +165,12 @@ class Quantizer:
                 " Drop the argument, or use fit=Learned()."
             )
         else:
-            scale = lax.stop_gradient(self.fit(lax.stop_gradient(tiles), self.format, axes))
+            whole_rows = isinstance(self.tiling, PerRow | PerTensor)
+            if self.fit is rms_optimal and self.rotation is not None and whole_rows:
+                seen = x.astype(jnp.float32)  # a rotation keeps the rms of whole rows, and x is at hand before h
+            else:
+                seen = tiles
+            scale = lax.stop_gradient(self.fit(lax.stop_gradient(seen), self.format, axes))
         if rounded and self.scale_format != FLOAT32:
             stored = self.scale_format.load(self.scale_format.store(lax.stop_gradient(scale), self.format))
             scale = scale + lax.stop_gradient(stored - scale) if self.learned else stored
