@@ -121,7 +121,7 @@ def cli(arguments: list[str] | None = None) -> None:
         main(config)
     except train_loop.Stopped as stopped:
         print(stopped)
-        sys.exit(128 + 15)
+        sys.exit(stopped.status)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"compare: {error}")
 

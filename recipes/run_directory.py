@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -58,17 +59,23 @@ def short_hash(settings: dict[str, str]) -> str:
 
 
 def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
-    """Writes the settings on the first visit and compares on the next. Raises: ValueError naming what differs."""
+    """Writes the settings on the first visit and compares on the next; other versions of the libraries give a warning.
+
+    Raises: ValueError naming the settings that differ."""
     path = folder / "config.json"
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     if not path.exists():
         replacement = path.with_suffix(".new")
-        replacement.write_text(json.dumps(settings, indent=1))
+        replacement.write_text(json.dumps({"settings": settings, "versions": versions}, indent=1))
         os.replace(replacement, path)
         return
     try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON any more ({error}). Restore it, or choose another --out.") from error
+        content = json.loads(path.read_text())
+        stored, before = content["settings"], content["versions"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not what a run writes there ({error!r}). Restore it, or choose another --out."
+        ) from error
     differing = [name for name in sorted(set(stored) | set(settings)) if stored.get(name) != settings.get(name)]
     if differing:
         lines = [f"  {name}: there {stored.get(name)}, now {settings.get(name)}" for name in differing]
@@ -76,6 +83,10 @@ def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
             f"The run in {folder} was started with other settings:\n" + "\n".join(lines) + "\nTake them back, or choose"
             " another --out."
         )
+    other = [f"{name} {before.get(name)} -> {now}" for name, now in versions.items() if before.get(name) != now]
+    if other:
+        warnings.warn(f"{folder} was started with other versions ({', '.join(other)}): its last bits may differ.",
+                      stacklevel=2)  # fmt: skip
 
 
 class StopRequest:

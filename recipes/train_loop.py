@@ -69,6 +69,10 @@ class Plan:
 class Stopped(Exception):
     """A signal asked the run to stop; everything is saved."""
 
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.status = 128 + signal
+
 
 class Diverged(RuntimeError):
     """Too many steps in a row gave a loss or gradient that is not finite."""
@@ -111,8 +115,8 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
         for step in range(start + 1, plan.steps + 1):
             state, values = step_function(state, rest, next(data))
             waiting.append((step, values))
-            last, stopping = step == plan.steps, stop is not None and stop.signal is not None
-            saving = last or stopping or step % plan.checkpoint_every == 0
+            last, asked = step == plan.steps, None if stop is None else stop.signal
+            saving = last or asked is not None or step % plan.checkpoint_every == 0
             evaluating = last or step % plan.evaluate_every == 0
             if saving or evaluating or step % plan.log_every == 0:
                 values = _write(log, waiting, schedule)
@@ -123,8 +127,9 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
             if saving:
                 log.flush()
                 checkpoints.save(step, state, data=data.get_state())
-            if stopping and not last:
-                raise Stopped(f"{name} stopped after step {step} of {plan.steps}; the same command goes on from there.")
+            if asked is not None and not last:
+                said = f"{name} stopped after step {step} of {plan.steps}; the same command goes on from there."
+                raise Stopped(said, asked)
     lines = metrics.read(folder / "metrics.jsonl")
     final = next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
     speeds = [line["tokens_per_second"] for line in metrics.read(folder / "timing.jsonl")]

@@ -1,6 +1,7 @@
 """One process a directory, one configuration a directory, one curve a run."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -44,9 +45,17 @@ class TestClaim:
         with pytest.raises(ValueError, match="(?s)seed: there 0, now 1.*text: there abc, now xyz"):
             run_directory.claim(tmp_path, {"seed": "1", "text": "xyz"})
 
+    def test_other_versions_are_told(self, tmp_path):
+        run_directory.claim(tmp_path, {})
+        path = tmp_path / "config.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"versions": content["versions"] | {"jax": "0.0.1"}}))
+        with pytest.warns(UserWarning, match="other versions .jax 0.0.1 ->"):
+            run_directory.claim(tmp_path, {})
+
     def test_a_broken_file(self, tmp_path):
         (tmp_path / "config.json").write_text("{")
-        with pytest.raises(ValueError, match="is not JSON any more"):
+        with pytest.raises(ValueError, match="is not what a run writes there"):
             run_directory.claim(tmp_path, {})
 
 

@@ -1,6 +1,8 @@
 """Text and tokens: what is read, how it is split, the order of batches, and every way the data can be wrong."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -119,6 +121,38 @@ class TestFaults:
     def test_options_without_effect_raise(self, options):
         with pytest.raises(ValueError, match="recipes"):
             text.load("stdlib", **options)
+
+
+class TestHuggingFace:
+    """Through a stand-in for the package `datasets`, which is optional and needs a network."""
+
+    def install(self, monkeypatch, rows):
+        def load_dataset(name, *, split, streaming):
+            assert (name, split, streaming) == ("someone/texts", "train", True)
+            if rows is None:
+                raise ConnectionError("no route")
+            return rows
+
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+    def test_rows_up_to_the_limit(self, monkeypatch):
+        self.install(monkeypatch, [{"text": f"{i:04d} é"} for i in range(1000)])
+        corpus = text.load("hf:someone/texts", hf_bytes=700)
+        documents = (corpus.train.tobytes() + corpus.validation.tobytes()).split(b"\0")[:-1]
+        assert sorted(documents) == [f"{i:04d} é".encode() for i in range(100)]  # 7 bytes each
+
+    @pytest.mark.parametrize(
+        ("rows", "words"), [(None, "no route"), ([{"body": "x"}], "column 'text'.*has body"), ([], "load")]
+    )
+    def test_unreachable_or_without_text(self, monkeypatch, rows, words):
+        self.install(monkeypatch, rows)
+        with pytest.raises(ValueError, match=words):
+            text.load("hf:someone/texts")
+
+    def test_package_missing(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(ImportError, match="pip install datasets"):
+            text.load("hf:someone/texts")
 
 
 class TestTokenFiles:
