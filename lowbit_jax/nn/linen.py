@@ -117,7 +117,9 @@ def quantized_class(base: type, chosen: Quantization, root: tuple[str, ...] | No
 
     members = dict(_call_wrapped_method=_call_wrapped_method, __reduce__=__reduce__)
     members |= {name: _lifted_method(base, name, root) for name in _lifted(base)}
-    members |= {name: _applying(getattr(base, name)) for name in ("apply", "init", "init_with_output", "lazy_init")}
+    members |= {
+        name: _applying(getattr(base, name), root) for name in ("apply", "init", "init_with_output", "lazy_init")
+    }
     members = {name: linen.nowrap(member) for name, member in members.items()}
     members |= dict(setup=setup, __post_init__=__post_init__, _lowbit=chosen, _lowbit_base=base)
     members |= dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
@@ -143,15 +145,25 @@ def _lifted_method(base: type, name: str, root: tuple[str, ...] | None) -> Calla
     return method
 
 
-def _applying(verb: Callable) -> Callable:
-    """`apply` and its kin: a lifted method of the class that was quantized, given as `method=`, is taken from here."""
+def _applying(verb: Callable, root: tuple[str, ...] | None) -> Callable:
+    """`apply` and its kin: a function given as `method=` runs quantized, a lifted one too, which bypasses the class."""
 
     @functools.wraps(verb)
     def run(self, *args, method=None, **kwargs):
-        name = getattr(method, "__name__", None)
-        if name in _lifted(type(self)._lowbit_base) and getattr(type(self)._lowbit_base, name) is method:
-            method = getattr(type(self), name)
-        return verb(self, *args, method=method, **kwargs)
+        return verb(self, *args, method=_quantized_method(method, root) if callable(method) else method, **kwargs)
+
+    return run
+
+
+def _quantized_method(method: Callable, root: tuple[str, ...] | None) -> Callable:
+    method = getattr(method, "__func__", method)
+
+    @functools.wraps(method)
+    def run(module, *args, **kwargs):
+        if quantization(module) is None:
+            return method(module, *args, **kwargs)
+        with _running(module, root, getattr(method, "__name__", "method")):
+            return method(module, *args, **kwargs)
 
     return run
 

@@ -1,9 +1,11 @@
 """Linen: variables with packed or prepared weights. How a weight is used is known only where the model is traced."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen
 from flax.core import FrozenDict, freeze
 
@@ -57,7 +59,8 @@ def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: 
         raise ValueError("lb.calibrate: no activation scale is learned here; the scales are read off each batch.")
     drop = lambda site, recipe, layer: {name: value for name, value in layer.items() if name != "lhs_scale"}
     rngs = {"params": jax.random.key(0)} | dict(kwargs.pop("rngs", None) or {})
-    _, new = model.apply(_with_layers(variables, learned, drop), *args, rngs=rngs, mutable=True, **kwargs)
+    run = lambda variables, args: model.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)[1]
+    new = array_call(jax.jit, run, _with_layers(variables, learned, drop), args)
     fitted = lambda site, recipe, layer: layer | {"lhs_scale": _inside(new["params"], site.path)["lhs_scale"]}
     return _with_layers(variables, learned, fitted)
 
@@ -70,8 +73,9 @@ def _sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], w
         raise ValueError(f"{who}: this {type(model).__name__} is prepared. Use the model that you prepared.")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError(f"{who}(model, variables, *args): give the variables of model.init, with 'params' among them.")
-    if isinstance(model, linen.Dense) and not args and hasattr(variables["params"].get("kernel"), "shape"):
-        args = (jax.ShapeDtypeStruct((1, variables["params"]["kernel"].shape[0]), model.param_dtype),)
+    if isinstance(model, linen.Dense) and not args and "kernel" in variables["params"]:
+        shape = np.shape(linen.meta.unbox(variables["params"]["kernel"]))
+        args = (jax.ShapeDtypeStruct((1, shape[0]), model.param_dtype),)
     if not args and not kwargs:
         raise TypeError(
             f"{who}(model, variables, *args): a Linen model shows how it uses its weights only in a call. Pass the"
@@ -104,12 +108,17 @@ def trace_sites(model: linen.Module, variables: Any, args: tuple, kwargs: Mappin
 
 
 def abstract_call(function: Callable[..., Any], variables: Any, args: tuple) -> Any:
-    """`function(variables, args)` on shapes; what is no array in `args` stays as it is."""
+    """`function(variables, args)` on shapes."""
+    return array_call(lambda f: functools.partial(jax.eval_shape, f), function, variables, args)
+
+
+def array_call(transform: Callable[..., Any], function: Callable[..., Any], variables: Any, args: tuple) -> Any:
+    """`transform(function)(variables, args)`, where what is no array in `args` is not traced."""
     is_array = lambda a: hasattr(a, "shape") and hasattr(a, "dtype")
     leaves, tree = jax.tree.flatten(args)
     arrays = [a if is_array(a) else None for a in leaves]
     rebuild = lambda given: tree.unflatten([g if is_array(a) else a for g, a in zip(given, leaves, strict=True)])
-    return jax.eval_shape(lambda v, given: function(v, rebuild(given)), variables, arrays)
+    return transform(lambda v, given: function(v, rebuild(given)))(variables, arrays)
 
 
 def _kernels(tree: Any, path: tuple[str, ...] = ()) -> list[str]:

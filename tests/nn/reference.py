@@ -1,4 +1,4 @@
-"""Symmetric absmax integers for each row in float64 NumPy: what `lb.methods.get("absmax_integer", bits=4)` quantizes to."""
+"""Absmax integers for each row in float64 NumPy: what `lb.methods.get("absmax_integer", bits=4)` quantizes to."""
 
 import numpy as np
 

@@ -74,7 +74,7 @@ def x(key):
 
 
 def close(actual, expected):
-    """Same values, other order of sums: five layers of at most 96 terms, each contracting by the tanh or growing by < 4."""
+    """Same values in another order of sums: five layers of at most 96 terms, no layer growing more than fourfold."""
     np.testing.assert_allclose(actual, expected, rtol=0, atol=96 * 2.0**-23 * 4 * float(jnp.abs(expected).max()))
 
 
