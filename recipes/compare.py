@@ -11,13 +11,11 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 
 import numpy as np
 import scipy.stats
-import tyro
 
-from recipes import display, llama, plots, run_directory, schemes, text, train_loop
+from recipes import command, display, llama, plots, run_directory, schemes, text, train_loop
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,16 +113,5 @@ def show(rows: list[dict], folder: pathlib.Path, config: Compare, corpus: text.C
     print(f"plot: {folder / 'compare.png'}; numbers: {folder / 'compare.json'}")
 
 
-def cli(arguments: list[str] | None = None) -> None:
-    config = tyro.cli(Compare, args=arguments, description=__doc__)
-    try:
-        main(config)
-    except train_loop.Stopped as stopped:
-        print(stopped)
-        sys.exit(stopped.status)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"compare: {error}")
-
-
 if __name__ == "__main__":
-    cli()
+    command.run("compare", Compare, main, __doc__)

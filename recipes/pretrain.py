@@ -8,12 +8,9 @@ The same command again goes on where a killed run stopped. Paper: Panferov et al
 
 import dataclasses
 import pathlib
-import sys
 from typing import Literal
 
-import tyro
-
-from recipes import deliver, llama, run_directory, schemes, text, train_loop
+from recipes import command, deliver, llama, run_directory, schemes, text, train_loop
 
 NOT_NUMBERS = {"numbers": False}  # metadata: this setting changes no number, or is compared in another form
 
@@ -105,16 +102,5 @@ def main(config: Pretrain) -> dict:
         return delivery.make(folder, runs)
 
 
-def cli(arguments: list[str] | None = None) -> None:
-    config = tyro.cli(Pretrain, args=arguments, description=__doc__)
-    try:
-        main(config)
-    except train_loop.Stopped as stopped:
-        print(stopped)
-        sys.exit(stopped.status)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"pretrain: {error}")
-
-
 if __name__ == "__main__":
-    cli()
+    command.run("pretrain", Pretrain, main, __doc__)

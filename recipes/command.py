@@ -1,0 +1,25 @@
+"""A recipe as a command: flags from its config's fields, errors as one message, exit statuses that schedulers know."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from recipes import train_loop
+
+
+def run(
+    name: str, config: type, main: Callable[[Any], Any], description: str | None, arguments: list[str] | None = None
+) -> None:
+    """Parses, runs and ends: 1 after an error, 143 or 130 after SIGTERM or Ctrl-C. `python -X dev` shows tracebacks."""
+    parsed = tyro.cli(config, args=arguments, description=description)
+    try:
+        main(parsed)
+    except train_loop.Stopped as stopped:
+        print(stopped)
+        sys.exit(stopped.status)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"{name}: {error}\n(python -X dev -m recipes.{name} shows where it was raised.)")
