@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-_DENSE = 16  # the innermost factor of the transform, a small matrix product; what is above it is butterflies
+_INNER = 16  # rows of the inner factor of the transform on a CPU
 
 
 @functools.cache
@@ -32,32 +32,17 @@ def largest_block(length: int, limit: int) -> int:
     return min(length & -length, limit) if length else 1
 
 
-def _butterflies(x: Float[Array, "*s"], axes: range) -> Float[Array, "*s"]:
-    """(a, b) -> (a + b, a - b) along each of `axes`, all of length 2, as one elementwise expression."""
-    for axis in axes:
-        signs = np.ones([1] * x.ndim, np.float32).repeat(2, axis)
-        signs[(slice(None),) * axis + (1,)] = -1
-        x = x * signs + jnp.flip(x, axis)
-    return x
-
-
 def _factored(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
-    """Butterflies between two small matrix products that hold the rest: H_block = H_stages x H_4 x H_4 for block >= 16.
+    """H_block = (H_(block/16) x I_16)(I x H_16) as two small matrix products.
 
-    On a CPU this costs a half (last axis) to a quarter (another axis) of the dense product. The products also stand as
-    walls: what computed `x` is not fused into the butterflies, which read each element once a stage and would repeat
-    it, nor they into what follows."""
-    columns = math.prod(x.shape[axis + 1 :])  # of each row of the axis
-    inner = min(block, _DENSE)
-    stages = int(math.log2(block // inner))
-    scale = np.float32(block**-0.5)
-    if not stages:
-        return _small_product(x, hadamard_matrix(inner) * scale, columns).reshape(x.shape)
-    half = 2 ** (int(math.log2(inner)) // 2)
-    first = np.kron(np.eye(inner // half, dtype=np.float32), hadamard_matrix(half))
-    second = np.kron(hadamard_matrix(inner // half), np.eye(half, dtype=np.float32)) * scale
-    y = _small_product(x, first, columns).reshape(-1, *[2] * stages, inner * columns)
-    return _small_product(_butterflies(y, range(1, 1 + stages)), second, columns).reshape(x.shape)
+    On a CPU this costs 0.4 to 0.8 of the dense product, and butterflies, which XLA fuses with their neighbors and
+    repeats for each stage, cost more than both (`recipes/LOG.md`)."""
+    columns = math.prod(x.shape[axis + 1 :])  # elements of one index of the axis
+    inner = min(block, _INNER)
+    y = _small_product(x, hadamard_matrix(inner) * np.float32(block**-0.5), columns)
+    if block > inner:
+        y = _small_product(y, hadamard_matrix(block // inner), inner * columns)
+    return y.reshape(x.shape)
 
 
 def _small_product(x: Float[Array, "*s"], matrix: np.ndarray, columns: int) -> Float[Array, "n m *columns"]:
