@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowbit_jax.nn.site import Site, initial_scales, needs_key, stacked
+from lowbit_jax.nn.site import Site, initial_scales, needs_key, operand, stacked
 from lowbit_jax.nn.weight import ready_weight
 from lowbit_jax.ops import LinearRecipe
 
 
-def check_site(site: Site, recipe: LinearRecipe, kernel: Array, where: str) -> None:
+def check_site(site: Site, recipe: LinearRecipe, kernel: Array | jax.ShapeDtypeStruct, where: str) -> None:
     """Raises what quantizing would raise (a group that does not divide, a dtype), with the layer's name."""
     try:
         _try(dataclasses.replace(site, path=""), recipe, tuple(kernel.shape), jnp.dtype(kernel.dtype))
@@ -32,11 +32,10 @@ def _quantize_all(kernel: Array, recipe: LinearRecipe, site: Site):
     key = jax.random.key(0) if needs_key(recipe) else None
     one = lambda k: ready_weight(k, recipe, site, scale=scales.get("rhs"), key=key)
     weight = stacked(one, kernel, site)(kernel)
-    lhs = recipe.out.lhs
-    if lhs is None:
+    if recipe.out.lhs is None:
         return weight
     size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length
-    return weight, lhs(jnp.zeros((1, size)), key=key, scale=scales.get("lhs"))
+    return weight, operand(recipe, "lhs")(jnp.zeros((1, size)), key=key, scale=scales.get("lhs"))
 
 
 def check_subclass(layer: Any, base: type, where: str) -> None:

@@ -38,8 +38,9 @@ class Quantization:
 
     def recipe(self, path: str) -> LinearRecipe | None:
         recipe = self.policy.recipe(path)
-        ready = recipe is not None and self.form == "ready" and recipe.out.rhs is not None
-        return recipe.with_rhs_ready() if ready else recipe
+        if recipe is None or recipe.out.rhs is None or self.form == "training":
+            return recipe
+        return recipe.with_rhs_ready()
 
 
 @dataclasses.dataclass
@@ -53,8 +54,12 @@ class Run:
 
     def path(self, module: linen.Module) -> str | None:
         """Path below the quantized module; None for a module that was passed in from outside."""
-        full = module.scope.path
+        full = path_of(module)
         return "/".join(full[len(self.root) :]) if full[: len(self.root)] == self.root else None
+
+
+def path_of(module: Any) -> tuple[str, ...]:
+    return module.scope.path
 
 
 class _Active(threading.local):
@@ -80,9 +85,14 @@ def quantize(module: linen.Module, policy: Policy, who: str = WHO) -> linen.Modu
 def with_quantization(module: linen.Module, chosen: Quantization) -> linen.Module:
     bound = module.scope is not None
     new = copy.copy(module) if bound else module.clone(parent=None)
-    base = type(module)._lowbit_base if quantization(module) is not None else type(module)
+    base = getattr(type(module), "_lowbit_base", type(module))
     object.__setattr__(new, "__class__", quantized_class(base, chosen, None))
     return new
+
+
+def quantization_of(module: Any) -> Quantization:
+    """Of a module that is known to be quantized."""
+    return type(module)._lowbit
 
 
 def quantization(module: Any) -> Quantization | None:
@@ -194,7 +204,7 @@ def _adopt(module: linen.Module, chosen: Quantization, root: tuple[str, ...] | N
 @contextlib.contextmanager
 def _running(module: linen.Module, root: tuple[str, ...] | None, method: str) -> Iterator[None]:
     """Quantizes what runs meanwhile, unless a method further out does already; then checks the rules."""
-    chosen = quantization(module)
+    chosen = quantization_of(module)
     checked = root is None and method != "setup" and type(module.scope).__name__ != "TestScope"  # Flax's own dry run
     if module.scope is None:  # Flax explains what to do
         yield
@@ -238,9 +248,8 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
     run.nodes[path] = Node((path,), type(module).__name__, layer=True)
     if recipe is None:
         return call(*args, **kwargs)
-    if context.orig_method.func is not own_call(
-        base
-    ):  # a subclass or a lifted class: its own call comes through here later
+    if context.orig_method.func is not own_call(base):
+        # A subclass or a lifted class: the layer's own call comes through here later.
         check_subclass(module, base, f"{WHO}: {called(path, type(module))}")
         run.entered.setdefault(path, type(module))
         return call(*args, **kwargs)
@@ -253,8 +262,9 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
 _ELEMENTWISE = {"scale", "bias"}  # parameters by these names, and vectors, enter no product
 
 
-def _opaque(module: linen.Module, base: type | None) -> tuple[str, ...]:
-    if base is not None or not module.scope.has_variable("params", "") and "params" not in module.variables:
+def _opaque(module: Any, base: type | None) -> tuple[str, ...]:
+    """Names of its own parameters that enter products, where it is no layer."""
+    if base is not None:
         return ()
     own = module.variables.get("params", {})
     return tuple(

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen
 from flax.core import FrozenDict, freeze
 
-from lowbit_jax.nn.linen import Quantization, quantization, watching, with_quantization
+from lowbit_jax.nn.linen import Quantization, quantization, quantization_of, watching, with_quantization
 from lowbit_jax.nn.site import Site, needs_key, stacked
 from lowbit_jax.nn.weight import packed_stack, ready_weight, to_nearest
 from lowbit_jax.ops import LinearRecipe
@@ -47,7 +47,7 @@ def prepare(model: linen.Module, variables: Any = None, *args: Any, **kwargs: An
         function = lambda kernel, others: ready_weight(kernel, recipe, site, key=key, **others)
         return layer | {"kernel": stacked(function, kernel, site)(kernel, others)}
 
-    policy = quantization(model).policy
+    policy = quantization_of(model).policy
     return with_quantization(model, Quantization(policy, form="ready")), _with_layers(variables, sites, ready)
 
 
@@ -69,7 +69,7 @@ def _sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], w
     """The quantized products of one call, by path."""
     if quantization(model) is None:
         raise ValueError(f"{who}: this {type(model).__name__} is not quantized. Call lb.quantize on it first.")
-    if quantization(model).form != "training":
+    if quantization_of(model).form != "training":
         raise ValueError(f"{who}: this {type(model).__name__} is prepared. Use the model that you prepared.")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError(f"{who}(model, variables, *args): give the variables of model.init, with 'params' among them.")
@@ -86,7 +86,9 @@ def _sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], w
     for path in sites:
         if isinstance(_inside(variables["params"], path)["kernel"], QTensor):
             raise ValueError(f"{who}: the layer {path!r} is packed already. Use the variables of the training form.")
-    unseen = [p for p in _kernels(variables["params"]) if p not in sites and quantization(model).recipe(p) is not None]
+    unseen = [
+        p for p in _kernels(variables["params"]) if p not in sites and quantization_of(model).recipe(p) is not None
+    ]
     if unseen:
         raise ValueError(
             f"{who}: this call does not reach {', '.join(map(repr, unseen[:4]))}. Pass inputs (and `method=`) that"
@@ -101,7 +103,7 @@ def trace_sites(model: linen.Module, variables: Any, args: tuple, kwargs: Mappin
     sites: Sites = {}
     options = dict(kwargs)
     rngs = {"params": jax.random.key(0)} | dict(options.pop("rngs", None) or {})
-    with watching(lambda site, recipe, layer: sites.setdefault(site.path, (site, recipe))):
+    with watching(lambda site, recipe, layer: sites.update({site.path: (site, recipe)})):
         static = lambda variables, args: model.apply(variables, *args, rngs=rngs, mutable=True, **options)
         abstract_call(static, variables, args)
     return sites

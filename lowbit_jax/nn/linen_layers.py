@@ -16,7 +16,15 @@ from jaxtyping import Array
 
 from lowbit_jax.nn.check import check_site
 from lowbit_jax.nn.product import KeepMaster, Product
-from lowbit_jax.nn.site import Site, called, check_activation_scale, einsum_contraction, initial_weight_scale, needs_key
+from lowbit_jax.nn.site import (
+    Site,
+    called,
+    check_activation_scale,
+    einsum_contraction,
+    initial_weight_scale,
+    needs_key,
+    operand,
+)
 from lowbit_jax.nn.weight import to_nearest
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
@@ -94,7 +102,7 @@ def quantized_call(
     for watcher in watchers:
         watcher(site, recipe, layer)
     product = BoundProduct(Product(recipe, site), layer)
-    changes = dict(promote_dtype=KeepMaster(layer.promote_dtype))
+    changes: dict[str, Any] = dict(promote_dtype=KeepMaster(layer.promote_dtype))
     if LAYERS[base].fields:
         changes[LAYERS[base].fields[0]] = product
     if isinstance(stored, QTensor):
@@ -163,14 +171,14 @@ class BoundProduct:
 
     def _activation_scale(self, lhs: Array) -> Array:
         lhs = lhs.reshape(-1, lhs.shape[-1]) if self.product.site.kind == "conv_general_dilated" else lhs
-        scale = self.product.recipe.out.lhs.initial_scale(lhs)
+        scale = operand(self.product.recipe, "lhs").initial_scale(lhs)
         check_activation_scale(scale, self.product.recipe, self.product.site)
         return scale
 
 
-def einsum_call(layer: linen.Einsum, product: BoundProduct, inputs: Array, einsum_str: str | None = None) -> Array:
+def einsum_call(layer: linen.Einsum, product: BoundProduct, inputs: Any, einsum_str: str | None = None) -> Array:
     """`linen.Einsum.__call__` with `product` in place of its fixed `jnp.einsum`; same parameters in the same order."""
-    spec = product.product.site.spec
+    spec = product.product.site.spec or ""
     kernel = layer.param("kernel", layer.kernel_init, layer.shape, layer.param_dtype)
     bias = bias_shape = None
     if layer.use_bias:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from lowbit_jax.nn.check import check_site, check_subclass
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
-from lowbit_jax.nn.site import Site, called, einsum_contraction, initial_scales, needs_key
+from lowbit_jax.nn.site import Site, called, einsum_contraction, initial_scales, needs_key, operand
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -79,6 +79,13 @@ LAYERS: dict[type, LayerType] = {
 }
 
 
+def attribute_of(layer: Any) -> str:
+    """Where a layer, known to be one, keeps its product."""
+    found = layer_type(layer)
+    assert found is not None
+    return found[1].attribute
+
+
 def layer_type(module: Any) -> tuple[type, LayerType] | None:
     return next(((base, LAYERS[base]) for base in type(module).__mro__ if base in LAYERS), None)
 
@@ -105,9 +112,10 @@ class StatefulProduct(nnx.Module):
     def _calibrate(self, *args: Any) -> None:
         """Sets the activation's scale from the activation that arrives."""
         lhs = next(a for a in args if not isinstance(a, str))
-        site, quantizer = self.product.site, self.product.recipe.out.lhs
+        site, quantizer = self.product.site, operand(self.product.recipe, "lhs")
         lhs = lhs.reshape(-1, lhs.shape[-1]) if site.kind == "conv_general_dilated" else lhs
-        self.lhs_scale.set_value(quantizer.initial_scale(lax.stop_gradient(lhs)))
+        held: Scale = vars(self)["lhs_scale"]
+        held.set_value(quantizer.initial_scale(lax.stop_gradient(lhs)))
 
 
 def hook(module: Any) -> Product | None:
@@ -134,11 +142,11 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
                 )
             products |= dict.fromkeys(paths, product)
 
-    def change(layer: nnx.Module, product: Product) -> None:
-        attribute = layer_type(layer)[1].attribute
+    def change(layer: Any, product: Product) -> None:
+        attribute = attribute_of(layer)
         keep = KeepMaster(layer.promote_dtype)
         scales = initial_scales(product.recipe, product.site, layer.kernel.get_value())
-        stream = _stream(rngs, layer, product) if needs_key(product.recipe) else None
+        stream = _stream(rngs, layer, product) if rngs is not None and needs_key(product.recipe) else None
         if scales or stream is not None:
             setattr(layer, attribute, nnx.data(StatefulProduct(product, scales, stream)))
         else:
@@ -196,7 +204,9 @@ def describe(module: nnx.Module, paths: tuple[str, ...]) -> Node:
 
 def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
     """Checks that the layer's product can be taken over, whole; raises with its path otherwise."""
-    base, kind = layer_type(layer)
+    found = layer_type(layer)
+    assert found is not None
+    base, kind = found
     where = f"{who}: {called(path, type(layer))}"
     if hook(layer) is not None or isinstance(layer.kernel, PackedWeight):
         raise ValueError(
@@ -225,7 +235,7 @@ def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
     return Product(recipe, site)
 
 
-def _stream(rngs: nnx.Rngs | nnx.RngStream, layer: nnx.Module, product: Product) -> nnx.RngStream:
+def _stream(rngs: nnx.Rngs | nnx.RngStream, layer: Any, product: Product) -> nnx.RngStream:
     """A stream for this layer; one for each of a stack."""
     source = rngs.quantize if isinstance(rngs, nnx.Rngs) else rngs
     stack = layer.kernel.get_value().shape[: layer.kernel.get_value().ndim - len(product.site.shape)]

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowbit_jax.nn.nnx import StatefulProduct, layer_type, modules
+from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, layer_type, modules
 
 
 def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
     """Sets the scales in place and returns the model; see `lb.calibrate`."""
     held = {}
     for layer, paths in modules(model):
-        product = getattr(layer, layer_type(layer)[1].attribute) if layer_type(layer) else None
+        product = getattr(layer, attribute_of(layer)) if layer_type(layer) else None
         if isinstance(product, StatefulProduct) and hasattr(product, "lhs_scale"):
             held[paths[0]] = product
     if not held:

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from lowbit_jax.nn.nnx import PackedWeight, StatefulProduct, edited, hook, layer_type, modules
+from lowbit_jax.nn.nnx import PackedWeight, StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import needs_key, stacked
 from lowbit_jax.nn.weight import packed_stack, ready_weight, to_nearest
@@ -17,7 +17,7 @@ def convert(model: nnx.Module) -> nnx.Module:
     """The packed view; see `lb.convert`."""
     products = _quantized(model, "lb.convert", "nothing to pack")
 
-    def change(layer: nnx.Module, product: Product) -> None:
+    def change(layer: Any, product: Product) -> None:
         if isinstance(layer.kernel, PackedWeight):
             raise ValueError(
                 f"lb.convert: the layer {product.site.path!r} is packed already. Convert the training form once."
@@ -39,7 +39,7 @@ def prepare(model: nnx.Module) -> nnx.Module:
     """The view with quantized weights; see `lb.nn.prepare`."""
     products = _quantized(model, "lb.nn.prepare", "no weight to prepare")
 
-    def change(layer: nnx.Module, product: Product) -> None:
+    def change(layer: Any, product: Product) -> None:
         if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
             return
         key = _draw(_held(layer).rngs) if needs_key(product.recipe) else None
@@ -64,11 +64,11 @@ def _quantized(model: Any, who: str, otherwise: str) -> dict[str, Product]:
     return products
 
 
-def _held(layer: nnx.Module) -> Any:
-    return getattr(layer, layer_type(layer)[1].attribute)
+def _held(layer: Any) -> Any:
+    return getattr(layer, attribute_of(layer))
 
 
-def _weight_scale(layer: nnx.Module) -> Array | None:
+def _weight_scale(layer: Any) -> Array | None:
     scale = getattr(_held(layer), "rhs_scale", None)
     return None if scale is None else scale.get_value()
 
@@ -83,9 +83,9 @@ def _draw(stream: nnx.RngStream) -> Array:
     return draw(key, count)
 
 
-def _replace(layer: nnx.Module, product: Product, drop: tuple[str, ...]) -> None:
+def _replace(layer: Any, product: Product, drop: tuple[str, ...]) -> None:
     """Puts `product` in the layer and keeps what it still needs of a stateful one."""
-    attribute, held = layer_type(layer)[1].attribute, _held(layer)
+    attribute, held = attribute_of(layer), _held(layer)
     if not isinstance(held, StatefulProduct):
         setattr(layer, attribute, nnx.static(product))
         return

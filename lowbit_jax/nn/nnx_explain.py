@@ -13,6 +13,7 @@ from lowbit_jax.nn.tracing import programs
 
 def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
     layers, high_precision = [], []
+    module: Any
     for module, paths in modules(model):
         node = describe(module, paths)
         product = hook(module) if layer_type(module) else None

@@ -84,7 +84,8 @@ class KeepMaster:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         together = len(args) == 1 and isinstance(args[0], tuple | list)
-        inputs, kernel, bias = args[0] if together else args
+        operands: Any = args[0] if together else args
+        inputs, kernel, bias = operands
         proxy = jnp.zeros((), kernel.dtype)  # takes the weight's part in choosing the dtype
         promoted = (inputs, proxy, bias)
         inputs, _, bias = self.original(promoted, **kwargs) if together else self.original(*promoted, **kwargs)

@@ -77,6 +77,13 @@ def quantizers(recipe: LinearRecipe) -> list[Quantizer]:
     return [q for q in operands if isinstance(q, Quantizer)]
 
 
+def operand(recipe: LinearRecipe, side: Literal["lhs", "rhs"]) -> Quantizer:
+    """The quantizer of an operand of the forward product that has one."""
+    quantizer = getattr(recipe.out, side)
+    assert isinstance(quantizer, Quantizer)
+    return quantizer
+
+
 def needs_key(recipe: LinearRecipe) -> bool:
     """Whether some rounding of the recipe is stochastic."""
     return any(q.rounding is rounding.stochastic for q in quantizers(recipe))
@@ -90,7 +97,7 @@ def initial_scales(recipe: LinearRecipe, site: Site, kernel: Array) -> dict[str,
     if "lhs" in recipe.learned:
         size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length
         gaussian = jax.random.normal(jax.random.key(0), (256, size), jnp.float32)
-        scale = recipe.out.lhs.initial_scale(gaussian)
+        scale = operand(recipe, "lhs").initial_scale(gaussian)
         check_activation_scale(scale, recipe, site)
         scales["lhs"] = jnp.broadcast_to(scale, kernel.shape[: kernel.ndim - len(site.shape)])
     if "rhs" in recipe.learned:
@@ -99,8 +106,9 @@ def initial_scales(recipe: LinearRecipe, site: Site, kernel: Array) -> dict[str,
 
 
 def initial_weight_scale(kernel: Array, recipe: LinearRecipe, site: Site) -> Array:
-    axis = site.contract if len(site.contract) > 1 else site.contract[0]
-    return recipe.out.rhs.initial_scale(kernel, axis=axis)
+    (*others, last) = site.contract
+    axis = site.contract if others else last
+    return operand(recipe, "rhs").initial_scale(kernel, axis=axis)
 
 
 def check_activation_scale(scale: Array, recipe: LinearRecipe, site: Site) -> None:
@@ -108,7 +116,7 @@ def check_activation_scale(scale: Array, recipe: LinearRecipe, site: Site) -> No
         raise ValueError(
             f"the layer {site.path!r}: a learned activation scale needs one entry for the tensor;"
             f" {recipe.name or 'this recipe'}"
-            f" tiles it by {recipe.out.lhs.tiling}. Use tiling=PerTensor()."
+            f" tiles it by {operand(recipe, 'lhs').tiling}. Use tiling=PerTensor()."
         )
 
 

@@ -21,7 +21,7 @@ def programs(function: Callable[..., Any], state: Any, inputs: Any, gradients: b
         return function(state_tree.unflatten(state), tree.unflatten(filled))
 
     arrays = [*state_leaves, *given]
-    forward = jax.jit(run).lower(arrays).compile().as_text()
+    forward = jax.jit(run).lower(arrays).compile().as_text() or ""
     if not gradients:
         return forward, None
     floating = [_is_floating(a) for a in arrays]

@@ -9,7 +9,9 @@ from lowbit_jax.ops import LinearRecipe
 
 def framework(module: Any, who: str) -> Literal["nnx", "linen"]:
     """Which API the module belongs to. Raises: TypeError, with the way out, for what is no module."""
-    for name, library in (("nnx", sys.modules.get("flax.nnx")), ("linen", sys.modules.get("flax.linen"))):
+    names: tuple[Literal["nnx", "linen"], ...] = ("nnx", "linen")
+    for name in names:
+        library = sys.modules.get(f"flax.{name}")
         base = getattr(library, "Module", None)
         if base is None:
             continue

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit_jax import rounding
-from lowbit_jax.nn.site import Site, stacked
+from lowbit_jax.nn.site import Site, operand, stacked
 from lowbit_jax.ops import LinearRecipe, pack_rhs, quantize_rhs
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
@@ -32,7 +32,7 @@ def ready_weight(
         return quantize_rhs(kernel, site.numbers, kernel.ndim, recipe, scale=scale, key=key)
     if recipe.out.rhs is None or recipe.rhs_ready:
         return kernel
-    quantizer = channel_rotation(recipe.out.rhs, kernel.shape[-2])
+    quantizer = channel_rotation(operand(recipe, "rhs"), kernel.shape[-2])
     function = quantizer.in_rotated_space if recipe.shared_rotation else quantizer
     return function(kernel, axis=site.contract, scale=scale, key=key).astype(kernel.dtype)
 
@@ -43,7 +43,7 @@ def packed_weight(
     """Packed codes and scales of the weight, its contraction axes merged into one."""
     if site.kind != "conv_general_dilated":
         return pack_rhs(kernel, site.numbers, kernel.ndim, recipe, scale=scale)
-    quantizer = recipe.out.rhs
+    quantizer = operand(recipe, "rhs")
     rotation = quantizer.rotation
     if rotation is not None and rotation.signs is not None:
         raise NotImplementedError(
