@@ -119,6 +119,9 @@ class Learned:
 
     initial: Callable = lsq_initial
 
+    def __str__(self) -> str:
+        return f"learned, from {self.initial.__name__}"
+
     def __call__(self, tiles, fmt, axes):
         raise ValueError(
             "A quantizer with a Learned fit got no scale. Pass `scale=` (start from `quantizer.initial_scale(x)`),"
