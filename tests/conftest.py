@@ -14,6 +14,7 @@ import tests.typechecker  # noqa: F401  # found by name by --jaxtyping-packages
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time; this halves it
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 4)  # a 2 x 2 mesh
 
