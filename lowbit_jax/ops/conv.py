@@ -42,9 +42,7 @@ def conv_general_dilated(
     Raises: NotImplementedError for a recipe with quantized backward products, which only `lb.dot_general` runs;
     TypeError and ValueError as `lb.dot_general`."""
     if not isinstance(recipe, LinearRecipe):
-        raise TypeError(
-            f"lb.conv_general_dilated got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4)."
-        )
+        raise TypeError(f"lb.conv_general_dilated got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
     if not recipe.plain_backward:
         raise NotImplementedError(
             f"lb.conv_general_dilated: recipe {recipe.name or recipe!r} quantizes backward products, which convolutions"

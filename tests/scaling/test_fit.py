@@ -50,7 +50,7 @@ def test_candidate_search_never_loses_to_its_candidates(key, fmt):
         assert min(abs(scale / base - f) for f in search.fractions) < 1e-6
 
 
-@pytest.mark.parametrize("fit", FITS, ids=str)
+@pytest.mark.parametrize("fit", FITS, ids=lambda f: getattr(f, "__name__", type(f).__name__))
 @pytest.mark.parametrize("fmt", [INT4, MIDRISE4, MIDRISE1, E2M1], ids=lambda f: f.name)
 def test_zero_nan_and_inf_stay_in_their_tile(fit, fmt):
     x = jnp.stack([jnp.zeros(16), jnp.ones(16), jnp.ones(16).at[3].set(jnp.nan), jnp.ones(16).at[5].set(-jnp.inf)])
