@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowbit_jax.ops.product import Dims, Forward, original_operands, product
+from lowbit_jax.ops.product import Dims, Forward, original_operands, plain_product, product
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -59,7 +59,7 @@ def dot_general(
     lhs_hat, rhs_hat = lhs_hat.astype(lhs.dtype), rhs_hat.astype(lhs.dtype)
     forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
     if recipe.plain_backward or isinstance(rhs, QTensor):
-        return forward(lhs_hat, rhs_hat)
+        return plain_product(forward, lhs_hat, rhs_hat)
     originals = original_operands(lhs, rhs, dims, recipe, rotated)
     return product(forward, recipe, lhs_hat, rhs_hat, originals, backward_key)
 
