@@ -169,7 +169,11 @@ def scaling_table(rows: Sequence[Mapping]) -> str:
 def markdown(report: Mapping) -> str:
     """The report as a page."""
     told = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
-    parts = [f"# Training step over float32\n\nMade by `python -m benchmarks.train_step`, settings in the JSON file. {told}."]
+    parts = [
+        "# Training step over float32\n\nMade by `python -m benchmarks.train_step`, settings in the JSON file. "
+        + told
+        + "."
+    ]
     parts += [table(entry) for entry in report["tables"]]
     if report.get("scaling"):
         parts.append(scaling_table(report["scaling"]))
