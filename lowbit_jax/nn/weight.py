@@ -29,7 +29,7 @@ def ready_weight(
 ) -> Float[Array, "*s"]:
     """The weight as the product uses it, for `recipe.with_rhs_ready()`; differentiable, same shape and dtype."""
     if site.kind != "conv_general_dilated":
-        return quantize_rhs(kernel, site.numbers, kernel.ndim, recipe, scale=scale, key=key)
+        return quantize_rhs(kernel, site.numbers, recipe, scale=scale, key=key)
     if recipe.out.rhs is None or recipe.rhs_ready:
         return kernel
     quantizer = channel_rotation(operand(recipe, "rhs"), kernel.shape[-2])
@@ -42,7 +42,7 @@ def packed_weight(
 ) -> QTensor:
     """Packed codes and scales of the weight, its contraction axes merged into one."""
     if site.kind != "conv_general_dilated":
-        return pack_rhs(kernel, site.numbers, kernel.ndim, recipe, scale=scale)
+        return pack_rhs(kernel, site.numbers, recipe, scale=scale)
     quantizer = operand(recipe, "rhs")
     rotation = quantizer.rotation
     if rotation is not None and rotation.signs is not None:

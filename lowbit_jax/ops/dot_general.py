@@ -67,7 +67,6 @@ def dot_general(
 def quantize_rhs(
     rhs: Float[Array, "*rhs"],
     dimension_numbers: DimensionNumbers,
-    lhs_ndim: int,
     recipe: LinearRecipe,
     *,
     key: Array | None = None,
@@ -76,7 +75,7 @@ def quantize_rhs(
     """The weight as the product uses it, in its own shape and dtype, differentiable.
 
     Quantize once, then run many microbatches with `recipe.with_rhs_ready()` and pull their summed gradient back through
-    this function once. `lhs_ndim` is the rank of the activations it will meet (only their layout matters)."""
+    this function once."""
     if recipe.out.rhs is None or recipe.rhs_ready:
         return rhs
     axes = _contraction(dimension_numbers, 1, rhs.ndim)
@@ -87,7 +86,6 @@ def quantize_rhs(
 def pack_rhs(
     rhs: Float[Array, "*rhs"],
     dimension_numbers: DimensionNumbers,
-    lhs_ndim: int,
     recipe: LinearRecipe,
     *,
     key: Array | None = None,

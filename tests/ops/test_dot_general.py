@@ -66,11 +66,11 @@ def test_packed_and_ready_weights_give_the_same_product(key, layout, recipe):
     lhs, rhs, numbers = operands(key, layout)
     recipe = RECIPES[recipe]
     y = lb.dot_general(lhs, rhs, numbers, recipe=recipe)
-    ready = quantize_rhs(rhs, numbers, lhs.ndim, recipe)
+    ready = quantize_rhs(rhs, numbers, recipe)
     assert ready.shape == rhs.shape
     tolerance = dict(atol=1e-5 * float(jnp.abs(y).max()))
     np.testing.assert_allclose(lb.dot_general(lhs, ready, numbers, recipe=recipe.with_rhs_ready()), y, **tolerance)
-    packed = pack_rhs(rhs, numbers, lhs.ndim, recipe)
+    packed = pack_rhs(rhs, numbers, recipe)
     np.testing.assert_allclose(lb.dot_general(lhs, packed, numbers, recipe=recipe), y, **tolerance)
 
 
@@ -80,7 +80,7 @@ def test_microbatches_with_ready_weights_give_the_gradient_of_the_whole(key):
     x, w = jax.random.normal(key, (32, 128)), jax.random.normal(jax.random.split(key)[0], (128, 16))
     loss = lambda w, x, recipe: jnp.sum(jnp.sin(lb.dot_general(x, w, numbers, recipe=recipe)))
     whole = jax.grad(loss)(w, x, recipe)
-    ready, pullback = jax.vjp(lambda w: quantize_rhs(w, numbers, 2, recipe), w)
+    ready, pullback = jax.vjp(lambda w: quantize_rhs(w, numbers, recipe), w)
     parts = sum(jax.grad(loss)(ready, part, recipe.with_rhs_ready()) for part in jnp.split(x, 4))
     np.testing.assert_allclose(pullback(parts)[0], whole, atol=2e-5 * float(jnp.abs(whole).max()))
 
@@ -137,7 +137,7 @@ def test_learned_scales_get_gradients(key):
     np.testing.assert_allclose(scales["lhs"], 2 * np.abs(x).mean() / 3.5**0.5, rtol=1e-5)
     grads = jax.grad(lambda s: jnp.sum(lb.dot_general(x, w, numbers, recipe=recipe, scales=s) ** 2))(scales)
     assert all(float(jnp.abs(g)) > 0 for g in grads.values())
-    packed = pack_rhs(w, numbers, 2, recipe, scale=scales["rhs"])
+    packed = pack_rhs(w, numbers, recipe, scale=scales["rhs"])
     y = lb.dot_general(x, packed, numbers, recipe=recipe, scales=scales)
     np.testing.assert_allclose(y, lb.dot_general(x, w, numbers, recipe=recipe, scales=scales), atol=1e-5)
 
@@ -158,7 +158,7 @@ def test_cost_is_linear_in_tokens(key):
 def test_bad_arguments_say_the_way_out():
     x, w, dense = jnp.ones((4, 48)), jnp.ones((48, 3)), LAYOUTS["dense"][2]
     dot = lambda **kw: lb.dot_general(**dict(lhs=x, rhs=w, dimension_numbers=dense, recipe=lb.quest(4)) | kw)
-    packed = pack_rhs(w, dense, 2, lb.quest(4))
+    packed = pack_rhs(w, dense, lb.quest(4))
     cases = [
         (TypeError, "lb.quest", lambda: dot(recipe=4)),
         (TypeError, "lhs of int32", lambda: dot(lhs=jnp.ones((4, 48), jnp.int32))),
@@ -168,7 +168,7 @@ def test_bad_arguments_say_the_way_out():
         (ValueError, "initial_scale", lambda: dot(recipe=lb.methods.get("lsq"))),
         (ValueError, "not learned", lambda: dot(scales={"lhs": jnp.float32(1)})),
         (ValueError, "packed rhs holds 48", lambda: dot(lhs=jnp.ones((4, 32)), rhs=packed)),
-        (ValueError, "nothing to pack", lambda: pack_rhs(w, dense, 2, lb.quest(4, weights=False))),
+        (ValueError, "nothing to pack", lambda: pack_rhs(w, dense, lb.quest(4, weights=False))),
         (TypeError, "FORWARD", lambda: lb.Gemm(lhs=4)),
         (ValueError, "only a backward product", lambda: lb.LinearRecipe(out=lb.Gemm(lhs=lb.FORWARD))),
         (ValueError, "cotangent", lambda: lb.LinearRecipe(grad_lhs=lb.Gemm(lhs=lb.FORWARD))),
