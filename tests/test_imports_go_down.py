@@ -14,13 +14,13 @@ FLOORS = (
     {"quantizer"},
     {"ops"},
     {"methods"},
-    {"nn"},
+    {"nn", "optim"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS_WITH = {  # third-party package -> the rooms that may import it
     "jax": set(FLOOR_OF) - {"formats"},  # formats are frozen numbers: numpy and ml_dtypes only
     "flax": {"nn"},
-    "optax": set(),
+    "optax": {"optim"},
     "orbax": set(),
 }
 ROOT = pathlib.Path(__file__).parents[1]

@@ -1,0 +1,168 @@
+"""Parameters in few bits without any copy in more: each step is rounded up or down at random, so that its mean is kept.
+
+Rounded to nearest, a step of less than half a unit in the last place changes nothing, whatever the number of steps.
+"""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from lowbit_jax.optim import landing, trees
+from lowbit_jax.optim.landing import OnGrid, ParamFormat
+from lowbit_jax.optim.master_weights import mask_tree
+from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling import absmax
+
+_WHO = "stochastic_rounding"
+
+
+class StochasticRoundingState(NamedTuple):
+    """count: steps taken; scales: path -> stored scales, for the parameters on the grid of `param_format`."""
+
+    count: Array
+    scales: dict[str, tuple[Array, ...]]
+    inner_state: Any
+
+
+def stochastic_rounding(
+    tx: optax.GradientTransformation,
+    param_format: ParamFormat = None,
+    *,
+    key: Any = 0,
+    mask: Any = None,
+    axis: int = -2,
+    refit: bool | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` on parameters that live in few bits; `parameter + update` is rounded stochastically, with the right mean.
+
+    param_format, mask, axis: as in `master_weights`: None is the dtype of each parameter (bfloat16, float16, 8-bit
+    floats), a format or `lb.Quantizer` a grid with scales, kept in the state. Packed parameters (`QTensor`) step on
+    their own grid, and no float copy of them is held anywhere between steps.
+    refit: whether scales are fitted anew at each step (the default for absmax, as torchao does), or stay what they were
+    at `init` (for other fits, such as mean magnitude, which would shrink with every refit); None takes the default.
+    Values beyond a grid that stays saturate. A grid in arrays of 16 bits is exact as far as those hold it.
+
+    key: an int or a single random key. The draw of a step depends on (key, number of the step, path of the parameter)
+    and nothing else: it is the same again after a restart, on any sharding, and beside other parameters. Like
+    `master_weights` the wrapper must be outermost; `optax.apply_updates` serves arrays of 16 and 32 bits,
+    `lb.optim.apply_updates` all.
+    Source: Gupta et al. 2015, arXiv:1502.02551; int8: torchao quantized training; ternary to 8 bits: Zhao et al. 2024
+    (direct quantized training), arXiv:2412.04787.
+    Raises: TypeError for a key that is none and for leaves that are not floating; ValueError for several keys, for
+    parameters of float32 without `param_format` (nothing would be rounded), trees that do not match, `params=None`."""
+    inner = optax.with_extra_args_support(tx)
+    quantizer = landing.param_quantizer(param_format, _WHO)
+    key = single_key(key)
+
+    def on_grid_mask(params):
+        if quantizer is None:
+            return jax.tree.map(lambda _: False, params, is_leaf=trees.is_packed)
+        return mask_tree(mask, params, _WHO)
+
+    def init(params):
+        trees.check_floating(params, _WHO, "parameter")
+        chosen = jax.tree.leaves(on_grid_mask(params))
+        named = trees.named_leaves(params)
+        _check_takes_effect(list(named.values()), chosen)
+        scales = {
+            name: landing.fit_scales(quantizer, trees.float32(param), _axis(param, axis))
+            for (name, param), on_grid in zip(named.items(), chosen, strict=True)
+            if on_grid and not trees.is_packed(param)
+        }
+        return StochasticRoundingState(jnp.zeros((), jnp.int32), scales, inner.init(trees.float32(params)))
+
+    def update(updates, state, params=None, **extra):
+        trees.require_params(params, _WHO)
+        if not isinstance(state, StochasticRoundingState):
+            raise ValueError(
+                f"{_WHO} got a {type(state).__name__} for its state; it needs that of its own `init`. To go on from a"
+                " checkpoint without it: state = tx.init(params)._replace(inner_state=restored)."
+            )
+        trees.check_same_tree(updates, params, _WHO, ("gradients", "parameters"))
+        moved, inner_state = inner.update(trees.float32(updates), state.inner_state, trees.float32(params), **extra)
+        now = jax.random.fold_in(key, state.count)
+        answers, scales = [], {}
+        paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=trees.is_packed)
+        for (path, param), change in zip(paths, tree.flatten_up_to(moved), strict=True):
+            name = trees.name_of(path)
+            leaf_key = jax.random.fold_in(now, path_number(name))
+            answer, own = _step(param, change, state.scales.get(name), leaf_key, quantizer, axis, refit)
+            answers.append(answer)
+            if own is not None:
+                scales[name] = own
+        state = StochasticRoundingState(optax.safe_increment(state.count), scales, inner_state)
+        return tree.unflatten(answers), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step(param, change, scales, key, quantizer: Quantizer | None, axis: int, refit: bool | None) -> tuple[Any, Any]:
+    """(update, scales) of one parameter."""
+    if trees.is_packed(param):
+        old = landing.packed_elements(param, _WHO)
+        fit_again = _refits(param.quantizer, refit)
+        new = landing.step_on_grid(param.quantizer, old, change, key, param.axis, fit_again)
+        return landing.repacked(param, new), None
+    if scales is None:
+        target = landing.on_grid_of(param.astype(jnp.float32) + change, param.dtype, key)
+        return (change if param.dtype == jnp.float32 else landing.difference(target, param)), None
+    assert quantizer is not None
+    along = _axis(param, axis)
+    elements = landing.nearest_elements(quantizer, param.astype(jnp.float32), scales, along)
+    new = landing.step_on_grid(quantizer, OnGrid(elements, scales), change, key, along, _refits(quantizer, refit))
+    target = landing.on_grid_of(new.values(quantizer, along), param.dtype)
+    return landing.difference(target, param), new.scales
+
+
+def _refits(quantizer: Quantizer, refit: bool | None) -> bool:
+    return quantizer.fit is absmax if refit is None else refit
+
+
+def _axis(param: Any, axis: int) -> int:
+    return axis if param.ndim > 1 else -1
+
+
+def _check_takes_effect(leaves: list, chosen: list[bool]) -> None:
+    narrow = [trees.is_packed(leaf) or jnp.dtype(leaf.dtype).itemsize < 4 for leaf in leaves]
+    if leaves and not any(narrow) and not any(chosen):
+        raise ValueError(
+            f"{_WHO}: all {len(leaves)} parameters are float32, so that nothing would be rounded. Cast them"
+            " (jax.tree.map(lambda p: p.astype('bfloat16'), params)), or give param_format=."
+        )
+
+
+def path_number(name: str) -> np.uint32:
+    """A number of 32 bits for a path, the same in every process and whatever other paths there are."""
+    return np.uint32(zlib.crc32(name.encode()))
+
+
+def single_key(key: Any) -> Array:
+    """One random key, from an int, a typed key, or the two uint32 words of an old-style one.
+
+    Raises: TypeError for anything else, ValueError for several keys."""
+    if isinstance(key, bool) or not (isinstance(key, int | np.integer) or hasattr(key, "dtype")):
+        raise TypeError(f"{_WHO}(key={key!r}): give an int or a key such as jax.random.key(0).")
+    if isinstance(key, int | np.integer):
+        return jax.random.key(int(key))
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        words = key
+        several = words.ndim
+    elif key.dtype == jnp.uint32 and key.ndim >= 1:
+        several = key.ndim - 1
+        words = key if several else jax.random.wrap_key_data(jnp.asarray(key))
+    else:
+        raise TypeError(
+            f"{_WHO} got an array of {key.dtype} and shape {tuple(key.shape)} for its key. Give an int, a key of"
+            " jax.random.key, or the uint32 words of jax.random.PRNGKey."
+        )
+    if several:
+        raise ValueError(
+            f"{_WHO} got {tuple(key.shape)} keys at once; it takes one and derives the others from the step and the"
+            " path. Pass keys[0]."
+        )
+    return words

@@ -1,0 +1,77 @@
+"""Trees of parameters and gradients: paths for error messages, and the checks every wrapper makes first."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowbit_jax.qtensor import QTensor
+
+
+def is_packed(node: Any) -> bool:
+    """Packed weights are one parameter, not a subtree."""
+    return isinstance(node, QTensor)
+
+
+def name_of(path: tuple) -> str:
+    """The path of a leaf as people write it: `layers/0/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(the tree itself)"
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Path -> leaf; packed weights count as leaves."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
+    return {name_of(path): leaf for path, leaf in found}
+
+
+def check_floating(tree: Any, who: str, what: str) -> None:
+    """Raises TypeError, with the path, for a leaf that is neither a floating array nor packed weights."""
+    for name, leaf in named_leaves(tree).items():
+        if is_packed(leaf):
+            continue
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise TypeError(
+                f"{who}: the {what} {name!r} is {kind}; it moves floating arrays only. Split such leaves off"
+                " (nnx.split(model, nnx.Param, ...)), or leave them out with optax.masked."
+            )
+
+
+def check_same_tree(first: Any, second: Any, who: str, names: tuple[str, str]) -> None:
+    """Raises ValueError unless both trees have the same paths and shapes; it names the first few that differ."""
+    one, two = named_leaves(first), named_leaves(second)
+    for these, others, here, there in ((one, two, *names), (two, one, *reversed(names))):
+        only = [name for name in these if name not in others]
+        if only:
+            raise ValueError(
+                f"{who}: {len(only)} leaves of the {here} are not among the {there}: {', '.join(only[:3])}"
+                f"{' ...' if len(only) > 3 else ''}. Both trees must have the same paths; was one of them filtered,"
+                " or made by another model?"
+            )
+    for name, leaf in one.items():
+        if tuple(leaf.shape) != tuple(two[name].shape):
+            raise ValueError(
+                f"{who}: {name!r} has shape {tuple(leaf.shape)} in the {names[0]} and {tuple(two[name].shape)} in the"
+                f" {names[1]}. Were they made by models of different sizes?"
+            )
+
+
+def require_params(params: Any, who: str) -> None:
+    """Raises ValueError for `params=None`."""
+    if params is None:
+        raise ValueError(
+            f"{who} got no parameters; it needs them to compute the update. Call tx.update(gradients, state, params)."
+        )
+
+
+def float32(tree: Any) -> Any:
+    """Floating leaves below 32 bits as float32, packed weights as the arrays they stand for; the rest as it is."""
+    return jax.tree.map(_float32, tree, is_leaf=is_packed)
+
+
+def _float32(leaf: Any) -> Any:
+    if is_packed(leaf):
+        return leaf.dequantize(jnp.float32)
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.dtype(leaf.dtype).itemsize < 4:
+        return leaf.astype(jnp.float32)
+    return leaf
