@@ -15,8 +15,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-_INNER = 16  # rows of the inner factor of the transform on a CPU
-
 
 @functools.cache
 def hadamard_matrix(size: int) -> np.ndarray:
@@ -32,48 +30,26 @@ def largest_block(length: int, limit: int) -> int:
     return min(length & -length, limit) if length else 1
 
 
-def _factored(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
-    """H_block = (H_(block/16) x I_16)(I x H_16) as two small matrix products.
-
-    On a CPU this costs 0.4 to 0.8 of the dense product, and butterflies, which XLA fuses with their neighbors and
-    repeats for each stage, cost more than both (`recipes/LOG.md`)."""
-    columns = math.prod(x.shape[axis + 1 :])  # elements of one index of the axis
-    inner = min(block, _INNER)
-    y = _small_product(x, hadamard_matrix(inner) * np.float32(block**-0.5), columns)
-    if block > inner:
-        y = _small_product(y, hadamard_matrix(block // inner), inner * columns)
-    return y.reshape(x.shape)
-
-
-def _small_product(x: Float[Array, "*s"], matrix: np.ndarray, columns: int) -> Float[Array, "n m *columns"]:
-    """The symmetric `matrix` times each group of as many rows of `columns` elements."""
-    m = jnp.asarray(matrix)
-    if columns == 1:
-        return lax.dot(x.reshape(-1, len(matrix)), m, precision=lax.Precision.HIGHEST)
-    groups = x.reshape(-1, len(matrix), columns)
-    each = jnp.broadcast_to(m[None], (len(groups), *m.shape))
-    return lax.dot_general(each, groups, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
-
-
-def _dense(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
-    """One matrix product a block. Half-precision inputs stay so: +1 and -1 are exact, sums are float32."""
-    tiles = x.reshape(*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :])
-    matrix = jnp.asarray(hadamard_matrix(block), x.dtype)
-    y = lax.dot_general(
-        tiles,
-        matrix,
-        (((axis + 1,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return (jnp.moveaxis(y, -1, axis + 1) * np.float32(block**-0.5)).reshape(x.shape)
-
-
 def _transform(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
+    """One matrix product with the matrix of +1 and -1, exact in half precision too; sums are float32.
+
+    Dense on purpose: factored forms (butterflies, two small products) save arithmetic but cost XLA more kernels to
+    compile than they save (`recipes/LOG.md`). The reshapes keep every other axis, and so its sharding."""
     if x.size == 0:
         return x.astype(jnp.float32)
-    on_cpu = lambda x: _factored(x.astype(jnp.float32), block, axis)
-    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: _dense(x, block, axis))
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    norm = np.float32(block**-0.5)
+    matrix = jnp.asarray(hadamard_matrix(block) * (np.float32(1) if half else norm), x.dtype if half else jnp.float32)
+    tiles = x.reshape(*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :]).astype(matrix.dtype)
+    kind = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    if math.prod(x.shape[axis + 1 :]) >= block:
+        batch = tuple(range(axis + 1))
+        each = jnp.broadcast_to(matrix, (*tiles.shape[: axis + 1], block, block))
+        y = lax.dot_general(each, tiles, (((axis + 2,), (axis + 1,)), (batch, batch)), **kind)
+    else:
+        y = jnp.moveaxis(lax.dot_general(tiles, matrix, (((axis + 1,), (0,)), ((), ())), **kind), -1, axis + 1)
+    y = y.reshape(x.shape)
+    return y * norm if half else y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -22,17 +22,17 @@ def nearest(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = None)
     x = _working(u, fmt, "nearest")
     match fmt:
         case IntFormat():
-            y = jnp.clip(jnp.round(x), fmt.low, fmt.high)
+            y = _clip(_round(x), fmt.low, fmt.high)
         case MidRiseFormat():
-            x = jnp.clip(x, fmt.min_finite, fmt.max_finite)
-            above = jnp.ceil(x)
-            y = jnp.where(x == above, jnp.round(x + 0.5), above) - 0.5  # the sum is exact at a tie, where it is used
+            x = _clip(x, fmt.min_finite, fmt.max_finite)
+            above = lax.ceil(x)
+            y = lax.select(x == above, _round(x + 0.5), above) - 0.5  # the sum is exact at a tie, where it is used
         case FloatFormat(subnormals=False):
             y = _nearest_power(x, fmt)
         case FloatFormat():
-            x = jnp.clip(x, fmt.min_finite, fmt.max_finite)
+            x = _clip(x, fmt.min_finite, fmt.max_finite)
             steps, step = _in_steps(x, fmt)
-            y = jnp.round(steps) * step
+            y = _round(steps) * step
         case Codebook():
             y = _pick(x, fmt, _tie_to_even_thresholds(fmt, x.dtype))
     return y.astype(u.dtype)
@@ -54,19 +54,19 @@ def stochastic(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = No
     noise = jax.random.uniform(key, x.shape, x.dtype)
     match fmt:
         case IntFormat():
-            y = _up_or_down(jnp.clip(x, fmt.low, fmt.high), noise)
+            y = _up_or_down(_clip(x, fmt.low, fmt.high), noise)
         case MidRiseFormat():
-            y = _up_or_down(jnp.clip(x, fmt.min_finite, fmt.max_finite) - 0.5, noise) + 0.5
+            y = _up_or_down(_clip(x, fmt.min_finite, fmt.max_finite) - 0.5, noise) + 0.5
         case FloatFormat(subnormals=False):
             lower, upper = _powers_around(x, fmt)
             y = jnp.where(noise < x / lower - 1, upper, lower)
         case FloatFormat():
-            x = jnp.clip(x, fmt.min_finite, fmt.max_finite)
+            x = _clip(x, fmt.min_finite, fmt.max_finite)
             steps, step = _in_steps(x, fmt)
             y = _up_or_down(steps, noise) * step
         case Codebook():
             lower, upper = _values_around(x, fmt)
-            x = jnp.clip(x, lower, upper)
+            x = _clip(x, lower, upper)
             y = jnp.where(noise * (upper - lower) < x - lower, upper, lower)
     return _keep_nan(y, x).astype(u.dtype)
 
@@ -79,15 +79,15 @@ def toward_zero(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = N
     x = _working(u, fmt, "toward_zero")
     match fmt:
         case IntFormat():
-            y = jnp.clip(jnp.trunc(x), fmt.low, fmt.high)
+            y = _clip(jnp.trunc(x), fmt.low, fmt.high)
         case MidRiseFormat():
-            x = jnp.clip(x, fmt.min_finite, fmt.max_finite)
+            x = _clip(x, fmt.min_finite, fmt.max_finite)
             magnitude = jnp.maximum(jnp.floor(jnp.abs(x) + 0.5), 1) - 0.5
             y = _keep_nan(jnp.where(x > 0, magnitude, -magnitude), x)
         case FloatFormat(subnormals=False):
             y = _keep_nan(_powers_around(x, fmt)[0], x)
         case FloatFormat():
-            x = jnp.clip(x, fmt.min_finite, fmt.max_finite)
+            x = _clip(x, fmt.min_finite, fmt.max_finite)
             steps, step = _in_steps(x, fmt)
             y = jnp.trunc(steps) * step
         case Codebook():
@@ -180,6 +180,14 @@ def _working(u: Float[Array, "*s"], fmt: Format, who: str) -> Float[Array, "*s"]
         )
     keep = u.dtype == jnp.float64 and not (isinstance(fmt, FloatFormat) and not fmt.subnormals)
     return u if keep else u.astype(jnp.float32)
+
+
+def _clip(x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
+    return lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))  # NaN stays NaN
+
+
+def _round(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def _keep_nan(y: Float[Array, "*s"], x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from lowbit_jax import rounding
@@ -131,7 +132,9 @@ class Learned:
 
 def reciprocal(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """1 / scale, and 0 for a scale of 0, so that a tile of zeros stays finite."""
-    return jnp.where(scale == 0, jnp.zeros_like(scale), 1 / jnp.where(scale == 0, jnp.ones_like(scale), scale))
+    zero, one = lax.full_like(scale, 0), lax.full_like(scale, 1)
+    absent = lax.eq(scale, zero)
+    return lax.select(absent, zero, lax.div(one, lax.select(absent, one, scale)))
 
 
 def _tile_size(tiles: Array, axes: tuple[int, ...]) -> int:
