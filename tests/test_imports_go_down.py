@@ -15,6 +15,7 @@ FLOORS = (
     {"ops"},
     {"methods"},
     {"nn", "optim"},
+    {"parallel"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ROOMS_WITH = {  # third-party package -> the rooms that may import it
