@@ -1,0 +1,84 @@
+"""How every kernel here is launched: the tile it works in, and `pallas_call` for Triton or for interpretation.
+
+`impl` of a kernel: "triton" compiles the Pallas kernel for an NVIDIA GPU (Ampere or later), "interpret" runs the same kernel
+body step by step on any backend, with the jnp twins in place of inline assembly, and "xla" is the reference that XLA
+compiles anywhere.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.checks import fail
+
+IMPLS = ("triton", "interpret", "xla")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """What one program computes, and how: rows and columns of its block, warps, pipeline stages, parts of the contraction.
+
+    Sizes are powers of two of at least 16. `split` > 1 cuts the contraction into so many programs, whose float32 sums
+    are added in a fixed order afterwards."""
+
+    rows: int = 16
+    columns: int = 64
+    warps: int = 4
+    stages: int = 3
+    split: int = 1
+
+    def __post_init__(self):
+        for name in ("rows", "columns"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                fail("Tile", f"got {name}={size}", "The tensor cores take powers of two from 16 on")
+        if self.warps not in (1, 2, 4, 8, 16) or self.stages < 1 or self.split < 1:
+            fail("Tile", f"got warps={self.warps}, stages={self.stages}, split={self.split}",
+                 "Use 1, 2, 4, 8 or 16 warps, and at least one stage and one part")  # fmt: skip
+
+
+def check_impl(who: str, impl: str) -> None:
+    """Raises: ValueError for an unknown implementation."""
+    if impl not in IMPLS:
+        fail(who, f"got impl={impl!r}", f"It is one of {', '.join(IMPLS)}")
+
+
+def assembly(impl: str) -> bool:
+    """Whether inline assembly runs (interpretation cannot)."""
+    return impl == "triton"
+
+
+def call(kernel: Callable, name: str, impl: str, tile: Tile, **options: Any) -> Callable:
+    """`pl.pallas_call` of the kernel body."""
+    made = pl.pallas_call(
+        kernel,
+        name=name,
+        interpret=impl == "interpret",
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        **options,
+    )
+
+    @functools.wraps(kernel)
+    def run(*operands: jax.Array):
+        with warnings.catch_warnings():  # JAX 0.11 and later announce that Triton will leave Pallas; see README.md
+            warnings.filterwarnings("ignore", "The Pallas Triton", DeprecationWarning)
+            warnings.filterwarnings("ignore", ".*Triton.*deprecated.*", DeprecationWarning)
+            return made(*operands)
+
+    return run
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The least power of two that is at least n, kept between low and high."""
+    return max(low, min(high, 1 << max(n - 1, 0).bit_length()))
+
+
+def dividing(n: int, sizes: tuple[int, ...]) -> int:
+    """The first of the sizes that divides n (the last is taken to)."""
+    return next(size for size in sizes if n % size == 0)
