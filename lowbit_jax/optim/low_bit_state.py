@@ -5,6 +5,7 @@ Every step decodes the stored moments to float32, runs the wrapped transformatio
 """
 
 import collections
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jax import lax
 
 from lowbit_jax.optim import trees
 from lowbit_jax.optim.state_codecs import FIRST_MOMENT, SECOND_MOMENT, StateCodec, Stored
@@ -74,7 +75,7 @@ def low_bit_state(
 
     def init(params):
         trees.check_floating(params, "low_bit_state", "parameter")
-        state = inner.init(trees.float32(params))
+        state = lax.optimization_barrier(inner.init(trees.float32(params)))  # or XLA folds the codes of large zeros
         if fields:
             _check_used(fields, state)
         _check_known(state, rules, min_size)
@@ -90,18 +91,27 @@ def low_bit_state(
                 " tx.init(params) with the same structure, or encode it: lb.optim.encode_state(state)."
             )
         dtypes = jax.tree.map(lambda u: u.dtype, updates)
-        moved, new = inner.update(
-            trees.float32(updates), decode_state(state.inner_state), trees.float32(params), **extra
-        )
+        in_variables = any(map(_is_variable, jax.tree.leaves(updates, is_leaf=_is_variable)))
+        decoded = decode_state(state.inner_state, in_variables=in_variables)
+        moved, new = inner.update(trees.float32(updates), decoded, trees.float32(params), **extra)
         moved = jax.tree.map(lambda u, dtype: u.astype(dtype), moved, dtypes)
-        return moved, LowBitState(encode(new))
+        return moved, LowBitState(_held_as(encode(new), state.inner_state))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def decode_state(state: Any) -> Any:
-    """The state with every stored array in float32: what the wrapped optimizer works on."""
-    return jax.tree.map(lambda leaf: leaf.dequantize() if _is_stored(leaf) else leaf, state, is_leaf=_is_stored)
+def decode_state(state: Any, *, in_variables: bool = True) -> Any:
+    """The state with every stored array in float32: what the wrapped optimizer works on.
+
+    in_variables: arrays that came out of variables (Flax NNX) go back into them; `nnx.Optimizer` takes them out."""
+
+    def decode(leaf: Any) -> Any:
+        if not _is_stored(leaf):
+            return leaf
+        array = leaf.dequantize()
+        return array if leaf.within is None or not in_variables else leaf.within.unflatten([array])
+
+    return jax.tree.map(decode, state, is_leaf=_is_stored)
 
 
 def encode_state(
@@ -138,6 +148,17 @@ def explain_state(state: Any) -> str:
 
 def _is_stored(node: Any) -> bool:
     return isinstance(node, Stored)
+
+
+def _is_variable(node: Any) -> bool:
+    """A variable of Flax NNX (this room does not import Flax)."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
+
+
+def _held_as(new: Any, old: Any) -> Any:
+    """`new` with the static data of `old`, which knows in what its arrays were held."""
+    keep = lambda n, o: dataclasses.replace(n, within=o.within) if _is_stored(n) and _is_stored(o) else n
+    return jax.tree.map(keep, new, old, is_leaf=_is_stored)
 
 
 def _codec(table: Mapping[int | str, StateCodec], bits: int | str) -> StateCodec:
@@ -220,16 +241,19 @@ def _mapped(state: Any, rules: Mapping[str, Mapping[str, StateCodec | None]], mi
         for field, codec in rules[type(node).__name__].items():
             value = getattr(node, field, None)
             if codec is not None and value is not None:
-                changed[field] = jax.tree.map(lambda leaf, c=codec: _store(leaf, c, min_size), value)
+                one = lambda leaf, c=codec: _store(leaf, c, min_size)
+                changed[field] = jax.tree.map(one, value, is_leaf=_is_variable)
         return node._replace(**changed)
 
     return jax.tree.map(store, state, is_leaf=_known(rules))
 
 
-def _store(leaf: Array, codec: StateCodec, min_size: int) -> Any:
-    if leaf.size < min_size or not jnp.issubdtype(leaf.dtype, jnp.floating):
+def _store(leaf: Any, codec: StateCodec, min_size: int) -> Any:
+    array = leaf.get_value() if _is_variable(leaf) else leaf
+    if array.size < min_size or not jnp.issubdtype(array.dtype, jnp.floating):
         return leaf
-    return Stored.of(leaf, codec)
+    stored = Stored.of(array, codec)
+    return dataclasses.replace(stored, within=jax.tree.structure(leaf)) if _is_variable(leaf) else stored
 
 
 def _check_known(state: Any, rules: Mapping[str, Any], min_size: int) -> None:

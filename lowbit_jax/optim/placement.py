@@ -17,8 +17,8 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
     the mesh divides it and replicated where it does not.
     shardings: a tree like `params` of `NamedSharding`.
     Raises: ValueError when `shardings` does not have the paths of `params`."""
-    named = trees.named_leaves(params)
-    placed = {trees.name_of(path): s for path, s in jax.tree_util.tree_flatten_with_path(shardings)[0]}
+    named = {_plain(name): leaf for name, leaf in trees.named_leaves(params).items()}
+    placed = {_plain(name): sharding for name, sharding in trees.named_leaves(shardings).items()}
     if set(named) != set(placed):
         missing = sorted(set(named) ^ set(placed))
         raise ValueError(
@@ -32,7 +32,7 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
     is_one = lambda node: isinstance(node, Stored)
 
     def place(path: tuple, node: Any) -> Any:
-        name = trees.name_of(path)
+        name = _plain(trees.name_of(path))
         owners = [p for p in named if (name == p or name.endswith("/" + p))]
         owner = max(owners, key=len, default=None)
         if owner is None or tuple(named[owner].shape) != tuple(node.shape):
@@ -40,6 +40,11 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda leaf: _like(placed[owner], leaf.shape), node)
 
     return jax.tree_util.tree_map_with_path(place, state, is_leaf=is_one)
+
+
+def _plain(name: str) -> str:
+    """A path without the `value` that variables of Flax NNX add."""
+    return name.removesuffix("/value")
 
 
 def _like(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

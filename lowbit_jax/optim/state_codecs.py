@@ -39,11 +39,14 @@ class StateCodec(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """An array of an optimizer's state in few bits: what its codec made of it, and its shape."""
+    """An array of an optimizer's state in few bits: what its codec made of it, and its shape.
+
+    within: the tree of the variable that held the array (Flax NNX keeps arrays in variables), else None."""
 
     parts: Any
     codec: StateCodec = dataclasses.field(metadata=dict(static=True))
     shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    within: Any = dataclasses.field(default=None, metadata=dict(static=True))
 
     @classmethod
     def of(cls, x: Array, codec: StateCodec) -> "Stored":

@@ -1,0 +1,273 @@
+"""Optimizers with moments in few bits: the published 8-bit Adam, bytes, and the optax they live among."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowbit_jax as lb
+from lowbit_jax.optim import Blockwise, Stored
+from tests.optim import reference
+
+PARAMS = {"layer": {"kernel": jnp.full((64, 128), 0.5, jnp.float32)}, "bias": jnp.zeros(128)}
+ALL = {
+    "adam": lambda **k: lb.optim.adam_low_bit(1e-2, **k),
+    "adamw": lambda **k: lb.optim.adamw_low_bit(1e-2, **k),
+    "lion": lambda **k: lb.optim.lion_low_bit(1e-3, **k),
+    "adafactor": lambda **k: lb.optim.adafactor_low_bit(1e-2, **k),
+    "muon": lambda **k: lb.optim.muon_low_bit(1e-2, **k),
+}
+
+
+def gradients(steps, shape, seed=0):
+    """Noisy, of sizes that differ by orders of magnitude between columns."""
+    rng = np.random.default_rng(seed)
+    size = 10.0 ** rng.uniform(-3, 0, shape[-1])
+    return [(rng.normal(size=shape) + 0.3).astype(np.float32) * size.astype(np.float32) for _ in range(steps)]
+
+
+def stepper(tx):
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def stored_in(state):
+    leaves = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, Stored))
+    return [leaf for leaf in leaves if isinstance(leaf, Stored)]
+
+
+@pytest.mark.parametrize("shape", [(32, 512), (67, 100)])
+def test_8_bit_adamw_is_the_published_algorithm(shape):
+    """Codes, scales and parameters over 12 steps against the transcription.
+
+    Codes differ only where float32 and float64 fall on two sides of a threshold; such a code is the neighboring one."""
+    p = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    tx = lb.optim.adamw_low_bit(1e-2, weight_decay=0.1)
+    step, params, state = stepper(tx), jnp.asarray(p), tx.init(jnp.asarray(p))
+    peer, expected = reference.Adam8bit(shape, 1e-2, weight_decay=0.1), p.astype(np.float64)
+    for g in gradients(12, shape):
+        params, state = step(params, state, jnp.asarray(g))
+        expected = peer.step(expected, g.astype(np.float64))
+    for ours, theirs in zip(stored_in(state), (peer.m, peer.v), strict=True):
+        codes = np.asarray(ours.parts.words).reshape(-1)[: p.size].astype(int)
+        assert np.max(np.abs(codes - theirs[0].reshape(-1))) <= 1
+        assert np.mean(codes != theirs[0].reshape(-1)) < 1e-3
+        np.testing.assert_allclose(np.asarray(ours.parts.scales[0]).reshape(-1), theirs[1], rtol=1e-2)
+    assert np.mean(np.abs(np.asarray(params) - expected) > 1e-5) < 1e-2
+    np.testing.assert_allclose(params, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 2.1), (4, 1.1), ("e4m3", 2.1), ("coat", 2.1)])
+def test_bytes_of_both_moments(bits, most):
+    """By the compiler's account: what `init` answers, and what `update` takes beside gradients and parameters."""
+    params = {"a": jnp.zeros((512, 512)), "b": jnp.zeros((300, 1000))}
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    tx = lb.optim.adam_low_bit(1e-3, bits=bits)
+    made = jax.jit(tx.init).lower(params).compile().memory_analysis().output_size_in_bytes
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(lambda g, s: tx.update(g, s)).lower(params, state).compile().memory_analysis()
+    assert made / count <= most
+    assert (compiled.argument_size_in_bytes - 4 * count) / count <= most
+
+
+def loss_of(params):
+    return sum(jnp.sum((p.astype(jnp.float32) - 0.1) ** 2) for p in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ALL)
+def test_every_optimizer_descends_close_to_its_float32_twin(name, bits):
+    tx = ALL[name](bits=bits, min_size=256)
+    twin = ALL[name](bits=bits, min_size=10**9)
+    noise = gradients(8, (64, 128))
+
+    def run(tx):
+        step, params, state = stepper(tx), PARAMS, tx.init(PARAMS)
+        for n in noise:
+            grads = jax.grad(loss_of)(params)
+            grads["layer"]["kernel"] += 0.1 * n
+            params, state = step(params, state, grads)
+        return params, state
+
+    with pytest.warns(UserWarning, match="nothing in few bits"):
+        expected, plain = run(twin)
+    params, state = run(tx)
+    assert stored_in(state) and not stored_in(plain)
+    moved = np.asarray(expected["layer"]["kernel"]) - 0.5
+    error = np.asarray(params["layer"]["kernel"]) - np.asarray(expected["layer"]["kernel"])
+    assert float(loss_of(params)) < float(loss_of(PARAMS))
+    most = {8: 0.1, 4: 0.35}[bits] * (3 if name == "muon" else 1)  # it makes small directions as large as the others
+    assert np.linalg.norm(error) / np.linalg.norm(moved) < most
+
+
+def test_small_moments_and_unlisted_fields_stay_float32():
+    tx = lb.optim.adamw_low_bit(1e-3)
+    state = tx.init(PARAMS)
+    assert {s.shape for s in stored_in(state)} == {(64, 128)}
+    table = lb.optim.explain_state(state)
+    assert "mu/bias" in table and "float32" in table and "unsigned_dynamic_tree8 block 256" in table
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    assert tx.init(half)[0].inner_state.mu["bias"].dtype == jnp.float32
+
+
+def transformations():
+    low = lb.optim.adamw_low_bit
+    inject = optax.inject_hyperparams(low, static_args=("bits", "min_size"), hyperparam_dtype=jnp.float32)
+    return {
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), low(1e-3)),
+        "schedule": low(optax.cosine_decay_schedule(1e-3, 10)),
+        "inject_hyperparams": inject(learning_rate=1e-3),
+        "MultiSteps": optax.MultiSteps(low(1e-3), 2),
+        "masked": optax.chain(
+            optax.masked(low(1e-3), {"layer": True, "bias": False}),
+            optax.masked(optax.scale(-1e-3), {"layer": False, "bias": True}),
+        ),
+        "multi_transform": optax.multi_transform(
+            {"a": low(1e-3), "b": optax.sgd(1e-3)}, {"layer": {"kernel": "a"}, "bias": "b"}
+        ),
+        "around": lb.optim.low_bit_state(optax.chain(optax.scale_by_adam(), optax.trace(0.9), optax.scale(-1e-3))),
+        "skip": lb.optim.skip_nonfinite(low(1e-3)),
+    }
+
+
+@pytest.mark.parametrize("name", transformations())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_composes_and_runs_in_a_scan(name, dtype):
+    """Six steps in one `scan` (the state keeps its types), equal to six single ones."""
+    tx = transformations()[name]
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss_of)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    single = jax.jit(step)
+    carry = params, tx.init(params)
+    scanned = jax.jit(lambda carry: jax.lax.scan(step, carry, length=6)[0])(carry)
+    for _ in range(6):
+        carry = single(carry, None)[0]
+    assert stored_in(carry[1])
+    assert float(loss_of(carry[0])) < float(loss_of(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), scanned[0], carry[0])
+    assert jax.tree.structure(scanned) == jax.tree.structure(carry)
+
+
+def test_one_trace():
+    traces = 0
+    tx = lb.optim.adamw_low_bit(1e-3)
+
+    @jax.jit
+    def step(params, state):
+        nonlocal traces
+        traces += 1
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    carry = PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+        carry = step(*carry)
+    assert traces == 1
+
+
+def test_a_nan_gradient_does_not_poison_its_block():
+    tx = lb.optim.adamw_low_bit(1e-2)
+    step, state = stepper(tx), tx.init(PARAMS)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.1), PARAMS)
+    bad = {**grads, "layer": {"kernel": grads["layer"]["kernel"].at[2, 3].set(jnp.nan)}}
+    params, state = step(PARAMS, state, bad)
+    params, state = step(params, state, grads)
+    lost = np.argwhere(~np.isfinite(np.asarray(params["layer"]["kernel"])))
+    np.testing.assert_array_equal(lost, [[2, 3]])
+    assert all(bool(jnp.all(jnp.isfinite(s.dequantize()))) for s in stored_in(state))
+
+
+def test_nnx_optimizer():
+    model = nnx.Sequential(nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(128, 64, rngs=nnx.Rngs(1)))
+    optimizer = nnx.Optimizer(model, lb.optim.adamw_low_bit(1e-2), wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (32, 64))
+    loss = lambda model: jnp.mean((model(x) - x) ** 2)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    values = [float(step(model, optimizer)) for _ in range(20)]
+    assert values[-1] < 0.7 * values[0]
+
+
+def test_sharded_as_on_one_device(tmp_path):
+    """Rows over two axes of devices: same codes bit for bit, words and scales where the parameters are; a checkpoint
+    written so comes back on one device, and the next step is the same."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 1024)), "b": jnp.zeros(64)}
+    grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
+    shardings = {"w": NamedSharding(mesh, P("data", "tensor")), "b": NamedSharding(mesh, P())}
+    tx = lb.optim.adamw_low_bit(1e-2)
+    state = tx.init(params)
+    places = lb.optim.state_shardings(state, params, shardings)
+    step = stepper(tx)
+    expected = step(params, state, grads)
+    spread = jax.device_put(params, shardings), jax.device_put(state, places), jax.device_put(grads, shardings)
+    found = jax.jit(step, out_shardings=(shardings, places))(*spread)
+    first, _ = stored_in(found[1])
+    assert first.parts.words.sharding.spec == P("data", "tensor")
+    assert first.parts.scales[0].sharding.spec[:2] == ("data", "tensor")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found[1]), jax.device_get(expected[1]))
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", found[1])
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.device_put(state, jax.devices()[0]))
+    after = step(jax.device_get(found[0]), restored, grads)
+    jax.tree.map(np.testing.assert_array_equal, after, step(*expected, grads))
+
+
+def test_goes_on_from_a_float32_state():
+    plain = optax.scale_by_adam()
+    _, state = plain.update(PARAMS, plain.init(PARAMS))
+    tx = lb.optim.low_bit_state(plain)
+    encoded = lb.optim.encode_state(state)
+    assert jax.tree.structure(encoded) == jax.tree.structure(tx.init(PARAMS))
+    np.testing.assert_allclose(lb.optim.decode_state(encoded).inner_state.mu["layer"]["kernel"], 0.05, rtol=1e-2)
+    with pytest.raises(ValueError, match="ScaleByAdamState.*encode_state"):
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_errors():
+    adam = optax.scale_by_adam()
+    with pytest.raises(ValueError, match="bits=3.*8, 4, 'e4m3', 'coat'"):
+        lb.optim.low_bit_state(adam, 3)
+    with pytest.raises(ValueError, match="has a zero.*LINEAR4_WITHOUT_ZERO"):
+        lb.optim.low_bit_state(adam, 4, second=Blockwise(lb.formats.UINT4, 128))
+    with pytest.raises(TypeError, match="'layer/kernel' is int32"):
+        lb.optim.low_bit_state(adam).init({"layer": {"kernel": jnp.zeros((64, 64), jnp.int32)}})
+    with pytest.raises(ValueError, match="matches nothing.*ScaleByAdamState.mu"):
+        lb.optim.low_bit_state(adam, fields={"ScaleByAdamState.mo": None}).init(PARAMS)
+    with pytest.raises(ValueError, match="write 'ClassOfTheState.field'"):
+        lb.optim.low_bit_state(adam, fields={"mu": "first"})
+    with pytest.raises(ValueError, match="does not know.*sum_of_squares.*fields="):
+        lb.optim.low_bit_state(optax.adagrad(1e-2)).init(PARAMS)
+    with pytest.raises(TypeError, match="static_args=.'bits', 'min_size'"):
+        optax.inject_hyperparams(lb.optim.adamw_low_bit)(learning_rate=1e-3).init(PARAMS)
+
+
+def test_fields_say_what_a_state_is():
+    rules = {"ScaleByRssState.sum_of_squares": Blockwise(lb.formats.E5M2, 64)}
+    (kept,) = stored_in(lb.optim.low_bit_state(optax.scale_by_rss(), fields=rules).init(PARAMS))
+    assert kept.codec.format is lb.formats.E5M2
+    rules = {"ScaleByRssState.sum_of_squares": None}
+    tx = optax.chain(optax.trace(0.9), optax.scale_by_rss())
+    (kept,) = stored_in(lb.optim.low_bit_state(tx, fields=rules).init(PARAMS))
+    assert kept.codec.format is lb.formats.DYNAMIC_TREE8
