@@ -45,7 +45,8 @@ def stochastic_rounding(
     their own grid, and no float copy of them is held anywhere between steps.
     refit: whether scales are fitted anew at each step (the default for absmax, as torchao does), or stay what they were
     at `init` (for other fits, such as mean magnitude, which would shrink with every refit); None takes the default.
-    Values beyond a grid that stays saturate. A grid in arrays of 16 bits is exact as far as those hold it.
+    Arrays are put on their grid by the first step, to nearest. Values beyond a grid that stays saturate. A grid in
+    arrays of 16 bits is exact as far as those hold it.
 
     key: an int or a single random key. The draw of a step depends on (key, number of the step, path of the parameter)
     and nothing else: it is the same again after a restart, on any sharding, and beside other parameters. Like

@@ -1,0 +1,186 @@
+"""Gradients in few bits over four devices: nothing is lost in the long run, and the wire carries what it should."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import lowbit_jax as lb
+from lowbit_jax.optim.state_codecs import finite
+
+DEVICES = 4
+SHAPES = {"w": (48, 100), "b": (70,)}
+BYTES = {"u8": 1, "s8": 1, "f32": 4, "s32": 4}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def gradients(steps, seed=0):
+    """Different on each device, with a common part: leaves of shape (steps, devices, *shape)."""
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: rng.normal(size=(steps, DEVICES, *shape)) + 2 * rng.normal(size=(1, 1, *shape))
+    return {name: jnp.asarray(draw(shape), jnp.float32) for name, shape in SHAPES.items()}
+
+
+def runner(tx, mesh):
+    """(init, step) over the mesh: gradients have a leading axis for the device, updates are those of device 0."""
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    specs = lb.optim.compression_specs(jax.eval_shape(tx.init, params), "data")
+    init = jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)
+
+    def step(grads, state):
+        updates, state = tx.update(jax.tree.map(lambda g: g[0], grads), state)
+        return jax.tree.map(lambda u: u[None], updates), state
+
+    step = jax.shard_map(step, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P("data"), specs), check_vma=False)
+    return jax.jit(init)(params), jax.jit(step)
+
+
+COMPRESSORS = {
+    "int8": dict(compressor="int8"),
+    "int4": dict(compressor="int4"),
+    "sign": dict(compressor="sign"),
+    "codec": dict(compressor=lb.optim.Blockwise(lb.formats.E4M3, 32)),
+    "int8 in two hops": dict(compressor="int8", two_hop=True, axis_size=DEVICES),
+    "sign in two hops": dict(compressor="sign", two_hop=True, axis_size=DEVICES),
+}
+
+
+@pytest.mark.parametrize("options", COMPRESSORS.values(), ids=COMPRESSORS)
+def test_error_feedback_sums_exactly(options, mesh):
+    """What was sent so far and what is left to send are the sum of all gradients, to float32 rounding, and every
+    device answers the same."""
+    steps, (state, step) = 12, runner(lb.optim.compressed_mean("data", **options), mesh)
+    grads = gradients(steps)
+    sent = jax.tree.map(lambda g: np.zeros(g.shape[2:]), grads)
+    for t in range(steps):
+        updates, state = step(jax.tree.map(lambda g, t=t: g[t], grads), state)
+        for device in range(1, DEVICES):
+            jax.tree.map(lambda u, d=device: np.testing.assert_array_equal(u[d], u[0]), updates)
+        sent = jax.tree.map(lambda s, u: s + np.asarray(u[0], np.float64), sent, updates)
+    for key, shape in SHAPES.items():
+        total = np.asarray(grads[key], np.float64).mean(1).sum(0)
+        left = np.asarray(state.error[key], np.float64).mean(0)
+        if options.get("two_hop"):
+            left = left + np.asarray(state.server_error[key], np.float64).reshape(-1)[: total.size].reshape(shape)
+        np.testing.assert_allclose(sent[key] + left, total, atol=2e-4)
+        assert np.abs(left).max() > 0, "something was rounded away, or this shows nothing"
+
+
+def test_without_feedback_signs_are_lost(mesh):
+    """The same sum of signs alone is far off: the feedback does the work."""
+    error = {}
+    for feedback in (True, False):
+        state, step = runner(lb.optim.compressed_mean("data", "sign", error_feedback=feedback), mesh)
+        grads, total = gradients(30), 0.0
+        for t in range(30):
+            updates, state = step(jax.tree.map(lambda g, t=t: g[t], grads), state)
+            total = total + np.asarray(updates["w"][0])
+        expected = np.asarray(grads["w"]).mean(1).sum(0)
+        error[feedback] = np.linalg.norm(total - expected) / np.linalg.norm(expected)
+    assert error[True] < 0.3 * error[False]
+
+
+def collective_bytes(text):
+    """Bytes that arrive at a device in all collectives of a compiled program."""
+    total = 0
+    for result, kind in re.findall(r"= (.*?) (all-gather|all-reduce|all-to-all)(?:-start)?\(", text):
+        sizes = [
+            BYTES[dtype] * int(np.prod([int(n) for n in shape.split(",") if n], dtype=int))
+            for dtype, shape in re.findall(r"\b(u8|s8|f32|s32)\[([\d,]*)\]", result)
+        ]
+        share = {"all-gather": (DEVICES - 1) / DEVICES, "all-to-all": (DEVICES - 1) / DEVICES,
+                 "all-reduce": 2 * (DEVICES - 1) / DEVICES}[kind]  # fmt: skip
+        total += sum(sizes) * share
+    return total
+
+
+BITS = {"int8": 8 + 32 / 256, "int4": 4 + 32 / 64, "sign": 1 + 32 / 2048}  # an element's, with its share of the scale
+
+
+@pytest.mark.parametrize("two_hop", [False, True], ids=["one hop", "two hops"])
+@pytest.mark.parametrize("compressor", BITS)
+def test_bytes_on_the_wire(compressor, two_hop, mesh):
+    """Counted in the compiled program, against an exact mean of the same gradients. Packed words travel: no array of
+    less than 8 bits an element is in a collective."""
+    params = jnp.zeros((256, 1024))
+
+    def text(tx):
+        specs = lb.optim.compression_specs(jax.eval_shape(tx.init, params), "data")
+        state = jax.eval_shape(
+            jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False), params
+        )
+        step = jax.shard_map(tx.update, mesh=mesh, in_specs=(P(), specs), out_specs=(P(), specs), check_vma=False)
+        return jax.jit(step).lower(params, state).compile().as_text()
+
+    exact = optax.stateless(lambda g, _: jax.tree.map(lambda x: jax.lax.pmean(x, "data"), g))
+    packed = text(lb.optim.compressed_mean("data", compressor, two_hop=two_hop, axis_size=DEVICES))
+    ratio = collective_bytes(packed) / collective_bytes(text(exact))
+    expected = BITS[compressor] / 32 * (1 if two_hop else DEVICES / 2)  # a gather brings n - 1 packed gradients
+    np.testing.assert_allclose(ratio, expected, rtol=1e-6)
+    assert not re.search(r"[su][124]\[", packed)
+
+
+def test_sign_momentum_is_the_written_recursion(mesh):
+    """m_t = beta m_(t-1) + (1 - beta) mean g_t + mean e_(t-1) - mean e_t, to float32 rounding; votes are signs."""
+    beta, grads = 0.9, gradients(6)
+    state, step = runner(lb.optim.sign_momentum("data", beta), mesh)
+    momentum, left = 0.0, 0.0
+    for t in range(6):
+        updates, state = step(jax.tree.map(lambda g, t=t: g[t], grads), state)
+        error = np.asarray(state.error["w"], np.float64).mean(0)
+        expected = beta * momentum + (1 - beta) * np.asarray(grads["w"][t], np.float64).mean(0) + left - error
+        momentum, left = np.asarray(updates["w"][0], np.float64), error
+        np.testing.assert_allclose(momentum, expected, atol=1e-5)
+        np.testing.assert_array_equal(state.momentum["w"], updates["w"][0])
+    state, step = runner(lb.optim.sign_momentum("data", beta, vote=True), mesh)
+    updates, state = step(jax.tree.map(lambda g: g[0], grads), state)
+    assert set(np.unique(updates["w"])) <= {-1.0, 0.0, 1.0}
+    votes = np.sign(np.asarray(grads["w"][0])).sum(0)
+    np.testing.assert_array_equal(updates["w"][0], np.sign(votes))
+
+
+def test_one_bit_adam_warms_up_exactly_and_then_descends(mesh):
+    """The warm-up is Adam on the mean gradients to the rounding; after it the loss of noisy quadratics still falls."""
+    tx = lb.optim.scale_by_one_bit_adam("data", warmup_steps=5)
+    state, step = runner(tx, mesh)
+    adam = optax.scale_by_adam()
+    other = adam.init({name: jnp.zeros(shape) for name, shape in SHAPES.items()})
+    grads = gradients(5)
+    for t in range(5):
+        now = jax.tree.map(lambda g, t=t: g[t], grads)
+        updates, state = step(now, state)
+        expected, other = adam.update(jax.tree.map(lambda g: g.mean(0), now), other)
+        jax.tree.map(lambda u, e: np.testing.assert_allclose(u[0], e, rtol=1e-4, atol=1e-6), updates, expected)
+    state, step = runner(tx, mesh)
+    params = {name: np.ones(shape) for name, shape in SHAPES.items()}
+    noise = gradients(80, seed=3)
+    for t in range(80):
+        now = jax.tree.map(lambda p, n, t=t: jnp.asarray(p + 0.1 * np.asarray(n[t]), jnp.float32), params,
+                           noise)  # fmt: skip
+        updates, state = step(now, state)
+        params = jax.tree.map(lambda p, u: p - 0.02 * np.asarray(u[0]), params, updates)
+    assert np.mean(params["w"] ** 2) < 0.3
+
+
+def test_finite_sanitizes():
+    np.testing.assert_array_equal(finite(jnp.array([1.0, jnp.nan, jnp.inf])), [1.0, 0.0, 0.0])
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no compressor 'int3'.*int8, int4, sign"):
+        lb.optim.compressed_mean("data", "int3")
+    with pytest.raises(ValueError, match="axis_size"):
+        lb.optim.compressed_mean("data", two_hop=True)
+    with pytest.raises(ValueError, match="at least 1 step"):
+        lb.optim.scale_by_one_bit_adam("data", 0)
+    with pytest.raises(TypeError, match="'n' is int32"):
+        lb.optim.compressed_mean("data").init({"n": jnp.arange(3)})
