@@ -98,6 +98,18 @@ class Quantizer:
         out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key)
         return join(out, h.shape)
 
+    def elements(
+        self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
+    ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"]]:
+        """The grid value of each element in the rotated space, and the scales in the view of the tiling.
+
+        Their product (where the tiling leaves the shape as it is) is `in_rotated_space(x)`; no gradient passes."""
+        h, tiles, _, scale, support = self._fitted(x, axis, scale)
+        values = self.rounding(tiles * reciprocal(scale), self.format, key)
+        if support is not None:
+            values = jnp.where(support, values, jnp.zeros_like(values))
+        return lax.stop_gradient((join(values, h.shape), scale))
+
     def quantize(
         self, x: Float[Array, "*s"], *, axis: int = -1, key: Array | None = None, scale: Array | None = None
     ) -> QTensor:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.checks import fail
 
 IMPLS = ("triton", "interpret", "xla")
+SHARED_MEMORY = 160 * 1024  # bytes a block may use on an A100; Hopper has 227 KiB
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

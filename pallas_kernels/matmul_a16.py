@@ -86,29 +86,38 @@ def default_tile(m: int, n: int, k: int, bits: int, group: int) -> Tile:
         tile = Tile(**found)
         if planes.padded_n(n) % tile.columns == 0 and _steps(k, bits, group) % tile.split == 0:
             return tile
-    rows = planes.padded_n(n)
+    rows, step = planes.padded_n(n), _step(k, bits, group)
     if m > 64:
         columns = launch.dividing(rows, (128, 64, 32))
-        return Tile(rows=launch.power_of_two(m, 16, 128), columns=columns, warps=8 if columns == 128 else 4, stages=3)
+        block = launch.power_of_two(m, 16, 64 if step > 256 else 128)
+        return Tile(
+            rows=block, columns=columns, warps=8 if columns == 128 else 4, stages=_stages(block, columns, step, bits)
+        )
     block, columns = launch.power_of_two(m, 16, 64), launch.dividing(rows, (64, 32))
     steps, programs = _steps(k, bits, group), rows // columns * -(-m // block)
-    split = next((s for s in range(1, steps + 1) if steps % s == 0 and s * programs >= tuning.PROGRAMS), steps)
-    return Tile(rows=block, columns=columns, split=min(split, 8) if steps % min(split, 8) == 0 else 1)
+    splits = [s for s in (1, 2, 4, 8) if steps % s == 0 and (s == 1 or steps // s >= 4)]  # turns to overlap
+    split = next((s for s in splits if s * programs >= tuning.PROGRAMS), splits[-1])
+    return Tile(rows=block, columns=columns, split=split, stages=_stages(block, columns, step, bits))
 
 
-def _step(bits: int, group: int, k: int) -> int:
+def _stages(rows: int, columns: int, step: int, bits: int) -> int:
+    """Pipeline stages whose tiles fit the shared memory of every chip since Ampere."""
+    return max(1, min(3, launch.SHARED_MEMORY // (step * (2 * rows + columns * bits // 8))))
+
+
+def _step(k: int, bits: int, group: int) -> int:
     """Contraction indices of one turn of the loop: whole blocks of every field and, if groups are scaled, whole groups."""
     block = planes.step_length(bits, WORD_BITS)
     return block if group == k else math.lcm(block, group)
 
 
 def _steps(k: int, bits: int, group: int) -> int:
-    return -(-k // _step(bits, group, k))
+    return -(-k // _step(k, bits, group))
 
 
 def _run(x, words, scales, zeros, bits, group, tile, impl):
     (m, k), n = x.shape, scales.shape[1]
-    rows, step, steps = planes.padded_n(n), _step(bits, group, k), _steps(k, bits, group)
+    rows, step, steps = planes.padded_n(n), _step(k, bits, group), _steps(k, bits, group)
     if rows % tile.columns:
         fail("matmul_a16", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
     if steps % tile.split:

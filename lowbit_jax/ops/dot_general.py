@@ -5,6 +5,7 @@ one first. Two operands rotated alike meet in the rotated space and skip the way
 un-rotated first (or, for packed weights, the activation follows it into the rotated space, which is exact too).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowbit_jax.ops.packed_product import PackedProduct
+from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.product import Dims, Forward, original_operands, plain_product, product
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.qtensor import QTensor
@@ -47,21 +50,30 @@ def dot_general(
     lhs, rhs, dims = _one_contraction(lhs, rhs, dimension_numbers)
     lhs_key, rhs_key, backward_key = (None, None, None) if key is None else jax.random.split(key, 3)
     rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
-    lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, scales.get("lhs"))
+    forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
     if isinstance(rhs, QTensor):
-        if rhs.quantizer.rotation is not None and not rotated:
-            lhs_hat = rhs.quantizer.rotation.apply(lhs_hat, dims.lhs)
-        rhs_hat = rhs.values(lhs.dtype)
-    elif recipe.rhs_ready:
+        packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
+        run = packed if isinstance(rhs, PlaneTensor) else functools.partial(_packed_by_xla, packed)
+        return run(lhs, rhs, lhs_key, scales.get("lhs"))
+    lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, scales.get("lhs"))
+    if recipe.rhs_ready:
         rhs_hat = rhs
     else:
         rhs_hat = _operand(recipe.out.rhs, rhs, dims.rhs, rotated, rhs_key, scales.get("rhs"))
     lhs_hat, rhs_hat = lhs_hat.astype(lhs.dtype), rhs_hat.astype(lhs.dtype)
-    forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
-    if recipe.plain_backward or isinstance(rhs, QTensor):
+    if recipe.plain_backward:
         return plain_product(forward, lhs_hat, rhs_hat)
     originals = original_operands(lhs, rhs, dims, recipe, rotated)
     return product(forward, recipe, lhs_hat, rhs_hat, originals, backward_key)
+
+
+def _packed_by_xla(product: PackedProduct, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:
+    """The product with the dequantized weight."""
+    dims = product.forward.dims
+    lhs_hat = _operand(product.recipe.out.lhs, lhs, dims.lhs, product.rotated, key, scale)
+    if rhs.quantizer.rotation is not None and not product.rotated:
+        lhs_hat = rhs.quantizer.rotation.apply(lhs_hat, dims.lhs)
+    return plain_product(product.forward, lhs_hat.astype(lhs.dtype), rhs.values(lhs.dtype))
 
 
 def quantize_rhs(

@@ -1,0 +1,160 @@
+"""The product with a weight in the kernels' layout: on int8 codes when the activation is quantized, else on 16-bit numbers."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int8
+
+from lowbit_jax import rounding
+from lowbit_jax.formats.base import IntFormat, MidRiseFormat
+from lowbit_jax.ops import backend
+from lowbit_jax.ops.plane_tensor import PlaneTensor, affine_zero
+from lowbit_jax.ops.product import Dims, Forward
+from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling import FLOAT32, PerRow, PerTensor, rms_optimal
+from lowbit_jax.scaling.gaussian import optimal_scale
+
+LARGEST_A16 = 256  # rows above which XLA multiplies by the dequantized weight: 16-bit products gain nothing there
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedProduct:
+    """One product with a `PlaneTensor`; hashable. reference: `(self, lhs, rhs, key, scale) -> out` by XLA."""
+
+    forward: Forward
+    recipe: LinearRecipe
+    rotated: bool  # both operands are rotated alike
+    reference: Callable[..., Array]
+
+    def __call__(self, lhs: Array, rhs: PlaneTensor, key: Array | None, scale: Array | None) -> Array:
+        return _through(self, lhs, rhs, key, scale)
+
+
+def uses_int8(quantizer: Any) -> bool:
+    """Whether an activation through this quantizer can meet the weight as int8 codes."""
+    return (
+        isinstance(quantizer, Quantizer)
+        and affine_zero(quantizer.format) is not None
+        and isinstance(quantizer.tiling, PerRow | PerTensor)
+        and quantizer.sparsity is None
+    )
+
+
+def word_bits(quantizer: Any) -> int:
+    """Word size that the weight is packed in for activations through this quantizer (None: in high precision)."""
+    return 8 if uses_int8(quantizer) else 16
+
+
+def kernel_name(recipe: LinearRecipe, rhs: PlaneTensor) -> str:
+    """What computes the product where a GPU is, as `lb.explain` says it."""
+    bits = rhs.quantizer.format.bits
+    return f"matmul_w{bits}a{8 if uses_int8(recipe.out.lhs) else 16}"
+
+
+def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None:
+    dims, quantizer = product.forward.dims, product.recipe.out.lhs
+    if dims.lhs_batch or dims.rhs_batch:
+        return "it has batch axes"
+    if rhs.stack:
+        return "the weight is a stack of layers that was not sliced"
+    if product.forward.out_sharding is not None:
+        return "it asks for an output sharding"
+    if lhs.size == 0:
+        return "the activation is empty"
+    if uses_int8(quantizer):
+        if not product.rotated and (quantizer.rotation or rhs.quantizer.rotation):
+            return "only one operand is rotated"
+        if rhs.groups != 1:
+            return "int8 products take one scale an output channel, and this weight has groups"
+        return None if rhs.words[0].dtype == jnp.int8 else "the weight is packed for 16-bit activations"
+    if rhs.words[0].dtype != jnp.int16:
+        return "the weight is packed for int8 activations"
+    if lhs.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the activation is {lhs.dtype}, and the kernel takes bfloat16 and float16"
+    rows = lhs.size // lhs.shape[dims.lhs]
+    if rows > LARGEST_A16 and rhs.implementation == "auto":
+        return f"with {rows} rows XLA's product with the dequantized weight is as fast"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _through(product, lhs, rhs, key, scale):
+    return backend.choose(
+        functools.partial(_kernel, product), functools.partial(product.reference, product), lhs, rhs, key, scale,
+        implementation=rhs.implementation, why_not=_why_not(product, lhs, rhs), who="lb.dot_general",
+    )  # fmt: skip
+
+
+def _forward(product, lhs, rhs, key, scale):
+    return _through(product, lhs, rhs, key, scale), (lhs, rhs, key, scale)
+
+
+def _backward(product, saved, g):
+    lhs, rhs, key, scale = saved
+    _, back = jax.vjp(lambda lhs, rhs, scale: product.reference(product, lhs, rhs, key, scale), lhs, rhs, scale)
+    dlhs, drhs, dscale = back(g)
+    return dlhs, drhs, None if key is None else np.zeros(key.shape, jax.dtypes.float0), dscale
+
+
+_through.defvjp(_forward, _backward)
+
+
+def _kernel(product: PackedProduct, impl: str, lhs: Array, rhs: PlaneTensor, key: Any, scale: Any) -> Float[Array, "*out"]:
+    dims, quantizer = product.forward.dims, product.recipe.out.lhs
+    zero, bits = affine_zero(rhs.quantizer.format), rhs.quantizer.format.bits
+    assert zero is not None
+    free = [lhs.shape[a] for a in dims.free("lhs", lhs.ndim)]
+    out_dtype = product.forward.out_dtype
+    if uses_int8(quantizer):
+        rows, each, offset = int8_rows(impl, quantizer, lhs, dims.lhs, key, scale)
+        table = rhs.scale_table()[0]
+        y = backend.matmul_a8(impl, rows, each, offset, rhs.words, table, zero, rhs.sums, bits, out_dtype)
+    else:
+        x = lhs if quantizer is None else quantizer(lhs, axis=dims.lhs, key=key, scale=scale)
+        if rhs.quantizer.rotation is not None:
+            x = rhs.quantizer.rotation.apply(x, dims.lhs)
+        rows = jnp.moveaxis(x.astype(lhs.dtype), dims.lhs, -1).reshape(-1, lhs.shape[dims.lhs])
+        y = backend.matmul_a16(impl, rows, rhs.words, rhs.scale_table(), zero, bits).astype(out_dtype)
+    return y.reshape(*free, *rhs.free)
+
+
+def int8_rows(
+    impl: str, quantizer: Quantizer, x: Array, axis: int, key: Any, scale: Any
+) -> tuple[Int8[Array, "m k"], Float[Array, "m"], float]:
+    """Codes of the (rotated) rows along `axis` as a matrix, a scale for each row, and the code of value 0."""
+    offset = _int8_offset(quantizer.format)
+    rows = jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+    if (options := fused_options(quantizer, x.shape[axis])) is not None:
+        codes, scales, _ = backend.hadamard_quantize(impl, rows, **options, trust=None, axis=1)
+        return codes, scales, -offset
+    values, scales = quantizer.elements(x, axis=axis, key=key, scale=scale)
+    each = jnp.broadcast_to(scales, [1 if a == axis else n for a, n in enumerate(x.shape)]).reshape(-1)
+    codes = jnp.moveaxis((values - offset).astype(jnp.int8), axis, -1).reshape(rows.shape)
+    return codes, each, -offset
+
+
+def fused_options(quantizer: Quantizer, length: int) -> dict[str, Any] | None:
+    """Arguments of the kernel that rotates, fits and rounds in one pass; None when it does not do this quantizer."""
+    rotation, fmt = quantizer.rotation, quantizer.format
+    block = None if rotation is None else rotation.block_for(length)
+    plain = quantizer.fit is rms_optimal and quantizer.rounding is rounding.nearest and quantizer.sparsity is None
+    plain &= isinstance(quantizer.tiling, PerRow) and quantizer.scale_format == FLOAT32
+    plain &= isinstance(fmt, MidRiseFormat) or (isinstance(fmt, IntFormat) and fmt.low == -(1 << (fmt.bits - 1)))
+    plain &= rotation is None or rotation.signs is None
+    if not plain or length % 128 or block not in (None, 32, 64, 128):
+        return None
+    return dict(bits=fmt.bits, alpha=optimal_scale(fmt), block=block, midrise=isinstance(fmt, MidRiseFormat))
+
+
+def _int8_offset(fmt: Any) -> float:
+    """What is taken off a grid value to make it an integer that int8 holds."""
+    if isinstance(fmt, MidRiseFormat):
+        return 0.5
+    assert isinstance(fmt, IntFormat)
+    return 0.0 if -128 <= fmt.low and fmt.high <= 127 else float(fmt.low + 128)

@@ -1,0 +1,130 @@
+"""A packed weight in the layout of the GPU kernels: a shift and a mask give whole slices of its contraction axis.
+
+The layout "planes/1" is specified in `pallas_kernels/README.md`; `lb.convert(model, layout="planes/1")` makes such weights.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lowbit_jax import coding, packing
+from lowbit_jax.formats.base import Format, IntFormat, MidRiseFormat
+from lowbit_jax.ops import backend
+from lowbit_jax.qtensor import QTensor
+from lowbit_jax.scaling import Group, PerRow, PerTensor
+
+LAYOUT = "planes/1"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlaneTensor(QTensor):
+    """A `QTensor` whose words are arrays [blocks, rows, 32], one a field of its codes, for `pallas_kernels`.
+
+    words: with leading axes of stacked layers in front. sums: int32 [rows], the sum of the codes of each row. free: the
+    axes beside the contraction axis and the stack, which are merged into rows. implementation: "auto" (the kernel on a
+    CUDA GPU, else XLA), "kernel" (raise where it cannot run), "reference" (XLA) or "interpret" (the kernel, step by step)."""
+
+    words: tuple[Array, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
+    sums: Any = None
+    free: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    implementation: str = dataclasses.field(default="auto", metadata=dict(static=True))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of stacked layers."""
+        return tuple(self.words[0].shape[:-3])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.stack) + len(self.free) + 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        sizes = [*self.stack, *self.free]
+        sizes.insert(self.ndim + self.axis, self.length)
+        return tuple(sizes)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.free)
+
+    @property
+    def groups(self) -> int:
+        """Scales along the contraction axis."""
+        tiling = self.quantizer.tiling
+        return self.length // tiling.size if isinstance(tiling, Group) else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed words, the stored scales and the code sums."""
+        leaves = jax.tree.leaves((self.words, self.scales, self.sums))
+        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+    def elements(self) -> Float[Array, "*s"]:
+        unpack = lambda words: backend.unpack_planes(words, self.quantizer.format.bits, self.rows, self.length)
+        for _ in self.stack:
+            unpack = jax.vmap(unpack)
+        values = coding.decode(unpack(self.words), self.quantizer.format)
+        return jnp.moveaxis(values.reshape(*self.stack, *self.free, self.length), -1, self.axis)
+
+    def scale_table(self) -> Float[Array, "groups rows"]:
+        """The scales of one layer, float32 [groups along the contraction, rows]."""
+        at = self.ndim + self.axis
+        loaded = self.quantizer.scale_format.load(self.scales)
+        if isinstance(self.quantizer.tiling, Group):
+            loaded = jnp.squeeze(loaded, at + 1)
+        table = jnp.moveaxis(loaded, at, 0).reshape(loaded.shape[at], -1)
+        return jnp.broadcast_to(table, (table.shape[0], self.rows)).astype(jnp.float32)
+
+
+def affine_zero(fmt: Format) -> float | None:
+    """The code of value 0 in a uniform grid, where value = code - zero; None for other grids."""
+    if isinstance(fmt, IntFormat):
+        return float(-fmt.low)
+    return fmt.max_finite if isinstance(fmt, MidRiseFormat) else None
+
+
+def why_not(packed: QTensor) -> str | None:
+    """Why the kernels cannot read this weight; None when they can."""
+    q = packed.quantizer
+    if affine_zero(q.format) is None:
+        return f"the grid {q.format.name} is not uniform"
+    if q.sparsity is not None:
+        return f"the weight is sparse ({q.sparsity.describe()})"
+    if isinstance(q.tiling, Group) and (q.tiling.size % 32 or packed.length % q.tiling.size):
+        return f"groups of {q.tiling.size} are not a multiple of 32"
+    if not isinstance(q.tiling, PerRow | PerTensor | Group):
+        return f"the tiling {q.tiling.describe()} has no kernel"
+    return None
+
+
+def to_planes(packed: QTensor, word_bits: int, implementation: str = "auto") -> PlaneTensor:
+    """The same weight, of one layer, in the layout of the kernels; word_bits: 16 for 16-bit activations, 8 for int8 ones.
+
+    Raises: ValueError when the kernels cannot read such a weight, and for an unknown implementation."""
+    if implementation not in backend.IMPLEMENTATIONS:
+        raise ValueError(
+            f"to_planes: implementation {implementation!r} is none of {', '.join(backend.IMPLEMENTATIONS)}."
+        )
+    if reason := why_not(packed):
+        raise ValueError(f"to_planes: no kernel reads this weight: {reason}. Keep layout {packing.LAYOUT!r} for it.")
+    bits = packed.quantizer.format.bits
+    codes = packing.unpack(packed.words, bits, packed.length)
+    free = codes.shape[:-1]
+    codes = codes.reshape(-1, packed.length)
+    given = {f.name: getattr(packed, f.name) for f in dataclasses.fields(QTensor)}
+    return PlaneTensor(
+        **given
+        | dict(
+            words=backend.pack_planes(codes, bits, word_bits),
+            sums=codes.astype(jnp.int32).sum(-1),
+            free=free,
+            layout=LAYOUT,
+            implementation=implementation,
+        )
+    )

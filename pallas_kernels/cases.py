@@ -1,0 +1,73 @@
+"""What the report compiles and the tests assert on: each kernel at the sizes it is for, with the instruction it must use.
+
+A case is (name, function, argument shapes, {chip: start of the tensor-core instruction that must appear, or None})."""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import planes
+from pallas_kernels.hadamard_backward import hadamard_backward
+from pallas_kernels.hadamard_quantize import MASK_BLOCK, hadamard_quantize
+from pallas_kernels.matmul_a8 import matmul_a8
+from pallas_kernels.matmul_a16 import matmul_a16
+
+Case = tuple[str, Callable, tuple[jax.ShapeDtypeStruct, ...], dict[str, str | None]]
+N = K = 4096
+FLOAT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
+SMALL = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA"}  # fewer rows than a warp group's product takes
+INTEGER = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA"}
+_shape = jax.ShapeDtypeStruct
+
+
+def _a16(x, scales, *words, bits, group):
+    return matmul_a16(x, words, scales, bits=bits, group=group)
+
+
+def _a8(x, x_scales, w_scales, *words, bits):
+    return matmul_a8(x, x_scales, words, w_scales, bits=bits)
+
+
+def _words(bits: int, word_bits: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    dtype = jnp.int16 if word_bits == 16 else jnp.int8
+    return tuple(_shape(shape, dtype) for shape in planes.word_shapes(N, K, bits, word_bits))
+
+
+def a16_case(bits: int, m: int = 16, group: int | None = 128, dtype=jnp.bfloat16) -> Case:
+    groups = 1 if group is None else K // group
+    name = f"w{bits}a16 {jnp.dtype(dtype).name} m{m} {'channel' if group is None else f'group{group}'}"
+    arguments = (_shape((m, K), dtype), _shape((groups, N), jnp.float32), *_words(bits, 16))
+    return name, functools.partial(_a16, bits=bits, group=group), arguments, FLOAT
+
+
+def a8_case(bits: int, m: int = 16) -> Case:
+    sides = (_shape((m, K), jnp.int8), _shape((m,), jnp.float32), _shape((N,), jnp.float32))
+    return f"w{bits}a8 m{m}", functools.partial(_a8, bits=bits), (*sides, *_words(bits, 8)), INTEGER
+
+
+def quantize_case(bits: int, m: int = 4096, axis: int = 1, dtype=jnp.bfloat16) -> Case:
+    run = functools.partial(hadamard_quantize, bits=bits, alpha=0.3, trust=float(1 << (bits - 1)), axis=axis)
+    shape = (m, K) if axis == 1 else (K, m)
+    expected = SMALL if m < 64 else FLOAT
+    return f"hadamard_quantize{bits} {jnp.dtype(dtype).name} m{m} axis{axis}", run, (_shape(shape, dtype),), expected
+
+
+def backward_case() -> Case:
+    arguments = (_shape((N, K), jnp.bfloat16), _shape((K // MASK_BLOCK, N, planes.COLUMNS), jnp.int8))
+    return "hadamard_backward", hadamard_backward, arguments, FLOAT
+
+
+def all_cases() -> list[Case]:
+    """Every kernel: each width where the code differs by width."""
+    found = [a16_case(bits) for bits in range(1, 9)]
+    found += [a16_case(4, group=None), a16_case(4, dtype=jnp.float16), a16_case(4, m=256), a16_case(1, m=256)]
+    found += [a8_case(bits) for bits in range(1, 9)] + [a8_case(4, m=4096), a8_case(8, m=4096)]
+    found += [quantize_case(4), quantize_case(8), quantize_case(1, m=16), quantize_case(4, axis=0, dtype=jnp.float32)]
+    found.append(backward_case())
+    for module in ("matmul_fp8", "block_scaled", "stochastic"):
+        if importlib.util.find_spec(f"pallas_kernels.{module}"):
+            found += importlib.import_module(f"pallas_kernels.{module}").cases()
+    return found
