@@ -4,7 +4,8 @@
     <folder>/step_00000050/manifest.json   name -> shape, dtype, SHA-256, and what else the caller must have back
 
 A checkpoint is written under a hidden name, flushed, and renamed, so a kill leaves the earlier ones as they were. Orbax
-does not notice a flipped bit; the manifest does, and `latest` then warns and answers with the checkpoint before it."""
+does not notice a flipped bit; the manifest does, and `latest` then warns and answers with the checkpoint before it.
+Several processes write one checkpoint together, each the parts that it holds; it can be read by any number of them."""
 
 import contextlib
 import hashlib
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 VERSION = 1
 Tree = Any
@@ -40,22 +42,28 @@ class Checkpoints:
     def save(self, step: int, tree: Tree, **extra) -> pathlib.Path:
         """Writes `tree` and the JSON values `extra`. Raises: OSError when the disk refuses; what is there stays."""
         final, hidden = self._path(step), self.folder / f".writing-{step:08d}"
+        first = jax.process_index() == 0
         try:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir(parents=True)
+            if first:
+                shutil.rmtree(hidden, ignore_errors=True)
+                hidden.mkdir(parents=True)
+            _all_here(f"folder of step {step}")
             with _without_tracebacks():
                 write(hidden, tree, step=step, **extra)
-            if final.exists():  # the same step of an earlier try; what is there did not verify
-                shutil.rmtree(final)
-            os.rename(hidden, final)
-            _flush(self.folder)
+            _all_here(f"arrays of step {step}")
+            if first:
+                if final.exists():  # the same step of an earlier try; what is there did not verify
+                    shutil.rmtree(final)
+                os.rename(hidden, final)
+                _flush(self.folder)
+            _all_here(f"name of step {step}")
         except Exception as error:  # Orbax and TensorStore raise many kinds
             shutil.rmtree(hidden, ignore_errors=True)
             raise OSError(
                 f"Checkpoints could not write step {step} to {self.folder}: {str(error)[-300:]}. Earlier checkpoints"
                 f" ({self.steps() or 'none'}) are untouched; free space or choose another --out, and run again."
             ) from error
-        for old in self.steps()[: -self.keep]:
+        for old in self.steps()[: -self.keep] if first else ():
             shutil.rmtree(self._path(old), ignore_errors=True)
         return final
 
@@ -63,8 +71,9 @@ class Checkpoints:
         """Step, arrays in the structure of `like`, and extras of the newest good checkpoint; None where none is.
 
         Raises: ValueError when a checkpoint is whole but of another shape or dtype than `like`, or none verifies."""
-        for hidden in self.folder.glob(".writing-*"):
+        for hidden in self.folder.glob(".writing-*") if jax.process_index() == 0 else ():
             shutil.rmtree(hidden, ignore_errors=True)
+        _all_here("reading the newest checkpoint")
         for step in reversed(self.steps()):
             try:
                 tree, manifest = read(self._path(step), like)
@@ -85,13 +94,19 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
 
-def write(folder: pathlib.Path, tree: Tree, *, step: int = 0, **extra) -> None:
-    """One tree of arrays and its manifest into an existing folder, flushed to the disk."""
-    arrays = {name: np.asarray(leaf) for name, leaf in _named(tree).items()}
-    with ocp.PyTreeCheckpointer() as writer:
+def write(folder: pathlib.Path, tree: Tree, *, step: int = 0, alone: bool = False, **extra) -> None:
+    """One tree of arrays and its manifest into an existing folder, flushed to the disk.
+
+    All processes call it, or with `alone` the first one, for arrays of its own."""
+    together = jax.process_count() > 1 and not alone
+    arrays = {name: leaf if together else np.asarray(leaf) for name, leaf in _named(tree).items()}
+    with _checkpointer(alone) as writer:
         writer.save((folder / "arrays").absolute(), {name: array for name, array in arrays.items() if array.size})
-    entries = {name: _describe(array) | {"sha256": _digest(array)} for name, array in arrays.items()}
+    digest = (lambda array: {"sum64": sum64(array)}) if together else (lambda array: {"sha256": _digest(array)})
+    entries = {name: _describe(array) | digest(array) for name, array in arrays.items()}
     manifest = {"version": VERSION, "step": step, "arrays": entries, "extra": extra}
+    if jax.process_index():
+        return
     with (folder / "manifest.json").open("w") as file:
         json.dump(manifest | {"sha256": _digest_of_json(manifest)}, file)
         file.flush()
@@ -126,10 +141,19 @@ def read(folder: pathlib.Path, like: Tree) -> tuple[Tree, dict]:
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise CorruptCheckpoint(f"{type(error).__name__}: {str(error)[:200]}") from error
     for name, entry in manifest["arrays"].items():
-        if _digest(np.asarray(arrays[name])) != entry["sha256"]:
+        array = np.asarray(arrays[name])
+        whole = "sha256" in entry
+        if (_digest(array) if whole else sum64_of_part(array, array.shape)) != entry["sha256" if whole else "sum64"]:
             raise CorruptCheckpoint(f"the array {name!r} does not have its checksum")
     leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest
+
+
+def _checkpointer(alone: bool) -> ocp.Checkpointer:
+    if not alone or jax.process_count() == 1:
+        return ocp.PyTreeCheckpointer()
+    first = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone")
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=first), multiprocessing_options=first)
 
 
 def size_on_disk(folder: pathlib.Path) -> int:
@@ -163,6 +187,43 @@ def _describe(array) -> dict:
 
 def _digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def sum64(array: jax.Array) -> int:
+    """A checksum of an array that lies on several processes, the same however it is cut: each adds up its own parts."""
+    own = 0
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            own += sum64_of_part(np.asarray(shard.data), array.shape, shard.index)
+    halves = np.asarray([own & 0xFFFFFFFF, own >> 32 & 0xFFFFFFFF], np.uint32)
+    every = multihost_utils.process_allgather(halves).reshape(-1, 2).astype(object)
+    return int(sum(low + (high << 32) for low, high in every) % 2**64)
+
+
+def sum64_of_part(part: np.ndarray, shape: tuple[int, ...], index: tuple[slice, ...] | None = None) -> int:
+    """The sum over elements of mix(bits + position), modulo 2^64; mix is the finalizer of SplitMix64.
+
+    A flipped bit changes one term, and elements that changed places two; the order of the sum does not matter.
+    Source: Steele et al. 2014, "Fast splittable pseudorandom number generators", section 5."""
+    if not part.size:
+        return 0
+    index = index or tuple(slice(None) for _ in shape)
+    ranges = [np.arange(n, dtype=np.uint64)[cut] for n, cut in zip(shape, index, strict=True)]
+    position = np.zeros((), np.uint64)
+    for length, along in zip(shape, ranges, strict=True):
+        position = position[..., None] * np.uint64(length) + along
+    bits = np.ascontiguousarray(part).reshape(-1).view(f"uint{8 * part.dtype.itemsize}").astype(np.uint64)
+    with np.errstate(over="ignore"):
+        z = bits * np.uint64(0x9E3779B97F4A7C15) + (position.reshape(-1) + np.uint64(1)) * np.uint64(0xD1342543DE82EF95)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int(np.sum(z ^ (z >> np.uint64(31)), dtype=np.uint64))
+
+
+def _all_here(what: str) -> None:
+    """Several processes wait here for each other."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _digest_of_json(value: dict) -> str:

@@ -98,7 +98,7 @@ def save_both(folder: pathlib.Path, trained: Any, packed: Any) -> dict:
             shutil.rmtree(path, ignore_errors=True)
         hidden.mkdir()
         state = nnx.state(model)
-        checkpoints.write(hidden, state)
+        checkpoints.write(hidden, state, alone=True)
         os.rename(hidden, final)
         sizes |= {
             f"{name}_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),

@@ -27,6 +27,14 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
+    def say(self, line: str) -> None:
+        """One line of its own, above the bar."""
+        line = f"{self.name} | {line}"
+        if self.bar is not None:
+            self.bar.console.print(line)
+        else:
+            print(line, flush=True)
+
     def update(self, step: int, loss: float, skipped: int) -> float:
         """Shows the state after `step`; answers with tokens a second since the last call (0 at the first)."""
         now = time.monotonic()

@@ -72,21 +72,22 @@ def preset(name: str, **changes) -> LlamaConfig:
     return dataclasses.replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
 
 
-def build(config: LlamaConfig, vocab_size: int, *, dtype: str = "auto", remat: bool = False, seed: int = 0) -> "Llama":
+def build(config: LlamaConfig, vocab_size: int, *, dtype: str = "auto", remat: str = "none",
+          seed: int = 0) -> "Llama":  # fmt: skip
     """A model with weights drawn from `seed`; float32 masters, activations in `dtype`."""
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return _build(config, vocab_size, jnp.dtype(auto if dtype == "auto" else dtype), remat, jax.random.key(seed))
 
 
 @functools.partial(nnx.jit, static_argnums=(0, 1, 2, 3))  # one compiled program instead of hundreds of small ones
-def _build(config: LlamaConfig, vocab_size: int, dtype, remat: bool, key: Array) -> "Llama":
+def _build(config: LlamaConfig, vocab_size: int, dtype, remat: str, key: Array) -> "Llama":
     return Llama(config, vocab_size, dtype=dtype, remat=remat, rngs=nnx.Rngs(key))
 
 
 class Llama(nnx.Module):
     """Token ids in, float32 logits of the next token out."""
 
-    def __init__(self, config: LlamaConfig, vocab_size: int, *, dtype: jnp.dtype = jnp.float32, remat: bool = False,
+    def __init__(self, config: LlamaConfig, vocab_size: int, *, dtype: jnp.dtype = jnp.float32, remat: str = "none",
                  rngs: nnx.Rngs):  # fmt: skip
         if config.width % config.heads or config.heads % config.kv_heads or config.head_dim % 2:
             raise ValueError(
@@ -101,6 +102,7 @@ class Llama(nnx.Module):
 
         self.config = config
         self.remat = remat
+        self.placement = None  # on a mesh: says where activations lie and weights are used, see recipes/layout.py
         self.vocab_size = vocab_size
         embed_init = nnx.initializers.normal(0.02)
         self.embed = nnx.Embed(vocab_size, config.width, dtype=dtype, embedding_init=embed_init, rngs=rngs)
@@ -112,12 +114,28 @@ class Llama(nnx.Module):
         rotary = rotary_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta)
 
         def layer(x, block):
-            return block(x, rotary)
+            return self._placed("blocks", block)(self._cut(x), rotary)
 
-        if self.remat:
-            layer = nnx.remat(layer)
-        x = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(self.embed(tokens), self.blocks)
-        return self.lm_head(self.norm(x)).astype(jnp.float32)
+        if self.remat != "none":
+            layer = nnx.remat(layer, policy=remat_policy(self.remat))
+        x = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            self._placed("embed", self.embed)(tokens), self.blocks
+        )
+        return self._placed("lm_head", self.lm_head)(self.norm(self._cut(x))).astype(jnp.float32)
+
+    def _placed(self, name: str, module):
+        return module if self.placement is None else self.placement.whole_weights(name, module)
+
+    def _cut(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
+        return x if self.placement is None else self.placement.cut_batch(x)
+
+
+def remat_policy(remat: str):
+    """What a rematerialized layer keeps for its backward pass. Raises: ValueError for another word."""
+    policies = {"full": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if remat not in policies:
+        raise ValueError(f"Llama: remat {remat!r} is unknown; choose one of none, {', '.join(policies)}.")
+    return policies[remat]
 
 
 class Block(nnx.Module):
@@ -142,7 +160,10 @@ class Attention(nnx.Module):
         batch, time, _ = x.shape
         heads = self.qkv(x).reshape(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
-        mixed = jax.nn.dot_product_attention(rotate(q, rotary), rotate(k, rotary), v, is_causal=True)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if x.dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no float16 products summed in float32
+            q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).astype(x.dtype)
         return self.out(mixed.reshape(batch, time, self.heads * self.head_dim))
 
 

@@ -46,6 +46,25 @@ class Metrics:
                     self.board.add_scalar(name, value, step)
 
 
+class Silent(Metrics):
+    """Writes nothing: for all processes but the first."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def step(self, step: int, **values: float) -> None:
+        pass
+
+    def time(self, step: int, **values: float) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -5,27 +5,44 @@ import dataclasses
 import jax
 import optax
 
+import lowbit_jax as lb
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AdamW:
-    """Gradient clipped to a norm of `clip`; betas 0.9 and 0.95; decoupled decay of the block matrices only."""
+    """Gradient clipped to a norm of `clip`; betas 0.9 and 0.95; decoupled decay of the block matrices only.
+
+    bits: of the moments, as `lb.optim.low_bit_state` takes them; None keeps float32. param_dtype: what parameters are
+    stored in; below float32 their steps are rounded stochastically, drawn from `seed`, and there is no other copy.
+    loss_scale: gradients are those of a loss times a factor that follows them."""
 
     peak: float
     steps: int
     warmup: float = 0.1
     weight_decay: float = 0.1
     clip: float = 1.0
+    bits: int | str | None = None
+    param_dtype: str = "float32"
+    loss_scale: bool = False
+    seed: int = 0
 
     def schedule(self) -> optax.Schedule:
         return one_cycle(self.peak, self.steps, self.warmup)
 
     def transformation(self) -> optax.GradientTransformation:
-        return optax.chain(
+        adam = optax.scale_by_adam(b1=0.9, b2=0.95)
+        tx = optax.chain(
             optax.clip_by_global_norm(self.clip),
-            optax.scale_by_adam(b1=0.9, b2=0.95),
+            adam if self.bits is None else lb.optim.low_bit_state(adam, self.bits),
             optax.add_decayed_weights(self.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(self.schedule()),
         )
+        tx = lb.optim.dynamic_loss_scale(tx) if self.loss_scale else tx
+        return tx if self.param_dtype == "float32" else lb.optim.stochastic_rounding(tx, key=self.seed)
+
+    def stored(self, params):
+        """The parameters in the dtype that they are kept in."""
+        return params if self.param_dtype == "float32" else jax.tree.map(lambda p: p.astype(self.param_dtype), params)
 
 
 def one_cycle(peak: float, steps: int, warmup: float = 0.1) -> optax.Schedule:

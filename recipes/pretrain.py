@@ -3,14 +3,24 @@
     python -m recipes.pretrain                          # tiny, QuEST W4A4, Python's own source, minutes on 2 cores
     python -m recipes.pretrain --baseline               # the unquantized twin as well
     python -m recipes.pretrain --bits 1 --preset 30M --data hf:allenai/c4 --tokenizer tokenizer.json
+    python -m recipes.pretrain --mesh data=2,fsdp=4     # on eight devices
 
 The same command again goes on where a killed run stopped. Paper: Panferov et al. 2025, arXiv:2502.05003 (QuEST)."""
 
+import contextlib
 import dataclasses
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Literal
 
+import jax
+from flax import nnx
+from jax.experimental import multihost_utils
+
+import lowbit_jax as lb
 from recipes import command, deliver, llama, run_directory, schemes, text, train_loop
+from recipes.layout import Layout
 
 NOT_NUMBERS = {"numbers": False}  # metadata: this setting changes no number, or is compared in another form
 
@@ -47,12 +57,36 @@ class Pretrain:
     context: int | None = free(None)
     learning_rate: float | None = free(None)
     weight_decay: float = 0.1
-    microbatches: int = 1
-    """Cuts a batch into parts that are computed one after another, in less memory."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations; auto takes bfloat16 on accelerators."""
-    remat: bool = False
-    """Recompute each layer in the backward pass, in less memory."""
+    microbatches: int | Literal["auto"] = 1
+    """Cuts a batch into parts that are computed one after another, in less memory; auto: the fewest that fit."""
+    memory_budget: str | None = free(None)
+    """For --microbatches auto: memory of a device that a step may take, such as 2GB; by default 0.9 of all."""
+    batch_ramp: str | None = None
+    """Smaller batches at first: 4x100,8x200 takes 4 sequences for 100 steps, 8 for 200, then --batch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations; auto takes bfloat16 on accelerators. float16 comes with a dynamic loss scale."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the stored parameters; bfloat16 is updated by stochastic rounding, without a float32 copy."""
+    optimizer_bits: Literal[8, 4, "e4m3", "coat"] | None = None
+    """Of the optimizer's moments; float32 unless given."""
+    remat: Literal["none", "full", "products"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; each layer; all but its products."""
+    mesh: str | None = free(None)
+    """Devices as data=2,fsdp=2,tensor=2: data and fsdp cut the batch, fsdp and tensor the weights; one may be -1."""
+    gather: Literal["float", "packed"] = free("float")
+    """How weights cut over fsdp travel: as they are, or as the packed codes that their layers compute with."""
+    reduce: Literal["float", "int8", "int4"] = "float"
+    """How gradients travel over data and fsdp."""
+    compress: Literal["int8", "int4", "sign"] | None = None
+    """Gradients over data in few bits, with error feedback."""
+    offload_optimizer: bool = free(False)
+    """Keep the optimizer's state in the host's memory between steps."""
+    coordinator: str | None = free(None)
+    """host:port of process 0, where several processes run this command together, each with its own --process."""
+    processes: int | None = free(None)
+    """How many there are."""
+    process: int | None = free(None)
+    """Which one this is, from 0."""
     seed: int = 0
     baseline: bool = free(False)
     """Train the unquantized twin too."""
@@ -72,12 +106,15 @@ class Pretrain:
 
 def main(config: Pretrain) -> dict:
     """Trains, evaluates, packs and samples; answers with the numbers that `results.json` holds."""
+    if (config.coordinator, config.processes, config.process) != (None, None, None):
+        lb.parallel.start(config.coordinator, config.processes, config.process)
     size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
                         learning_rate=config.learning_rate)  # fmt: skip
     scheme = schemes.Scheme(method=config.method, bits=config.bits, weight_only=config.weight_only, rules=config.rules)
     if scheme.name == "none" and config.baseline:
         raise ValueError("pretrain: method 'none' is the unquantized model, so --baseline cannot take effect.")
     plan = train_loop.Plan.of(size, config)
+    layout = layout_of(config)
     corpus = text.load(config.data, tokenizer=config.tokenizer, held_out=config.held_out, glob=config.glob,
                        hf_bytes=config.hf_bytes)  # fmt: skip
     delivery = deliver.Delivery.of(config, corpus, plan)
@@ -86,20 +123,50 @@ def main(config: Pretrain) -> dict:
     )
     folder = config.out or pathlib.Path("runs") / f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
 
-    def new_model() -> llama.Llama:
-        return llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed)
+    def new_model() -> nnx.Module:
+        make = lambda: llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed)
+        return make() if layout is None else layout.attach(layout.build(make))
 
-    with run_directory.locked(folder), run_directory.StopRequest() as stop:
-        run_directory.claim(folder, settings)
+    with one_of_many(folder, settings), run_directory.StopRequest() as stop:
         print(f"{config.preset}: {size.block_params:,} parameters in the blocks")
         print(f"{size.steps} steps of {size.batch} x {size.context} tokens from {corpus.note}; run directory: {folder}")
         runs = {}
         if config.baseline or scheme.name == "none":
-            runs["unquantized"] = train_loop.train("unquantized", new_model(), corpus, plan, folder, stop)
+            runs["unquantized"] = train_loop.train("unquantized", new_model(), corpus, plan, folder, stop,
+                                                   layout=layout)  # fmt: skip
         if scheme.name != "none":
             model = scheme.apply(new_model(), corpus.sample(size.context, size.batch))
-            runs[scheme.name] = train_loop.train(scheme.name, model, corpus, plan, folder, stop, quantized=True)
-        return delivery.make(folder, runs)
+            runs[scheme.name] = train_loop.train(scheme.name, model, corpus, plan, folder, stop, quantized=True,
+                                                 layout=layout)  # fmt: skip
+        return delivery.make(folder, runs) if jax.process_index() == 0 else {}
+
+
+def layout_of(config: Pretrain) -> Layout | None:
+    """None on one device, where nothing asks for a mesh."""
+    reduce = None if config.reduce == "float" else int(config.reduce.removeprefix("int"))
+    wants = {"gather": config.gather, "reduce": reduce, "compress": config.compress,
+             "offload": config.offload_optimizer}  # fmt: skip
+    if config.mesh is None and jax.process_count() == 1 and wants == {
+        "gather": "float", "reduce": None, "compress": None, "offload": False
+    }:  # fmt: skip
+        return None
+    mesh = config.mesh or ("data=-1" if jax.process_count() > 1 else "data=1")
+    return Layout(mesh=lb.parallel.make_mesh(mesh), **wants)
+
+
+@contextlib.contextmanager
+def one_of_many(folder: pathlib.Path, settings: dict[str, str]) -> Iterator[None]:
+    """The run directory, held by the first process alone; the others are silent and wait until it is theirs."""
+    if jax.process_index() == 0:
+        with run_directory.locked(folder):
+            run_directory.claim(folder, settings)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("run directory")
+            yield
+    else:
+        multihost_utils.sync_global_devices("run directory")
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
 
 
 if __name__ == "__main__":

@@ -6,17 +6,21 @@ parameters, the optimizer's state, the counters and the position in the data, an
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.experimental import multihost_utils
 
 import lowbit_jax as lb
-from recipes import display, llama, metrics, optimizer, run_directory, text
+from recipes import display, gradients, llama, memory, metrics, optimizer, run_directory, text
 from recipes.checkpoints import Checkpoints
+from recipes.layout import Layout, fetch
+from recipes.ramp import Ramp
 
 MOST_SKIPS_IN_A_ROW = 25
 
@@ -31,7 +35,12 @@ class Plan:
     learning_rate: float
     warmup: float = 0.1
     weight_decay: float = 0.1
-    microbatches: int = 1
+    microbatches: int | Literal["auto"] = 1
+    memory_budget: str | None = None
+    batch_ramp: str | None = None
+    optimizer_bits: int | str | None = None
+    param_dtype: str = "float32"
+    dtype: str = "auto"
     seed: int = 0
     validation_windows: int = 256
     evaluate_every: int = 100
@@ -43,19 +52,28 @@ class Plan:
     def __post_init__(self):
         for name in ("steps", "batch", "context", "microbatches", "validation_windows", "evaluate_every",
                      "checkpoint_every", "keep", "log_every"):  # fmt: skip
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"train_loop: {name} must be at least 1, not {getattr(self, name)}.")
-        if self.batch % self.microbatches:
+        if self.microbatches == "auto":
+            memory.budget(self.memory_budget)
+        elif self.memory_budget is not None:
+            raise ValueError("train_loop: --memory-budget chooses the microbatches; it goes with --microbatches auto.")
+        elif self.batch % self.microbatches:
             raise ValueError(
                 f"train_loop: {self.batch} sequences cannot be cut into {self.microbatches} microbatches; take a"
                 " divisor."
             )
+        self.ramp()
         self.optimizer().schedule()  # checks the rate
+
+    def ramp(self) -> Ramp:
+        return Ramp.of(self.batch_ramp, self.batch, 1 if self.microbatches == "auto" else self.microbatches)
 
     def optimizer(self) -> optimizer.AdamW:
         return optimizer.AdamW(
-            peak=self.learning_rate, steps=self.steps, warmup=self.warmup, weight_decay=self.weight_decay
-        )
+            peak=self.learning_rate, steps=self.steps, warmup=self.warmup, weight_decay=self.weight_decay,
+            bits=self.optimizer_bits, param_dtype=self.param_dtype, loss_scale=self.dtype == "float16", seed=self.seed,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, size: llama.LlamaConfig, settings=None, **more) -> "Plan":
@@ -88,14 +106,18 @@ class Trained:
 
 
 def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder: pathlib.Path,
-          stop: run_directory.StopRequest | None = None, *, quantized: bool = False) -> Trained:  # fmt: skip
-    """Trains `model`, from `lb.quantize` if `quantized`; goes on from the newest good checkpoint in `folder/name`."""
+          stop: run_directory.StopRequest | None = None, *, quantized: bool = False,
+          layout: Layout | None = None) -> Trained:  # fmt: skip
+    """Trains `model`, from `lb.quantize` if `quantized`; goes on from the newest good checkpoint in `folder/name`.
+
+    With a `layout` the state lies on its mesh; several processes run this together, and the first one writes."""
     corpus.check(plan.context, plan.batch)
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
+    ramp = plan.ramp()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    state = first_state(params, plan.optimizer())
-    data = text.batches(corpus.train, context=plan.context, batch=plan.batch, seed=plan.seed)
+    state = first_state(params, plan.optimizer(), layout)
+    data = text.batches(corpus.train, context=plan.context, batch=ramp.unit, seed=plan.seed)
     held = text.fixed_batches(
         corpus.validation, context=plan.context, batch=plan.batch, windows=plan.validation_windows
     )
@@ -106,113 +128,170 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
         start, state, extra = found
         data.set_state(extra["data"])
         print(f"{name} | resumes after step {start} from {folder}")
-    prepare = lb.nn.prepare if quantized else None
-    step_function = make_step(graph, plan.optimizer(), plan.microbatches, prepare)
+    if layout is not None:
+        state = layout.place(state, layout.state_shardings(state))
+        rest = layout.everywhere(rest)
+    steps = Steps(graph, plan, ramp, lb.nn.prepare if quantized else None, layout)
+    steps.choose_microbatches(state, rest)
     schedule = plan.optimizer().schedule()
     progress = display.Progress(name, start=start, steps=plan.steps, tokens_per_step=plan.batch * plan.context)
     waiting = []
-    with metrics.Metrics(folder, after_step=start, tensorboard=plan.tensorboard) as log, progress:
+    log_class = metrics.Metrics if jax.process_index() == 0 else metrics.Silent
+    with log_class(folder, after_step=start, tensorboard=plan.tensorboard) as log, progress:
         for step in range(start + 1, plan.steps + 1):
-            state, values = step_function(state, rest, next(data))
+            tokens = ramp.next_batch(data, step)
+            state, values = steps.at(step)(state, rest, tokens if layout is None else layout.batch(tokens))
             waiting.append((step, values))
-            last, asked = step == plan.steps, None if stop is None else stop.signal
+            last, asked = step == plan.steps, _asked(stop, step, plan)
             saving = last or asked is not None or step % plan.checkpoint_every == 0
             evaluating = last or step % plan.evaluate_every == 0
             if saving or evaluating or step % plan.log_every == 0:
-                values = _write(log, waiting, schedule)
-                speed = progress.update(step, values["loss"], int(state["skipped"]))
+                values = _write(log, waiting, schedule, progress.say)
+                progress.tokens_per_step = ramp.at(step) * plan.context
+                speed = progress.update(step, values["loss"], values["skipped"])
                 log.time(step, tokens_per_second=speed)
             if evaluating:
-                log.step(step, validation_loss=evaluate(nnx.merge(graph, state["params"], rest), held))
+                now = nnx.merge(graph, state["params"], rest)
+                log.step(step, validation_loss=evaluate(now, held, layout))
             if saving:
                 log.flush()
                 checkpoints.save(step, state, data=data.get_state())
             if asked is not None and not last:
                 said = f"{name} stopped after step {step} of {plan.steps}; the same command goes on from there."
                 raise Stopped(said, asked)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"metrics of {name}")
     lines = metrics.read(folder / "metrics.jsonl")
     final = next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)
     speeds = [line["tokens_per_second"] for line in metrics.read(folder / "timing.jsonl")]
     speed = float(np.median([value for value in speeds if value] or [0.0]))
-    return Trained(nnx.merge(graph, state["params"], rest), final, lines, speed, int(state["skipped"]))
+    if layout is None:
+        trained = nnx.merge(graph, state["params"], rest)
+    else:
+        trained = layout.detach(nnx.merge(graph, fetch(state["params"]), fetch(rest)))
+    return Trained(trained, final, lines, speed, int(state["skipped"]))
 
 
-def first_state(params, adamw: optimizer.AdamW) -> dict:
+class Steps:
+    """The compiled step for each batch size of a run."""
+
+    def __init__(self, graph, plan: Plan, ramp: Ramp, prepare: Callable | None, layout: Layout | None):
+        self.graph, self.plan, self.ramp, self.prepare, self.layout = graph, plan, ramp, prepare, layout
+        self.compiled: dict[int, Callable] = {}
+
+    def at(self, step: int) -> Callable:
+        batch = self.ramp.at(step)
+        return self.compiled.get(batch) or self.cut(batch, self.ramp.microbatches(batch))
+
+    def cut(self, batch: int, microbatches: int) -> Callable:
+        if self.layout is not None:
+            self.layout.check_batch(batch, microbatches)
+        prepare = self.prepare if microbatches > 1 else None
+        return make_step(self.graph, self.plan.optimizer(), microbatches, prepare, self.layout)
+
+    def choose_microbatches(self, state: dict, rest: Any) -> None:
+        """With "auto", the fewest whose step fits the memory of a device. Checks the batches in any case."""
+        largest = max(self.ramp.sizes)
+        if self.plan.microbatches != "auto":
+            for batch in self.ramp.sizes:
+                self.cut(batch, self.ramp.microbatches(batch))
+            return
+        tokens = np.zeros((largest, self.plan.context + 1), np.int32)
+        tokens = tokens if self.layout is None else self.layout.batch(tokens)
+        ways = 1 if self.layout is None else self.layout.ways
+        compile_cut = lambda n: self.cut(largest, n).lower(state, rest, tokens).compile()
+        chosen = memory.choose(compile_cut, largest // ways, memory.budget(self.plan.memory_budget))
+        self.ramp = dataclasses.replace(self.ramp, per_microbatch=largest // chosen.microbatches)
+        self.compiled[largest] = chosen.compiled
+
+
+def first_state(params, adamw: optimizer.AdamW, layout: Layout | None = None) -> dict:
+    """The state before the first step, or only its shapes and dtypes when `params` are abstract."""
+    params = adamw.stored(params)
     moments = adamw.transformation().init(params)
-    return {"params": params, "optimizer": moments, "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
+    state = {"params": params, "optimizer": moments, "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
+    return state | ({"errors": layout.first_errors(params)} if layout is not None and layout.compress else {})
 
 
 @functools.cache  # one compilation for all seeds of a model
-def make_step(graph, adamw: optimizer.AdamW, microbatches: int = 1, prepare=None):
+def make_step(graph, adamw: optimizer.AdamW, microbatches: int = 1, prepare=None, layout: Layout | None = None):
     """(state, rest, tokens) -> (state, metrics). A step that is not finite moves nothing and is counted.
 
     `rest` is the model's state that is not trained; `prepare` quantizes its weights once for all microbatches."""
     transform = adamw.transformation()
 
-    def whole(params, rest, tokens):
-        return jax.value_and_grad(lambda params: next_token_loss(nnx.merge(graph, params, rest), tokens))(params)
-
-    def accumulated(params, rest, tokens):
-        """Mean over the microbatches; the weights are quantized once and their gradient is taken back once."""
-
-        def ready(params):
-            model = (prepare or _as_it_is)(nnx.merge(graph, params, rest))
-            prepared_graph, prepared, prepared_rest = nnx.split(model, nnx.Param, ...)
-            return prepared, (prepared_graph, prepared_rest)
-
-        prepared, back, (prepared_graph, prepared_rest) = jax.vjp(ready, params, has_aux=True)
-
-        def one(total, tokens):
-            value, gradient = jax.value_and_grad(
-                lambda prepared: next_token_loss(nnx.merge(prepared_graph, prepared, prepared_rest), tokens)
-            )(prepared)
-            return jax.tree.map(lambda a, b: a + b / microbatches, total, (value, gradient)), None
-
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, prepared))
-        (value, gradient), _ = jax.lax.scan(one, zero, tokens.reshape(microbatches, -1, tokens.shape[-1]))
-        return value, back(gradient)[0]
+    def gradient_of(params, rest, tokens, scale, errors):
+        if layout is not None and layout.on_shards:
+            return gradients.on_shards(graph, params, rest, tokens, scale, errors, layout=layout,
+                                       microbatches=microbatches)  # fmt: skip
+        if microbatches == 1:
+            return *gradients.whole(graph, params, rest, tokens, scale), errors
+        tokens = tokens.reshape(microbatches, -1, tokens.shape[-1])
+        tokens = tokens if layout is None else layout.cut_microbatches(tokens)
+        answer = gradients.accumulated(graph, params, rest, tokens, scale, microbatches=microbatches, prepare=prepare)
+        return *answer, errors
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, rest, tokens):
-        params = state["params"]
-        value, gradient = (accumulated if microbatches > 1 else whole)(params, rest, tokens)
+        params, before, errors = state["params"], state["optimizer"], state.get("errors", ())
+        if layout is not None and layout.offload:
+            here = layout.state_shardings(state, offload=False)["optimizer"]
+            before = jax.tree.map(jax.device_put, before, here)
+        scale = lb.optim.current_loss_scale(before) if adamw.loss_scale else None
+        value, gradient, left = gradient_of(params, rest, tokens, scale, errors)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, after = transform.update(gradient, state["optimizer"], params)
-        moved = (optax.apply_updates(params, updates), after)
-        params, after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, (params, state["optimizer"]))
+        updates, after = transform.update(gradient, before, params)
+        if adamw.loss_scale:  # it holds its state back itself, and lowers the scale
+            value, norm = value / scale, norm / scale
+            moved = optax.apply_updates(params, updates)
+            params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, params)
+        else:
+            moved = (optax.apply_updates(params, updates), after)
+            params, after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, (params, before))
         bad = (~finite).astype(jnp.int32)
         counters = {"skipped": state["skipped"] + bad, "in_a_row": (state["in_a_row"] + bad) * bad}
         numbers = {"loss": value, "gradient_norm": norm, **counters}
-        return {"params": params, "optimizer": after, **counters}, numbers
+        if scale is not None:
+            numbers["loss_scale"] = scale
+        answer = {"params": params, "optimizer": after, **counters}
+        if "errors" in state:
+            answer["errors"] = jax.tree.map(lambda new, old: jnp.where(finite, new, old), left, errors)
+        return (answer if layout is None else layout.constrained(answer)), numbers
 
     return step
 
 
-def next_token_loss(model: nnx.Module, tokens: Int[Array, "batch time"]) -> Float[Array, ""]:
-    """Mean cross-entropy in nats of each token given those before it."""
-    return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+_loss = jax.jit(gradients.next_token_loss)
 
 
-def _as_it_is(model: nnx.Module) -> nnx.Module:
-    return model
-
-
-_loss = jax.jit(next_token_loss)
-
-
-def evaluate(model: nnx.Module, batches: list[np.ndarray]) -> float:
+def evaluate(model: nnx.Module, batches: list[np.ndarray], layout: Layout | None = None) -> float:
     """Mean loss over held-out batches of one size, in nats a token."""
-    return float(np.mean([float(_loss(model, batch)) for batch in batches]))
+    placed = batches if layout is None else map(layout.batch, batches)
+    return float(np.mean([float(_loss(model, batch)) for batch in placed]))
 
 
-def _write(log: metrics.Metrics, waiting: list, schedule: optax.Schedule) -> dict:
+def _asked(stop: run_directory.StopRequest | None, step: int, plan: Plan) -> int | None:
+    """The signal that asks the run to stop; several processes agree on one after each `log_every` steps."""
+    signal = None if stop is None else stop.signal
+    if jax.process_count() == 1 or step % plan.log_every:
+        return signal if jax.process_count() == 1 else None
+    return int(np.max(multihost_utils.process_allgather(np.int32(signal or 0)))) or None
+
+
+def _write(log: metrics.Metrics, waiting: list, schedule: optax.Schedule, say: Callable[[str], None] = print) -> dict:
     """Fetches and writes the steps that wait; answers with the last one."""
     for step, values in waiting:
         values = {name: value.item() for name, value in jax.device_get(values).items()}
         in_a_row, skipped = values.pop("in_a_row"), values.pop("skipped")
         note = {"skipped": skipped} if in_a_row else {}  # only a skipped step says so
-        log.step(step, **values, learning_rate=np.asarray(schedule(step - 1 - skipped)).item(), **note)
+        if in_a_row:
+            scale = f", loss scale {values['loss_scale']:g}" if "loss_scale" in values else ""
+            say(
+                f"step {step} was skipped: loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
+                f"{scale} ({in_a_row} in a row, {skipped} in all); nothing moved"
+            )
+        log.step(step, **values, learning_rate=np.asarray(schedule(step - 1 - skipped + bool(in_a_row))).item(), **note)
         if in_a_row >= MOST_SKIPS_IN_A_ROW:
             log.flush()
             raise Diverged(
@@ -220,4 +299,4 @@ def _write(log: metrics.Metrics, waiting: list, schedule: optax.Schedule) -> dic
                 " Lower --learning-rate, or use --dtype float32; the last checkpoint is good."
             )
     waiting.clear()
-    return values
+    return values | {"skipped": skipped}

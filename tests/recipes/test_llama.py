@@ -98,12 +98,18 @@ def test_attention_against_float64():
     np.testing.assert_allclose(got[0], expected, atol=2e-5)
 
 
-def test_remat_changes_nothing_but_memory():
+@pytest.mark.parametrize("remat", ["full", "products"])
+def test_remat_changes_nothing_but_memory(remat):
     def gradient(remat):
         graph, params = nnx.split(llama.build(SMALL, 256, remat=remat))
         return jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(tokens((2, 8))).std()))(params)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(False), gradient(True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient("none"), gradient(remat))
+
+
+def test_unknown_remat():
+    with pytest.raises(ValueError, match="remat 'some' is unknown; choose one of none, full, products"):
+        forward(llama.build(SMALL, 256, remat="some"), tokens((1, 4)))
 
 
 def test_bfloat16_keeps_float32_masters_and_logits():
