@@ -11,14 +11,16 @@ from flax.core import FrozenDict, freeze
 
 from lowbit_jax.nn.linen import Quantization, quantization, quantization_of, watching, with_quantization
 from lowbit_jax.nn.site import Site, needs_key, stacked
-from lowbit_jax.nn.weight import packed_stack, ready_weight, to_nearest
+from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
 Sites = dict[str, tuple[Site, LinearRecipe]]
 
 
-def convert(model: linen.Module, variables: Any = None, *args: Any, **kwargs: Any) -> tuple[linen.Module, Any]:
+def convert(
+    model: linen.Module, storage: Storage, variables: Any = None, *args: Any, **kwargs: Any
+) -> tuple[linen.Module, Any]:
     """The model and its variables with packed kernels; see `lb.convert`."""
     sites = _sites(model, variables, args, kwargs, "lb.convert")
 
@@ -27,7 +29,7 @@ def convert(model: linen.Module, variables: Any = None, *args: Any, **kwargs: An
         kept = {name: value for name, value in layer.items() if name != "rhs_scale"}
         if recipe.out.rhs is None:
             return kept
-        return kept | {"kernel": packed_stack(linen.meta.unbox(layer["kernel"]), recipe, site, scale)}
+        return kept | {"kernel": packed_stack(linen.meta.unbox(layer["kernel"]), recipe, site, scale, storage)}
 
     return model, _with_layers(variables, sites, pack)
 

@@ -34,12 +34,12 @@ def explain(model: linen.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     def met(site: Any, recipe: Any, layer: Any) -> None:
         stored = layer.get_variable("params", "kernel") if layer.has_variable("params", "kernel") else None
-        layers.setdefault(site.path, Layer(site, recipe, isinstance(stored, QTensor), (), layer.param_dtype))
+        layers.setdefault(site.path, Layer(site, recipe, stored if isinstance(stored, QTensor) else None, (), layer.param_dtype))
 
     call = lambda variables, inputs: model.apply(variables, *inputs, rngs=rngs, mutable=True, **options)
     with watching(met, runs):
         abstract_call(call, variables, inputs)
-    trainable = not any(layer.packed for layer in layers.values())
+    trainable = not any(layer.packed is not None for layer in layers.values())
     with watching(lambda *_: None):
         texts = programs(call, variables, inputs, trainable)
     sizes = {layer.site.tag: math.prod(layer.site.shape) for layer in layers.values()}

@@ -10,10 +10,10 @@ from jaxtyping import Array
 from lowbit_jax.nn.nnx import PackedWeight, StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import needs_key, stacked
-from lowbit_jax.nn.weight import packed_stack, ready_weight, to_nearest
+from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
 
 
-def convert(model: nnx.Module) -> nnx.Module:
+def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
     """The packed view; see `lb.convert`."""
     products = _quantized(model, "lb.convert", "nothing to pack")
 
@@ -28,7 +28,7 @@ def convert(model: nnx.Module) -> nnx.Module:
             )
         recipe = to_nearest(product.recipe)
         if recipe.out.rhs is not None:
-            kernel = packed_stack(layer.kernel.get_value(), recipe, product.site, _weight_scale(layer))
+            kernel = packed_stack(layer.kernel.get_value(), recipe, product.site, _weight_scale(layer), storage)
             layer.kernel = PackedWeight(kernel)
         _replace(layer, dataclasses.replace(product, recipe=recipe), drop=("rhs_scale", "rngs"))
 

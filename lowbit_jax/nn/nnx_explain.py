@@ -19,10 +19,8 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
         product = hook(module) if layer_type(module) else None
         if product is not None:
             value = module.kernel.get_value()
-            packed = isinstance(module.kernel, PackedWeight)
-            stack = (
-                value.words.shape[: value.ndim - 2] if packed else value.shape[: value.ndim - len(product.site.shape)]
-            )
+            packed = value if isinstance(module.kernel, PackedWeight) else None
+            stack = () if packed is not None else value.shape[: value.ndim - len(product.site.shape)]
             layers.append(Layer(product.site, product.recipe, packed, tuple(stack), value.dtype))
         elif node.layer or node.opaque:
             high_precision.append(f"{paths[0] or 'the module'} ({node.kind})")
@@ -30,7 +28,7 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
     if not args and not kwargs:
         return explain_layers(title, layers, high_precision)
     graph, state = nnx.split(model)
-    trainable = not any(layer.packed for layer in layers)
+    trainable = not any(layer.packed is not None for layer in layers)
     texts = programs(
         lambda state, given: nnx.merge(graph, state)(*given[0], **given[1]), state, (args, kwargs), trainable
     )

@@ -11,6 +11,10 @@ from lowbit_jax.nn.compiled import Evidence, RanProduct
 from lowbit_jax.nn.site import Site
 from lowbit_jax.nn.weight import packed_weight, to_nearest
 from lowbit_jax.ops import FORWARD, LinearRecipe
+from lowbit_jax.ops.backend import sees_gpu
+from lowbit_jax.ops.packed_product import kernel_name
+from lowbit_jax.ops.plane_tensor import PlaneTensor
+from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 
 PRODUCTS = {
@@ -47,11 +51,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
-    """A quantized layer as Flax holds it. stack: leading axes of layers stacked for a scan."""
+    """A quantized layer as Flax holds it. packed: its weight, if that is packed. stack: leading axes of layers stacked
+    for a scan."""
 
     site: Site
     recipe: LinearRecipe
-    packed: bool = False
+    packed: QTensor | None = None
     stack: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
@@ -139,8 +144,18 @@ def _slots(quantizer: Any, product: str, operand: str, recipe: LinearRecipe, lay
     yield "scale", words["scale_format"]
     yield "bits", _bits(quantizer, product, operand, recipe, layer)
     if layer is not None and operand == "weight" and product == "out":
-        state = "packed" if layer.packed else "prepared" if recipe.rhs_ready else ""
-        yield "kernel", f"xla, {state}" if state else "xla"
+        yield "kernel", _kernel(recipe, layer)
+
+
+def _kernel(recipe: LinearRecipe, layer: Layer) -> str:
+    """What computes the forward product, and what would on a GPU."""
+    if isinstance(layer.packed, PlaneTensor):
+        name, chosen = kernel_name(recipe, layer.packed), layer.packed.implementation
+        if chosen in ("kernel", "interpret") or (chosen == "auto" and sees_gpu()):
+            return f"{name}, packed"
+        return f"xla ({name} on a GPU), packed" if chosen == "auto" else "xla, packed"
+    state = "packed" if layer.packed is not None else "prepared" if recipe.rhs_ready else ""
+    return f"xla, {state}" if state else "xla"
 
 
 def _length(product: str, layer: Layer | None) -> int | None:
@@ -158,6 +173,8 @@ def _bits(quantizer: Quantizer, product: str, operand: str, recipe: LinearRecipe
     """Bits of an element; for a weight of known shape those of its packed form, scales included."""
     if layer is None or (product, operand) != ("out", "weight"):
         return quantizer.element_bits()
+    if layer.packed is not None:
+        return layer.packed.bits_per_element
     recipe = to_nearest(recipe)
     kernel = jax.ShapeDtypeStruct(layer.site.shape, layer.dtype)
     scale = jnp.ones(()) if quantizer.learned else None
@@ -174,7 +191,7 @@ def _ran(evidence: Evidence, product: str, layer: Layer) -> str:
         return ", ".join(dict.fromkeys(ran.words for ran in found))
     if product == "out":
         return NOT_RUN
-    return "" if layer.packed else "none"
+    return "none" if layer.packed is None else ""
 
 
 def explain_recipe(recipe: LinearRecipe) -> Explanation:

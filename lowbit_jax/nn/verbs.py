@@ -61,7 +61,9 @@ def quantize(module: Any, recipe: LinearRecipe | None = None, *, rules: Rules | 
     return linen.quantize(module, policy, who)
 
 
-def convert(model: Any, *args: Any, **kwargs: Any) -> Any:
+def convert(
+    model: Any, *args: Any, layout: str | None = None, implementation: str = "auto", **kwargs: Any
+) -> Any:
     """Training form to packed form: weights stored as packed codes (`QTensor`), same call, same outputs up to rounding.
 
     NNX: `lb.convert(model)` is a view whose kernels are `PackedWeight`s; everything else is shared. Linen:
@@ -69,16 +71,24 @@ def convert(model: Any, *args: Any, **kwargs: Any) -> Any:
     enough), which tell how the weights are used. Layers stacked for a scan stay stacked. A stochastic rounding becomes
     nearest. Packed and training form compute with the same values; sums may be ordered differently, and a weight
     rotated alone rotates its activation here instead: outputs agree to about `K * eps` of the compute dtype.
-    Raises: ValueError when nothing is quantized or it is packed already; TypeError for what is no module."""
+
+    `layout` is "bitstream-le/1", the smallest, or "planes/1", which the GPU kernels read (the default where JAX runs on
+    a GPU). With "planes/1", `implementation` says what multiplies: "auto" (the kernel on a CUDA GPU, else XLA), "kernel" (it
+    or an error), "reference" (XLA) or "interpret" (the kernel, slowly, anywhere).
+    Raises: ValueError when nothing is quantized or it is packed already, and for options that cannot take effect;
+    NotImplementedError for a kernel that is asked for and does not exist; TypeError for what is no module."""
+    from lowbit_jax.nn.weight import Storage, default_layout
+
+    storage = Storage(default_layout() if layout is None else layout, implementation)
     if framework(model, "lb.convert") == "nnx":
         from lowbit_jax.nn import nnx_convert
 
         if args or kwargs:
             raise TypeError("lb.convert: an nnx model holds its parameters; call lb.convert(model) alone.")
-        return nnx_convert.convert(model)
+        return nnx_convert.convert(model, storage)
     from lowbit_jax.nn import linen_convert
 
-    return linen_convert.convert(model, *args, **kwargs)
+    return linen_convert.convert(model, storage, *args, **kwargs)
 
 
 def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:

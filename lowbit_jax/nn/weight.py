@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowbit_jax import rounding
+from lowbit_jax import packing, rounding
 from lowbit_jax.nn.site import Site, operand, stacked
 from lowbit_jax.ops import LinearRecipe, pack_rhs, quantize_rhs
+from lowbit_jax.ops.backend import IMPLEMENTATIONS
+from lowbit_jax.ops.packed_product import word_bits
+from lowbit_jax.ops.plane_tensor import LAYOUT as PLANES
+from lowbit_jax.ops.plane_tensor import to_planes, why_not
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.rotation import Hadamard, largest_block
@@ -37,12 +41,58 @@ def ready_weight(
     return function(kernel, axis=site.contract, scale=scale, key=key).astype(kernel.dtype)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Storage:
+    """How packed weights are laid out, and what computes with them.
+
+    layout: "bitstream-le/1", rows of codes without gaps, or "planes/1", for the kernels; a weight that they cannot read
+    stays in the first. implementation: see `ops.PlaneTensor`; anything but "auto" needs "planes/1".
+    Raises: ValueError for other layouts or implementations, and where the implementation could not take effect."""
+
+    layout: str = packing.LAYOUT
+    implementation: str = "auto"
+
+    def __post_init__(self):
+        if self.layout not in (packing.LAYOUT, PLANES):
+            raise ValueError(f"lb.convert(layout={self.layout!r}): the layouts are {packing.LAYOUT!r} and {PLANES!r}.")
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"lb.convert(implementation={self.implementation!r}): it is one of {', '.join(IMPLEMENTATIONS)}."
+            )
+        if self.layout != PLANES and self.implementation != "auto":
+            raise ValueError(
+                f"lb.convert(implementation={self.implementation!r}): kernels read the layout {PLANES!r}; pass it too."
+            )
+
+
+def default_layout() -> str:
+    """The layout for the backend that JAX runs on."""
+    return PLANES if jax.default_backend() == "gpu" else packing.LAYOUT
+
+
 def packed_weight(
-    kernel: Float[Array, "*s"], recipe: LinearRecipe, site: Site, *, scale: Array | None = None
+    kernel: Float[Array, "*s"],
+    recipe: LinearRecipe,
+    site: Site,
+    *,
+    scale: Array | None = None,
+    storage: Storage = Storage(),  # noqa: B008  frozen
 ) -> QTensor:
-    """Packed codes and scales of the weight, its contraction axes merged into one."""
+    """Packed codes and scales of the weight, its contraction axes merged into one.
+
+    Raises: NotImplementedError when the storage asks for a kernel that cannot read this weight."""
     if site.kind != "conv_general_dilated":
-        return pack_rhs(kernel, site.numbers, recipe, scale=scale)
+        packed = pack_rhs(kernel, site.numbers, recipe, scale=scale)
+        if storage.layout != PLANES:
+            return packed
+        reason = why_not(packed)
+        if reason is None:
+            return to_planes(packed, word_bits(recipe.out.lhs), storage.implementation)
+        if storage.implementation != "auto":
+            raise NotImplementedError(f"lb.convert: no kernel reads the weight of {site.path!r}: {reason}.")
+        return packed
+    if storage.implementation != "auto":
+        raise NotImplementedError(f"lb.convert: {site.path!r} is a convolution, which has no kernel. Leave it out by a rule.")
     quantizer = operand(recipe, "rhs")
     rotation = quantizer.rotation
     if rotation is not None and rotation.signs is not None:
@@ -53,15 +103,17 @@ def packed_weight(
     return channel_rotation(quantizer, kernel.shape[-2]).quantize(merged, axis=0, scale=scale)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "site"))
-def _packed_stack(kernel: Array, scale: Array | None, recipe: LinearRecipe, site: Site) -> QTensor:
-    pack = lambda kernel, scale: packed_weight(kernel, recipe, site, scale=scale)
+@functools.partial(jax.jit, static_argnames=("recipe", "site", "storage"))
+def _packed_stack(kernel: Array, scale: Array | None, recipe: LinearRecipe, site: Site, storage: Storage) -> QTensor:
+    pack = lambda kernel, scale: packed_weight(kernel, recipe, site, scale=scale, storage=storage)
     return stacked(pack, kernel, site)(kernel, scale)
 
 
-def packed_stack(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None = None) -> QTensor:
+def packed_stack(
+    kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage
+) -> QTensor:
     """`packed_weight` over the leading axes of stacked layers, compiled once for layers alike."""
-    return _packed_stack(kernel, scale, recipe, dataclasses.replace(site, path=""))
+    return _packed_stack(kernel, scale, recipe, dataclasses.replace(site, path=""), storage)
 
 
 def convolution_weight(packed: QTensor, recipe: LinearRecipe, site: Site, dtype: Any) -> Float[Array, "*s"]:
