@@ -23,10 +23,11 @@ def hadamard_backward(
     mask: Int[Array, "blocks m 32"],
     *,
     block: int | None = 128,
+    out_dtype=None,
     tile: Tile | None = None,
     impl: str = "triton",
 ) -> Float[Array, "m k"]:
-    """(g * mask) rotated by blocks, in the dtype of g (bfloat16 or float16), sums in float32.
+    """(g * mask) rotated by blocks, sums in float32; g is bfloat16 or float16, and so is the result unless `out_dtype` says so.
 
     mask: the words that `hadamard_quantize(..., trust=)` gave. Reference: `impl="xla"`, equal to a rounding of the result.
     Raises: ValueError for a mask of other sizes or blocks that do not divide K, NoKernel for K that 128 does not divide."""
@@ -37,10 +38,10 @@ def hadamard_backward(
     if block not in (None, 32, 64, 128) or (block is not None and k % block):
         fail(who, f"got block={block} for K={k}", "Blocks are 32, 64 or 128 and divide K, or None")
     if impl == "xla":
-        return _reference(g, mask, block)
+        return _reference(g, mask, block).astype(out_dtype or g.dtype)
     if k % CHUNK:
         raise NoKernel(f"{who} works on {CHUNK} columns at once, and K={k} leaves {k % CHUNK}. Use impl='xla'.")
-    return _run(g, mask, block, tile or Tile(rows=64, columns=128, warps=4, stages=2), impl)
+    return _run(g, mask, block, out_dtype or g.dtype, tile or Tile(rows=64, columns=128, warps=4, stages=2), impl)
 
 
 def _reference(g, mask, block):
@@ -48,13 +49,13 @@ def _reference(g, mask, block):
     words = jnp.pad(mask, ((0, 0), (0, rows - g.shape[0]), (0, 0)))
     kept = g.astype(jnp.float32) * planes.unpack((words,), 1, *g.shape).astype(jnp.float32)
     if block is None:
-        return kept.astype(g.dtype)
+        return kept
     tiles = kept.reshape(g.shape[0], -1, block)
     turned = lax.dot_general(tiles, signed_hadamard(block), (((2,), (0,)), ((), ())), lax.Precision.HIGHEST)
-    return (turned.reshape(g.shape) * block**-0.5).astype(g.dtype)
+    return turned.reshape(g.shape) * block**-0.5
 
 
-def _run(g, mask, block, tile, impl):
+def _run(g, mask, block, out_dtype, tile, impl):
     m, k = g.shape
     padded_m, padded_k = -(-m // tile.rows) * tile.rows, -(-k // MASK_BLOCK) * MASK_BLOCK
     gp = jnp.pad(g, ((0, padded_m - m), (0, padded_k - k)))
@@ -69,7 +70,7 @@ def _run(g, mask, block, tile, impl):
             pl.BlockSpec(matrix.shape, lambda i, j: (0, 0)),
         ],
         out_specs=pl.BlockSpec((tile.rows, MASK_BLOCK), lambda i, j: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((padded_m, padded_k), g.dtype),
+        out_shape=jax.ShapeDtypeStruct((padded_m, padded_k), out_dtype),
     )(gp, mask, matrix)  # fmt: skip
     return out[:m, :k]
 

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from lowbit_jax.formats.base import Format
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trust:
@@ -24,14 +26,17 @@ class Trust:
                 f"Trust(outer={self.outer}): the limit is a positive multiple of the largest level, or None."
             )
 
-    def residuals(self, u, q, fmt, support):
-        radius = fmt.top_gap / 2
+    def limits(self, fmt: Format) -> tuple[float, float]:
+        """The least and the largest trusted value, in units of the grid."""
         if self.outer is None:
-            low, high = fmt.min_finite - radius, fmt.max_finite + radius
-        else:
-            low, high = self.outer * fmt.min_finite, self.outer * fmt.max_finite
+            radius = fmt.top_gap / 2
+            return fmt.min_finite - radius, fmt.max_finite + radius
+        return self.outer * fmt.min_finite, self.outer * fmt.max_finite
+
+    def residuals(self, u, q, fmt, support):
+        low, high = self.limits(fmt)
         trusted = (u >= low) & (u <= high) if low != -high else jnp.abs(u) <= high
-        return trusted if support is None else jnp.where(support, trusted, jnp.abs(u) <= radius)
+        return trusted if support is None else jnp.where(support, trusted, jnp.abs(u) <= fmt.top_gap / 2)
 
     def gradients(self, residuals, g, fmt, tile_size):
         return jnp.where(residuals, g, jnp.zeros_like(g)), None

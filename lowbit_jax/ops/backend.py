@@ -96,8 +96,8 @@ def hadamard_quantize(
     return run(x, bits=bits, alpha=alpha, block=block, midrise=midrise, trust=trust, axis=axis, impl=impl)
 
 
-def hadamard_backward(impl: str, g: Array, mask: Array, *, block: int | None) -> Array:
+def hadamard_backward(impl: str, g: Array, mask: Array, *, block: int | None, out_dtype: Any) -> Array:
     """(g * mask) rotated back, [M, K]."""
     from pallas_kernels.hadamard_backward import hadamard_backward as run
 
-    return run(g, mask, block=block, impl=impl)
+    return run(g, mask, block=block, out_dtype=out_dtype, impl=impl)

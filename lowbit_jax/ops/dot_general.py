@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowbit_jax.ops import backend, integer_product
 from lowbit_jax.ops.packed_product import PackedProduct
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.product import Dims, Forward, original_operands, plain_product, product
@@ -55,6 +56,12 @@ def dot_general(
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
         run = packed if isinstance(rhs, PlaneTensor) else functools.partial(_packed_by_xla, packed)
         return run(lhs, rhs, lhs_key, scales.get("lhs"))
+    if recipe.implementation in ("kernel", "interpret") or (recipe.implementation == "auto" and backend.sees_gpu()):
+        reason = integer_product.why_not(recipe, forward, lhs, rhs)
+        if reason is None and backend.available():
+            return integer_product.IntegerProduct(forward, recipe)(lhs, rhs)
+        if recipe.implementation != "auto":
+            raise NotImplementedError(f"lb.dot_general: no integer product for this recipe: {reason}.")
     lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, scales.get("lhs"))
     if recipe.rhs_ready:
         rhs_hat = rhs

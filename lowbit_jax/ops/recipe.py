@@ -8,6 +8,7 @@ grad_rhs  dw = lhs . g        and here where rhs stood
 import dataclasses
 from typing import Literal
 
+from lowbit_jax.ops.backend import IMPLEMENTATIONS
 from lowbit_jax.quantizer import Quantizer
 
 FORWARD: Literal["forward"] = "forward"
@@ -40,15 +41,23 @@ class LinearRecipe:
 
     By default the backward products are what autodiff of the quantized forward gives: a high-precision cotangent times
     the quantized operands. `rhs_ready` says that the weight arrives already rotated and quantized (`quantize_rhs`).
-    Raises: ValueError for FORWARD in `out`, or where a backward product reuses the operand it differentiates."""
+    `implementation` says what multiplies in training: "auto" (integer products and fused kernels on a CUDA GPU where they
+    do this recipe, else XLA on the quantized values), "kernel" (they or an error), "reference" (XLA) or "interpret" (the
+    kernels, slowly, anywhere).
+    Raises: ValueError for an unknown implementation, for FORWARD in `out`, or where a backward product reuses the operand it differentiates."""
 
     out: Gemm = Gemm()
     grad_lhs: Gemm = Gemm(rhs=FORWARD)
     grad_rhs: Gemm = Gemm(lhs=FORWARD)
     name: str = ""
     rhs_ready: bool = False
+    implementation: str = "auto"
 
     def __post_init__(self):
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"LinearRecipe.implementation: {self.implementation!r} is none of {', '.join(IMPLEMENTATIONS)}."
+            )
         if FORWARD in (self.out.lhs, self.out.rhs):
             raise ValueError(
                 "LinearRecipe.out: FORWARD names the forward's operand, so only a backward product takes it."
@@ -74,6 +83,10 @@ class LinearRecipe:
     def plain_backward(self) -> bool:
         """The backward products are those of autodiff."""
         return self.grad_lhs == Gemm(rhs=FORWARD) and self.grad_rhs == Gemm(lhs=FORWARD)
+
+    def with_implementation(self, implementation: str) -> "LinearRecipe":
+        """The same recipe, computed another way."""
+        return dataclasses.replace(self, implementation=implementation)
 
     def with_rhs_ready(self) -> "LinearRecipe":
         """The same recipe for a weight that went through `quantize_rhs` before."""
