@@ -1,12 +1,13 @@
-"""Block-scaled formats: MXFP8, MXFP6, MXFP4, MXINT8 (a power of two for 32 elements) and NVFP4 (E4M3 for 16, under a float32).
+"""Block-scaled formats: MXFP8, MXFP6, MXFP4, MXINT8 (a power of two for 32 elements) and NVFP4 (E4M3 for 16, under a
+float32).
 
     scale[m, j] = rounded( max_(k in block j) |x[m, k]| / max_finite ),   code[m, k] = round( x[m, k] / scale[m, j] )
 
 One pass over x: the block's maximum, its scale, the elements and their packing. Words are the bit stream
-"bitstream-le/1": code i of a row lies at bits `bits i ... bits (i+1) - 1` of its bytes, least significant first; so FP4 has
-two codes in a byte, FP6 four in three bytes. Float codes are bit patterns; the code of MXINT8 is the integer + 128, and its
-scale is that of the integer (the specification's element is the integer / 64: add 6 to the scale's code, flip the code's top
-bit). Denormal float32 numbers count as zeros, on every backend.
+"bitstream-le/1": code i of a row lies at bits `bits i ... bits (i+1) - 1` of its bytes, least significant first; so FP4
+has two codes in a byte, FP6 four in three bytes. Float codes are bit patterns; the code of MXINT8 is the integer + 128,
+and its scale is that of the integer (the specification's element is the integer / 64: add 6 to the scale's code, flip
+the code's top bit). Denormal float32 numbers count as zeros, on every backend.
 """
 
 import dataclasses
@@ -23,7 +24,19 @@ from pallas_kernels import launch, threefry
 from pallas_kernels.checks import check_matrix, check_shape, fail
 from pallas_kernels.launch import Tile
 from pallas_kernels.minifloat import (
-    E2M1, E2M3, E3M2, E4M3, E5M2, MiniFloat, bits_of, decode, encode, flush, nearest_integer, number_of, up_or_down,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    MiniFloat,
+    bits_of,
+    decode,
+    encode,
+    flush,
+    nearest_integer,
+    number_of,
+    up_or_down,
 )  # fmt: skip
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -61,11 +74,11 @@ def quantize_mx(
 ) -> tuple[UInt8[Array, "m bytes"], UInt8[Array, "m blocks"]]:
     """The packed codes of x and its E8M0 scales, 2^(scale - 127), one for 32 elements of a row.
 
-    format: a key of `MX_FORMATS`. scale_mode, with amax the block's maximum: floor, 2^(floor(log2 amax) - emax), the OCP
-    rule, where the top may saturate; ceil; rceil, the least power that saturates nothing; even, floor after amax was
-    rounded to the element's mantissa; nearest, in the logarithm, to amax / max_finite. Rounding is to nearest, ties to even,
-    or stochastic under the two words of `key`. A block of zeros has scale 127 (1); one with NaN or infinity has scale 255
-    and NaN codes (0 where the format has none).
+    format: a key of `MX_FORMATS`. scale_mode, with amax the block's maximum: floor, 2^(floor(log2 amax) - emax), the
+    OCP rule, where the top may saturate; ceil; rceil, the least power that saturates nothing; even, floor after amax
+    was rounded to the element's mantissa; nearest, in the logarithm, to amax / max_finite. Rounding is to nearest, ties
+    to even, or stochastic under the two words of `key`. A block of zeros has scale 127 (1); one with NaN or infinity
+    has scale 255 and NaN codes (0 where the format has none).
     Reference: `impl="xla"`, bit for bit.
     Raises: ValueError for an unknown format or mode, or K that 32 does not divide; TypeError for dtypes.
     Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3."""
@@ -89,12 +102,13 @@ def quantize_nvfp4(
     tile: Tile | None = None,
     impl: str = "triton",
 ) -> tuple[UInt8[Array, "m bytes"], UInt8[Array, "m blocks"], Float[Array, ""]]:
-    """The packed E2M1 codes of x, the E4M3 bits of a scale for 16 elements of a row, and the float32 scale of the tensor.
+    """The packed E2M1 codes of x, the E4M3 bits of a scale for 16 elements of a row, and the float32 scale of the
+    tensor.
 
-    value = code * scale * tensor_scale. tensor_scale: by default the one that puts the largest block scale on 448, from the
-    finite blocks that are not zero (a pass over x of its own); give one, of an earlier step say, to save that pass.
-    A block scale that would round to 0 is kept at 2^-9, one above 448 saturates. A block with NaN or infinity has the NaN
-    scale. Rounding as in `quantize_mx`.
+    value = code * scale * tensor_scale. tensor_scale: by default the one that puts the largest block scale on 448, from
+    the finite blocks that are not zero (a pass over x of its own); give one, of an earlier step say, to save that pass.
+    A block scale that would round to 0 is kept at 2^-9, one above 448 saturates. A block with NaN or infinity has the
+    NaN scale. Rounding as in `quantize_mx`.
     Reference: `impl="xla"`, bit for bit.
     Raises: ValueError when 16 does not divide K, TypeError for dtypes.
     Source: NVIDIA 2025, arXiv:2509.25149, section 2."""
@@ -155,7 +169,7 @@ def default_tile(k: int, block: int) -> Tile:
 
 
 def cases() -> list[tuple]:
-    """(name, function, argument shapes, {chip: what its tensor-core instruction contains, or None}) for a compile test."""
+    """For a compile test: (name, function, argument shapes, {chip: part of its tensor-core instruction, or None})."""
     x, key = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.uint32)
     shape = lambda *size, dtype=jnp.uint8: jax.ShapeDtypeStruct(size, dtype)
     nothing = dict.fromkeys(("sm_80", "sm_90", "sm_100"))
@@ -165,7 +179,7 @@ def cases() -> list[tuple]:
         back = functools.partial(dequantize_mx, format=name)
         found += [(f"quantize_{name}", functools.partial(quantize_mx, format=name), (x,), nothing)]
         found += [(f"dequantize_{name}", back, (words, scales), nothing)]
-    draw = lambda x, key: quantize_mx(x, format="mxfp4", key=key)
+    draw = lambda x, key, **options: quantize_mx(x, format="mxfp4", key=key, **options)
     found += [("quantize_mxfp4_stochastic", draw, (x, key), nothing)]
     tensor = shape(dtype=jnp.float32)
     found += [("quantize_nvfp4", quantize_nvfp4, (x, tensor), nothing)]
@@ -308,7 +322,8 @@ def _run_quantize(x, key, tensor, make, element, block, name, tile, impl):
         grid=(rows // tile.rows, k // tile.columns),
         in_specs=[at(tile.columns), *[pl.BlockSpec(a.shape, lambda m, k: (0,)) for a in scalars]],
         out_specs=(
-            pl.BlockSpec((tile.rows, tile.columns // count, bytes_each), lambda m, k: (m, k, 0)), at(tile.columns // block)
+            pl.BlockSpec((tile.rows, tile.columns // count, bytes_each), lambda m, k: (m, k, 0)),
+            at(tile.columns // block),
         ),
         out_shape=(
             jax.ShapeDtypeStruct((rows, k // count, bytes_each), jnp.uint8),

@@ -12,8 +12,9 @@ What multiplies, under impl="triton" (read off the machine code, see `pallas_ker
     float16     aborts  HMMA    HGMMA          UTCHMMA    widened to float16, exactly, by the chip's conversion
     bits        HMMA    HMMA    HGMMA          UTCHMMA    the same by shifts, where the chip has no FP8
 
-Pallas cannot tell Triton that the sums inside Hopper's FP8 instruction, of about 14 bits, are good enough, so that Triton
-takes the 16-bit instruction there. "aborts": the compiler ends the process, so a caller for sm_80 must choose "bits".
+Pallas cannot tell Triton that the sums inside Hopper's FP8 instruction, of about 14 bits, are good enough, so that
+Triton takes the 16-bit instruction there. "aborts": the compiler ends the process, so a caller for sm_80 must choose
+"bits".
 """
 
 import functools
@@ -49,10 +50,10 @@ def matmul_fp8(
 ) -> Float[Array, "m n"]:
     """x times W transposed, summed in float32, scaled, in out_dtype.
 
-    x, w: float8_e4m3fn or float8_e5m2, any pair. x_scales, float32: [] for the tensor, [M] for rows, or [M, ceil(K/128)].
-    w_scales, float32: [] , [N] for channels, [N, ceil(K/128)], or [ceil(N/128), ceil(K/128)] for blocks of 128 x 128; if one
-    side has groups, the other is taken alike. through: "float8", "float16" or "bits", see above; by default "float8" where
-    both dtypes are the same and else "float16".
+    x, w: float8_e4m3fn or float8_e5m2, any pair. x_scales, float32: [] for the tensor, [M] for rows, [M, ceil(K/128)].
+    w_scales, float32: [], [N] for channels, [N, ceil(K/128)], or [ceil(N/128), ceil(K/128)] for blocks of 128 x 128;
+    if one side has groups, the other is taken alike. through: "float8", "float16" or "bits", see above; by default
+    "float8" where both dtypes are the same and else "float16".
     Reference: `impl="xla"`, equal to a rounding of the result and K 2^-23 of its summands.
     Raises: ValueError for sizes that do not fit, TypeError for dtypes, NoKernel for a pair of dtypes through float8.
     Source: DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2."""
@@ -94,7 +95,7 @@ def default_tile(m: int, n: int, k: int) -> Tile:
 
 
 def cases() -> list[tuple]:
-    """(name, function, argument shapes, {chip: what its tensor-core instruction contains, or None}) for a compile test."""
+    """For a compile test: (name, function, argument shapes, {chip: part of its tensor-core instruction, or None})."""
     e4m3, e5m2 = DTYPES
     shape = lambda *size, dtype=jnp.float32: jax.ShapeDtypeStruct(size, dtype)
     operands = lambda m, a, b: (shape(m, 4096, dtype=a), shape(4096, 4096, dtype=b))
@@ -147,7 +148,9 @@ def _run(x, w, x_scales, w_scales, out_dtype, through, tile, impl):
     (m, k), n = x.shape, w.shape[0]
     steps = -(-k // STEP)
     if steps % tile.split:
-        fail("matmul_fp8", f"got tile.split={tile.split}, but K={k} is {steps} steps of {STEP}", "Take a divisor of them")
+        fail(
+            "matmul_fp8", f"got tile.split={tile.split}, but K={k} is {steps} steps of {STEP}", "Take a divisor of them"
+        )
     padded_m, padded_n = (-(-size // block) * block for size, block in ((m, tile.rows), (n, tile.columns)))
     grouped = x_scales.shape[0] > 1
     raw = (lambda a: lax.bitcast_convert_type(a, jnp.uint8)) if through == "bits" else (lambda a: a)

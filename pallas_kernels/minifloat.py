@@ -1,5 +1,5 @@
-"""Floats of 4 to 8 bits to their bit patterns and back, in float32 bit arithmetic: the same bits inside a kernel on any GPU,
-interpreted, and in XLA, whether or not the backend flushes denormals."""
+"""Floats of 4 to 8 bits to their bit patterns and back, in float32 bit arithmetic: the same bits inside a kernel on any
+GPU, interpreted, and in XLA, whether or not the backend flushes denormals."""
 
 import dataclasses
 
@@ -84,17 +84,17 @@ def flush(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return number_of(jnp.where((bits & _MAGNITUDE) < (1 << _MANTISSA), bits & ~_MAGNITUDE, bits))
 
 
-def encode(
-    u: Float[Array, "*s"], fmt: MiniFloat, words: UInt32[Array, "*s"] | None = None
-) -> Int[Array, "*s"]:
-    """The code of each float32, int32: the nearest value with ties to even, or with random words one of its two neighbors.
+def encode(u: Float[Array, "*s"], fmt: MiniFloat, words: UInt32[Array, "*s"] | None = None) -> Int[Array, "*s"]:
+    """The code of each float32, int32: the nearest value with ties to even, or with random words one of its two
+    neighbors.
 
-    The upper neighbor (in magnitude) has the probability of the distance from the lower one in steps, to 2^-20 of a step.
-    Values beyond the grid saturate, infinities too. NaN gets the NaN code, or 0 where the format has none; -0 stays."""
+    The upper neighbor (in magnitude) has the probability of the distance from the lower one in steps, to 2^-20 of a
+    step. Values beyond the grid saturate, infinities too. NaN gets the NaN code, or 0 where the format has none; -0
+    stays."""
     bits = bits_of(u)
     magnitude = bits & _MAGNITUDE
     kept = jnp.minimum(magnitude, fmt.max_bits)
-    # A code with `dropped` bits of fraction: the exponent re-biased, mantissa as it is; linear below the smallest normal.
+    # A code with `dropped` bits of fraction: exponent re-biased, mantissa as it is; linear below the smallest normal.
     normal = kept - ((127 - fmt.bias) << _MANTISSA)
     below = kept < (fmt.min_exponent + 127) << _MANTISSA
     if words is None:

@@ -2,8 +2,8 @@
 
     P(upper neighbor) = (u - lower) / (upper - lower),   so the mean of many draws is u
 
-Grid values stay, values beyond the grid saturate (infinities too), NaN stays NaN where there is one. The random bits are
-`threefry` words of the element's row and column under the key: the same for every tile, in the kernel and in XLA.
+Grid values stay, values beyond the grid saturate (infinities too), NaN stays NaN where there is one. The random bits
+are `threefry` words of the element's row and column under the key: the same for every tile, in the kernel and in XLA.
 Source: Gupta et al. 2015, arXiv:1502.02551, section 3.
 """
 
@@ -26,12 +26,17 @@ GRIDS = ("integer", "midrise")
 
 
 def stochastic_round(
-    x: Float[Array, "m k"], key: UInt32[Array, "2"], *, dtype=jnp.bfloat16, tile: Tile | None = None, impl: str = "triton"
+    x: Float[Array, "m k"],
+    key: UInt32[Array, "2"],
+    *,
+    dtype=jnp.bfloat16,
+    tile: Tile | None = None,
+    impl: str = "triton",
 ) -> Float[Array, "m k"]:
     """float32 x in bfloat16 or an FP8 dtype, each element one of its two neighbors there.
 
-    bfloat16 takes 16 random bits, which make it exactly unbiased; FP8 takes 32, unbiased to 2^-20 of a step. Denormals of
-    float32 become zeros of their sign in FP8 and are rounded like any other number in bfloat16.
+    bfloat16 takes 16 random bits, which make it exactly unbiased; FP8 takes 32, unbiased to 2^-20 of a step. Denormals
+    of float32 become zeros of their sign in FP8 and are rounded like any other number in bfloat16.
     Reference: `impl="xla"`, bit for bit. `key`: `jax.random.key_data(key)`.
     Raises: ValueError for shapes, TypeError for an x that is not float32, another dtype or key."""
     who = "stochastic_round"
@@ -42,7 +47,9 @@ def stochastic_round(
     if name != "bfloat16" and name not in _FP8:
         raise TypeError(f"{who} got dtype={name}; it rounds to bfloat16, {' or '.join(_FP8)}.")
     if name == "bfloat16":
-        return lax.bitcast_convert_type(_run(x, (), key, _bfloat16, jnp.uint16, f"{who}_{name}", tile, impl), jnp.bfloat16)
+        return lax.bitcast_convert_type(
+            _run(x, (), key, _bfloat16, jnp.uint16, f"{who}_{name}", tile, impl), jnp.bfloat16
+        )
     codes = _run(x, (), key, functools.partial(_fp8, fmt=_FP8[name]), jnp.uint8, f"{who}_{name}", tile, impl)
     return lax.bitcast_convert_type(codes, jnp.dtype(dtype))
 
@@ -80,7 +87,7 @@ def stochastic_codes(
 
 
 def cases() -> list[tuple]:
-    """(name, function, argument shapes, {chip: what its tensor-core instruction contains, or None}) for a compile test."""
+    """For a compile test: (name, function, argument shapes, {chip: part of its tensor-core instruction, or None})."""
     x, key = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
     scales = jax.ShapeDtypeStruct((4096,), jnp.float32)
     nothing = dict.fromkeys(("sm_80", "sm_90", "sm_100"))
@@ -129,7 +136,9 @@ def _run(x, rows_of, key, rounded, dtype, name, tile, impl):
         functools.partial(_kernel, rounded=rounded), name, impl, tile,
         grid=(rows // tile.rows, columns // tile.columns),
         in_specs=[
-            block, pl.BlockSpec((2,), lambda m, k: (0,)), *[pl.BlockSpec((tile.rows,), lambda m, k: (m,)) for _ in rows_of]
+            block,
+            pl.BlockSpec((2,), lambda m, k: (0,)),
+            *[pl.BlockSpec((tile.rows,), lambda m, k: (m,)) for _ in rows_of],
         ],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),

@@ -1,8 +1,8 @@
 """Random words of a position in a matrix: Threefry2x32-20 of (row, pair of columns) under two key words.
 
-A word depends on the key and on where its element is, and on nothing else, so every tiling draws the same. The function is
-that of `jax.random` (`jax.random.key_data` of a threefry key is a key here); in 32-bit additions, rotations and exclusive ors
-it runs the same inside a kernel, interpreted, and in XLA.
+A word depends on the key and on where its element is, and on nothing else, so every tiling draws the same. The function
+is that of `jax.random` (`jax.random.key_data` of a threefry key is a key here); in 32-bit additions, rotations and
+exclusive ors it runs the same inside a kernel, interpreted, and in XLA.
 Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3 (Random123).
 """
 
