@@ -1,0 +1,77 @@
+"""Run in a process of its own: one step's loss and gradients of the Llama recipe on meshes of 8 virtual devices.
+
+    python -m tests.recipes.every_mesh '{"bits": 4, "meshes": [[2, 2, 2]], "gather": "float"}'
+
+Prints JSON: for each mesh the differences to one device, and what was sent. A plain module, so that pytest's own
+process keeps its devices."""
+
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import lowbit_jax as lb
+from recipes import gradients, llama
+from recipes.layout import Layout
+
+jax.config.update("jax_disable_most_optimizations", True)
+# One query head a group: heads of a group answer alike at the first position, and their rotation is exactly zero in
+# places, where the order of a sum decides what a mid-rise grid makes of it.
+SIZE = dataclasses.replace(llama.preset("smoke"), width=128, heads=8, kv_heads=8, ffn=256, batch=8)
+TOKENS = np.random.default_rng(0).integers(0, 250, (8, 33)).astype(np.int32)
+
+
+def model(bits, weight_only):
+    made = llama.build(SIZE, 256, dtype="float32", remat="full")
+    if bits is None:
+        return made
+    return lb.quantize(made, rules=[("blocks", lb.quest(bits, activations=not weight_only))])
+
+
+def one_device(graph, params, rest):
+    return jax.jit(lambda params, tokens: gradients.whole(graph, params, rest, tokens))(params, TOKENS)
+
+
+def on_mesh(graph, params, rest, shape, **options):
+    layout = Layout(mesh=lb.parallel.make_mesh(dict(zip(lb.parallel.AXES, shape, strict=True))), **options)
+    merged = layout.attach(nnx.merge(graph, params, rest))
+    graph = nnx.split(merged, nnx.Param, ...)[0]
+    placed = layout.shardings(params)
+
+    def step(params, tokens):
+        if layout.on_shards:
+            return gradients.on_shards(graph, params, rest, tokens, None, (), layout=layout, microbatches=1)[:2]
+        value, gradient = gradients.whole(graph, params, rest, tokens)
+        return value, jax.lax.with_sharding_constraint(gradient, placed)
+
+    arguments = layout.place(params, placed), layout.batch(TOKENS)
+    compiled = jax.jit(step).lower(*arguments).compile()
+    return *compiled(*arguments), lb.parallel.bytes_on_the_wire(compiled)
+
+
+def main(bits=None, weight_only=False, meshes=(), **options) -> list[dict]:
+    graph, params, rest = nnx.split(model(bits, weight_only), nnx.Param, ...)
+    loss, gradient = one_device(graph, params, rest)
+    rows = []
+    for shape in meshes:
+        found, found_gradient, wire = on_mesh(graph, params, rest, shape, **options)
+        pairs = zip(jax.tree.leaves(gradient), map(np.asarray, jax.tree.leaves(found_gradient)), strict=True)
+        errors = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) for a, b in pairs]
+        placed = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(found_gradient)}
+        rows.append({"mesh": shape, "loss": float(loss), "loss_error": abs(float(found - loss)),
+                     "gradient_error": max(errors), "sent": wire.sent, "by_kind": wire.by_kind(),
+                     "by_dtype": {kind: wire.of(dtypes=[kind]).sent for kind in ("u8", "u16", "f32")},
+                     "cuts": sorted(placed)})  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(**json.loads(sys.argv[1]))))
