@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lowbit_jax.optim import trees
+from lowbit_jax.optim import chunks, trees
 from lowbit_jax.optim.state_codecs import FIRST_MOMENT, SECOND_MOMENT, StateCodec, Stored
 
 FIRST, SECOND = "first", "second"
@@ -51,6 +51,7 @@ def low_bit_state(
     second: StateCodec | None = None,
     fields: Mapping[str, str | StateCodec | None] | None = None,
     min_size: int = 4096,
+    elementwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` with its moments stored in few bits; moments of fewer than `min_size` elements stay in float32.
 
@@ -62,6 +63,8 @@ def low_bit_state(
     Which fields are moments is known by the class of the state (`lowbit_jax.optim.FIELDS`). What else is large is not
     guessed: a sum that only grows, a copy of the weights or an accumulated gradient is not a moment, and rounding it at
     every step would lose it; for those give `fields=` or wrap only the part of the chain that has moments.
+    elementwise: says that `tx` treats each element by itself (Adam, Lion, momentum; not Muon, nor clipping by a norm).
+    On one CPU device its step then runs in chunks: faster, and without float32 moments in memory.
     Gradients and parameters reach `tx` in float32; updates come back in the dtype of the gradients.
     Raises: ValueError for unknown `bits`, a `fields` entry that matches nothing, a large field of unknown kind, and for
     a second moment of at most 4 bits whose grid has a zero (m / sqrt(0) is without bound)."""
@@ -92,6 +95,12 @@ def low_bit_state(
             )
         dtypes = jax.tree.map(lambda u: u.dtype, updates)
         in_variables = any(map(_is_variable, jax.tree.leaves(updates, is_leaf=_is_variable)))
+        if elementwise and not extra and chunks.pays():
+            known = _known(rules)
+            names = lambda node: [f for f in rules[type(node).__name__] if getattr(node, f, None) is not None]
+            store = lambda array, node, field: _store_or_keep(array, rules[type(node).__name__][field], min_size)
+            moved, new = chunks.update_in_chunks(inner.update, updates, state.inner_state, params, known, names, store)
+            return moved, LowBitState(new)
         decoded = decode_state(state.inner_state, in_variables=in_variables)
         moved, new = inner.update(trees.float32(updates), decoded, trees.float32(params), **extra)
         moved = jax.tree.map(lambda u, dtype: u.astype(dtype), moved, dtypes)
@@ -246,6 +255,10 @@ def _mapped(state: Any, rules: Mapping[str, Mapping[str, StateCodec | None]], mi
         return node._replace(**changed)
 
     return jax.tree.map(store, state, is_leaf=_known(rules))
+
+
+def _store_or_keep(leaf: Any, codec: StateCodec | None, min_size: int) -> Any:
+    return leaf if codec is None else _store(leaf, codec, min_size)
 
 
 def _store(leaf: Any, codec: StateCodec, min_size: int) -> Any:

@@ -27,7 +27,7 @@ def adam_low_bit(
 
     Source: Dettmers et al. 2022, arXiv:2110.02861 (8 bits); Li et al. 2023, arXiv:2309.01507 (4 bits)."""
     return optax.chain(
-        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, **(codecs or {})),
+        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, elementwise=True, **(codecs or {})),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -46,7 +46,7 @@ def adamw_low_bit(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with both moments in few bits; `mask` picks what decays, as in `optax.adamw`."""
     return optax.chain(
-        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, **(codecs or {})),
+        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, elementwise=True, **(codecs or {})),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -65,7 +65,7 @@ def lion_low_bit(
 ) -> optax.GradientTransformationExtraArgs:
     """Lion with its momentum in few bits."""
     return optax.chain(
-        low_bit_state(optax.scale_by_lion(b1, b2), bits, min_size=min_size, **(codecs or {})),
+        low_bit_state(optax.scale_by_lion(b1, b2), bits, min_size=min_size, elementwise=True, **(codecs or {})),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -6,6 +6,7 @@ that are not finite are stored as 0 (the smallest code where the grid has no zer
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from lowbit_jax import coding, packing, rounding
 from lowbit_jax.formats.base import Codebook, FloatFormat, Format
 from lowbit_jax.formats.catalogue import DYNAMIC_TREE4, DYNAMIC_TREE8, E4M3
 from lowbit_jax.optim.codebooks import LINEAR4_WITHOUT_ZERO, UNSIGNED_DYNAMIC_TREE8
+from lowbit_jax.optim.dynamic_tree import is_tree, tree_code
 from lowbit_jax.optim.nearest_code import nearest_code, value_of
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
@@ -92,8 +94,20 @@ def out_of_blocks(rows: Float[Array, "*rows length"], shape: tuple[int, ...]) ->
     return (rows if rows.size == size else rows.reshape(-1)[:size]).reshape(shape)
 
 
+def _folded(tiles: Float[Array, "*tiles size"], fit: Fit) -> Float[Array, "*tiles less"]:
+    """Tiles with the same largest magnitudes, an eighth as long: a maximum of slices. XLA's CPU compiler vectorizes it
+    together with what makes the tiles, and not so a reduction along the last axis (eight times slower)."""
+    size = tiles.shape[-1]
+    if fit is not absmax or size % 8:
+        return tiles
+    slices = [jnp.abs(tiles[..., i * size // 8 : (i + 1) * size // 8]) for i in range(8)]
+    return functools.reduce(lambda a, b: jnp.where(a > b, a, b), slices)
+
+
 def codes_of(u: Float[Array, "*s"], fmt: Format) -> Array:
     """Codes of the grid values nearest to `u`."""
+    if is_tree(fmt):
+        return tree_code(u, fmt)
     return nearest_code(u, fmt) if isinstance(fmt, Codebook) else coding.encode(rounding.nearest(u, fmt), fmt)
 
 
@@ -130,7 +144,7 @@ class Blockwise:
     def encode(self, x: Float[Array, "*s"]) -> QTensor:
         rows = in_blocks(finite(x), self.block)
         tiles = rows.reshape(*rows.shape[:-1], -1, self.block)
-        scale = self.fit(tiles, self.format, (tiles.ndim - 1,))
+        scale = self.fit(_folded(tiles, self.fit), self.format, (tiles.ndim - 1,))
         if self.fit is mean_abs and (padded := rows.size - x.size):  # zeros that are not there must not count
             scale = scale.at[-1].multiply(self.block / (self.block - padded))
         codes = codes_of(tiles * reciprocal(scale), self.format)
@@ -264,7 +278,7 @@ class Companded:
         rows = in_blocks(finite(x), self.block)
         tiles = rows.reshape(*rows.shape[:-1], -1, self.block)
         magnitude = jnp.abs(tiles)
-        largest = jnp.max(magnitude, axis=-1, keepdims=True)
+        largest = jnp.max(_folded(magnitude, absmax), axis=-1, keepdims=True)
         smallest = jnp.min(jnp.where(magnitude > 0, magnitude, jnp.inf), axis=-1, keepdims=True)
         exponent = self._exponent(largest, smallest)
         relative = magnitude * reciprocal(largest)

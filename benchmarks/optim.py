@@ -1,0 +1,277 @@
+"""What low-bit optimizers cost and what they keep: time over optax's AdamW, bytes, and the loss of a small Llama.
+
+    python -m benchmarks.optim                          # the tables in benchmarks/results/optim_<backend>.md
+    python -m benchmarks.optim --runs                   # without training runs: times and bytes only
+
+Two ratios over float32 AdamW, interleaved in one process (`benchmarks/timing.py`): of the update alone, on gradients at
+hand, which is what the wrapper adds; and of a whole training step of the Llama, which is what a user waits for.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+import lowbit_jax as lb
+from benchmarks.models import WORKLOADS
+from benchmarks.timing import environment, interleaved_seconds, ratio
+from recipes import gradients, llama, optimizer, text
+
+REFERENCE = "float32 AdamW"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    millions: float = 10.5
+    """Parameters of the update that is timed alone, in five matrices."""
+    width: int = 512
+    """Width of the Llama whose whole step is timed; 6 layers."""
+    depth: int = 6
+    tokens: int = 1024
+    """Tokens of that step."""
+    rounds: int = 12
+    steps: int = 300
+    """Of each training run of the tiny Llama."""
+    batch: int = 8
+    learning_rate: float = 3e-3
+    small_rate: float = 2e-5
+    """Constant rate of the runs that show the stall."""
+    seeds: int = 2
+    runs: tuple[str, ...] = ("quality", "stall")
+    """Training runs to make; empty for none."""
+    output: pathlib.Path = pathlib.Path("benchmarks/results")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contender:
+    """`make(rate)` is the whole optimizer; parameters are kept in `dtype`."""
+
+    make: Callable[[Any], optax.GradientTransformation]
+    dtype: str = "float32"
+
+
+CONTENDERS = {
+    REFERENCE: Contender(optax.adamw),
+    "AdamW 8-bit": Contender(lb.optim.adamw_low_bit),
+    "AdamW 4-bit": Contender(lambda rate: lb.optim.adamw_low_bit(rate, bits=4)),
+    "AdamW E4M3": Contender(lambda rate: lb.optim.adamw_low_bit(rate, bits="e4m3")),
+    "AdamW COAT": Contender(lambda rate: lb.optim.adamw_low_bit(rate, bits="coat")),
+    "Lion 8-bit": Contender(lb.optim.lion_low_bit),
+    "skip_nonfinite": Contender(lambda rate: lb.optim.skip_nonfinite(optax.adamw(rate))),
+    "dynamic_loss_scale": Contender(lambda rate: lb.optim.dynamic_loss_scale(optax.adamw(rate))),
+    "bfloat16, nearest": Contender(optax.adamw, "bfloat16"),
+    "bfloat16, master weights": Contender(lambda rate: lb.optim.master_weights(optax.adamw(rate)), "bfloat16"),
+    "bfloat16, stochastic": Contender(lambda rate: lb.optim.stochastic_rounding(optax.adamw(rate)), "bfloat16"),
+    "bfloat16, stochastic, 8-bit": Contender(
+        lambda rate: lb.optim.stochastic_rounding(lb.optim.adamw_low_bit(rate)), "bfloat16"
+    ),
+}
+
+
+@dataclasses.dataclass(slots=True)
+class Program:
+    """A compiled step; what it answers are the arguments of its next call."""
+
+    step: Any
+    state: tuple
+
+    def run(self) -> None:
+        self.state = jax.block_until_ready(self.step(*self.state))
+
+
+def cast(params: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> float:
+    """Bytes of state for each parameter, as the compiler allocates them."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return jax.jit(tx.init).lower(params).compile().memory_analysis().output_size_in_bytes / count
+
+
+def updates(config: Config) -> dict[str, dict]:
+    """Name -> time of an update of `millions` parameters over the reference's, bytes of state, bytes of temporaries."""
+    rows = max(8, int(config.millions * 1e6 / 5 / 2048) // 8 * 8)
+    names = [f"w{i}" for i in range(5)]
+    keys = dict(zip(names, jax.random.split(jax.random.key(0), 5), strict=True))
+    params = {name: 0.02 * jax.random.normal(key, (rows, 2048)) for name, key in keys.items()}
+    programs, facts = {}, {}
+    for name, contender in CONTENDERS.items():
+        tx, own = contender.make(1e-3), cast(params, contender.dtype)
+
+        def step(params, state, grads, tx=tx):  # gradients are dead after it, as in a training step
+            moved, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, moved), state, jax.tree.map(lambda m, g: m.astype(g.dtype), moved, grads)
+
+        arguments = own, tx.init(own), jax.tree.map(lambda p: 0.1 * p + 0.001, own)
+        compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
+        programs[name] = Program(compiled, jax.tree.map(jnp.copy, arguments))
+        facts[name] = {
+            "state_bytes": state_bytes(tx, own),
+            "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+        }
+    return _timed(programs, facts, config.rounds)
+
+
+def whole_steps(config: Config) -> dict[str, dict]:
+    """Name -> time of a training step of the Llama over the reference's."""
+    work = WORKLOADS["llama"]
+    batch = work.batch(config.tokens, config.width)
+    graph, params, rest = nnx.split(work.build(config.width, config.depth), nnx.Param, ...)
+    programs, facts = {}, {}
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for name in (REFERENCE, "AdamW 8-bit", "AdamW 4-bit"):
+        tx = CONTENDERS[name].make(1e-4)
+
+        def step(params, state, tx=tx):
+            grads = jax.grad(lambda p: work.loss(nnx.merge(graph, p, rest), *batch))(params)
+            moved, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, moved), state
+
+        arguments = params, tx.init(params)
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+        programs[name] = Program(compiled, jax.tree.map(jnp.copy, arguments))
+        memory = compiled.memory_analysis()
+        facts[name] = {"parameters": count, "temp_mib": memory.temp_size_in_bytes / 2**20,
+                       "state_bytes": state_bytes(tx, params)}  # fmt: skip
+    return _timed(programs, facts, config.rounds)
+
+
+def _timed(programs: Mapping[str, Program], facts: Mapping[str, dict], rounds: int) -> dict[str, dict]:
+    seconds = interleaved_seconds(programs, rounds)  # pyright: ignore[reportArgumentType]
+    return {
+        name: {
+            "ms": 1e3 * float(np.median(seconds[name])),
+            "fastest_ms": 1e3 * min(seconds[name]),
+            "ratio": ratio(seconds[name], seconds[REFERENCE]),
+            **facts[name],
+        }
+        for name in programs
+    }
+
+
+def losses(config: Config, names: tuple[str, ...], rate: Any, seeds: int, decay: str) -> dict[str, list[float]]:
+    """Name -> held-out loss of the tiny Llama after `steps` steps, one for each seed."""
+    corpus = text.load("stdlib")
+    size = llama.preset("tiny", batch=config.batch, steps=config.steps)
+    held = text.fixed_batches(corpus.validation, context=size.context, batch=config.batch, windows=128)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(seeds):
+        graph, start, rest = nnx.split(llama.build(size, corpus.vocab_size, seed=seed), nnx.Param, ...)
+        if decay == "warm":  # the stall is shown on a model that has learned something
+            start = _train(graph, start, rest, optax.adamw(config.learning_rate), corpus, size, seed + 100)
+        for name in names:
+            params = cast(start, CONTENDERS[name].dtype)
+            params = _train(graph, params, rest, CONTENDERS[name].make(rate), corpus, size, seed)
+            loss = float(np.mean([_evaluate(graph, cast(params, "float32"), rest, tokens) for tokens in held]))
+            found[name].append(loss)
+            print(f"{name}, seed {seed}: {loss:.4f}", flush=True)
+    return found
+
+
+def _train(graph: Any, params: Any, rest: Any, tx: Any, corpus: text.Corpus, size: Any, seed: int) -> Any:
+    data = text.batches(corpus.train, context=size.context, batch=size.batch, seed=seed)
+    params = jax.tree.map(jnp.copy, params)
+    state = tx.init(params)
+
+    def loss(params, tokens):
+        return gradients.next_token_loss(nnx.merge(graph, cast(params, "float32"), rest), tokens)
+
+    def step(params, state, tokens):
+        moved, state = tx.update(jax.grad(loss)(params, tokens), state, params)
+        return optax.apply_updates(params, moved), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    for _ in range(size.steps):
+        params, state = step(params, state, next(data))
+    return params
+
+
+@jax.jit
+def _loss_of(model: nnx.Module, tokens: Any) -> Any:
+    return gradients.next_token_loss(model, tokens)  # pyright: ignore[reportArgumentType]
+
+
+def _evaluate(graph: Any, params: Any, rest: Any, tokens: Any) -> float:
+    return float(_loss_of(nnx.merge(graph, params, rest), tokens))
+
+
+def measure(config: Config) -> dict:
+    """The whole report, as the JSON file holds it."""
+    report: dict = {"environment": environment(), "config": dataclasses.asdict(config) | {"output": None}}
+    report["updates"] = updates(config)
+    print(time_table("Update alone", report["updates"]), flush=True)
+    report["steps"] = whole_steps(config)
+    print(time_table("Whole step", report["steps"]), flush=True)
+    if "quality" in config.runs:
+        rate = optimizer.one_cycle(config.learning_rate, config.steps)
+        few = (REFERENCE, "AdamW 8-bit", "AdamW 4-bit", "bfloat16, stochastic, 8-bit")
+        report["quality"] = losses(config, few, rate, config.seeds, "cold")
+    if "stall" in config.runs:
+        few = (REFERENCE, "bfloat16, nearest", "bfloat16, master weights", "bfloat16, stochastic")
+        report["stall"] = losses(config, few, config.small_rate, 1, "warm")
+    return report
+
+
+def time_table(title: str, rows: Mapping[str, Mapping]) -> str:
+    lines = [f"\n### {title}\n", "| | ms | fastest ms | ratio (quartiles) | state bytes a parameter | temp MiB |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, row in rows.items():
+        r = row["ratio"]
+        lines.append(
+            f"| {name} | {row['ms']:.0f} | {row['fastest_ms']:.0f} | {r['median']:.2f} ({r['low']:.2f} to"
+            f" {r['high']:.2f}) | {row['state_bytes']:.3f} | {row['temp_mib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def loss_table(title: str, rows: Mapping[str, list[float]]) -> str:
+    lines = [f"\n### {title}\n", "| | held-out loss, nats, by seed | mean | over float32 |", "|---|---|---|---|"]
+    base = np.mean(rows[REFERENCE])
+    for name, values in rows.items():
+        told = ", ".join(f"{v:.4f}" for v in values)
+        lines.append(f"| {name} | {told} | {np.mean(values):.4f} | {np.mean(values) - base:+.4f} |")
+    return "\n".join(lines)
+
+
+def markdown(report: Mapping) -> str:
+    """The report as a page."""
+    config = report["config"]
+    told = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
+    parts = [f"# Low-bit optimizers\n\nMade by `python -m benchmarks.optim`, settings in the JSON file. {told}."]
+    parts.append(time_table(f"Update alone, {config['millions']} million parameters", report["updates"]))
+    parameters = report["steps"][REFERENCE]["parameters"]
+    parts.append(time_table(f"Whole training step, Llama of {parameters / 1e6:.1f} million parameters,"
+                            f" {config['tokens']} tokens", report["steps"]))  # fmt: skip
+    if "quality" in report:
+        parts.append(loss_table(f"Tiny Llama after {config['steps']} steps, one-cycle rate to"
+                                f" {config['learning_rate']:g}", report["quality"]))  # fmt: skip
+    if "stall" in report:
+        parts.append(loss_table(f"{config['steps']} more steps at the constant rate {config['small_rate']:g}",
+                                report["stall"]))  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def main(config: Config) -> pathlib.Path:
+    """Measures, prints, writes; returns the JSON file."""
+    report = measure(config)
+    assert all(math.isfinite(row["ms"]) for row in report["updates"].values())
+    config.output.mkdir(parents=True, exist_ok=True)
+    path = config.output / f"optim_{report['environment']['backend']}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(report))
+    print(f"\n{path} and {path.with_suffix('.md')}")
+    return path
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
