@@ -209,6 +209,8 @@ def first_state(params, adamw: optimizer.AdamW, layout: Layout | None = None) ->
     """The state before the first step, or only its shapes and dtypes when `params` are abstract."""
     params = adamw.stored(params)
     moments = adamw.transformation().init(params)
+    if adamw.loss_scale:  # its counters start as one buffer, which cannot be donated twice
+        moments = jax.tree.map(jnp.copy, moments)
     state = {"params": params, "optimizer": moments, "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
     return state | ({"errors": layout.first_errors(params)} if layout is not None and layout.compress else {})
 

@@ -179,7 +179,9 @@ class TestSums:
 
     def test_parts_that_do_not_come_out(self, mesh):
         function = lambda x: reduce_scatter_packed(x[0], wire_quantizer(8), "fsdp", axis=0)
-        with pytest.raises(ValueError, match="axis 0 of length 10 cannot be cut into 4 parts.*2 are left over. Pad by 2"):
+        with pytest.raises(
+            ValueError, match="axis 0 of length 10 cannot be cut into 4 parts.*2 are left over. Pad by 2"
+        ):
             on_devices(function, mesh, P("fsdp"), P("fsdp"))(jnp.ones((N, 10, 3)))
 
     def test_widths(self):
@@ -202,7 +204,7 @@ def test_a_float_gather_with_packed_gradients(mesh, weight):
 
 
 def test_a_sum_over_a_cut_contraction_is_one_collective_of_the_size_of_the_scales(mesh, weight):
-    """A fit reads the whole row: the shards exchange one number a row and not the row; equal within the order of sums."""
+    """A fit reads the whole row: the shards exchange one number a row, and not the row."""
     quantizer = lb.Quantizer(format=lb.formats.INT4, fit=lb.scaling.rms_optimal)
     cut = NamedSharding(mesh, P("fsdp", None))
     function = jax.jit(functools.partial(quantizer, axis=0), in_shardings=cut, out_shardings=cut)

@@ -38,7 +38,8 @@ def test_a_collective_in_a_loop_counts_once_a_turn():
 
 
 def test_groups_on_one_axis_of_two():
-    mapped = jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=make_mesh(data=2, fsdp=2), in_specs=P(("data", "fsdp")),
+    sum_over_data = lambda x: jax.lax.psum(x, "data")
+    mapped = jax.shard_map(sum_over_data, mesh=make_mesh(data=2, fsdp=2), in_specs=P(("data", "fsdp")),
                            out_specs=P("fsdp"), check_vma=False)  # fmt: skip
     wire = bytes_on_the_wire(jax.jit(mapped).lower(jnp.ones((N * 64, 32))).compile())
     assert [c.devices for c in wire.collectives] == [2] and wire.sent == 2 * SIZE / 2
@@ -65,7 +66,9 @@ def test_text(line, sent):
 @pytest.mark.parametrize("kind", ["s4", "f8e4m3fn", "bf16", "pred", "f32"])
 def test_dtypes(kind):
     bits = {"s4": 4, "f8e4m3fn": 8, "bf16": 16, "pred": 8, "f32": 32}[kind]
-    text = HEAD.replace("u8[", f"{kind}[") + f"  ROOT %s = {kind}[32,16]{{1,0}} all-gather(%p), replica_groups={{}}\n}}\n"
+    text = (
+        HEAD.replace("u8[", f"{kind}[") + f"  ROOT %s = {kind}[32,16]{{1,0}} all-gather(%p), replica_groups={{}}\n}}\n"
+    )
     assert bytes_on_the_wire(text).sent == 32 * 16 * bits / 8 * 7 / 8
 
 
