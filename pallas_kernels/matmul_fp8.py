@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import launch, tuning
+from pallas_kernels import launch, matmul_fp8_hopper, tuning
 from pallas_kernels.checks import NoKernel, check_matrix, fail
 from pallas_kernels.launch import Tile
 
@@ -58,7 +58,8 @@ def matmul_fp8(
     Raises: ValueError for sizes that do not fit, TypeError for dtypes, NoKernel for a pair of dtypes through float8.
     Source: DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2."""
     who = "matmul_fp8"
-    launch.check_impl(who, impl)
+    if impl != "mosaic":
+        launch.check_impl(who, impl)
     m, k = check_matrix(who, "x", x, DTYPES)
     n, k_of_w = check_matrix(who, "w", w, DTYPES)
     if k != k_of_w:
@@ -70,6 +71,10 @@ def matmul_fp8(
     x_scales, w_scales = _by_group(who, x_scales, w_scales, m, n, k)
     if impl == "xla":
         return _reference(x, w, x_scales, w_scales).astype(out_dtype)
+    if impl == "mosaic":
+        if through is not None:
+            fail(who, f"got through={through!r} with impl='mosaic'", "That multiplies FP8 as it is; drop the argument")
+        return matmul_fp8_hopper.run(x, w, x_scales, w_scales, out_dtype, tile or matmul_fp8_hopper.default_tile())
     if through is None:
         through = "float8" if x.dtype == w.dtype else "float16"
     if through == "float8" and x.dtype != w.dtype:
@@ -103,6 +108,7 @@ def cases() -> list[tuple]:
     blocks = shape(4096, 32), shape(32, 32)
     native = {"sm_89": "QMMA", "sm_90": "HMMA", "sm_100": "UTCQMMA"}
     widened = {"sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    hopper = functools.partial(matmul_fp8, impl="mosaic")
     half, bits = (functools.partial(matmul_fp8, through=through) for through in ("float16", "bits"))
     return [
         ("matmul_fp8_decode", matmul_fp8, (*operands(16, e4m3, e4m3), *rows(16)), native),
@@ -112,6 +118,8 @@ def cases() -> list[tuple]:
         ("matmul_fp8_float16", half, (*operands(4096, e4m3, e4m3), *rows(4096)), widened),
         ("matmul_fp8_mixed", half, (*operands(4096, e5m2, e4m3), *rows(4096)), widened),
         ("matmul_fp8_mixed_blocks", half, (*operands(4096, e5m2, e4m3), *blocks), widened),
+        ("matmul_fp8_mosaic", hopper, (*operands(4096, e4m3, e4m3), *rows(4096)), {"sm_90": "QGMMA"}),
+        ("matmul_fp8_mosaic_blocks", hopper, (*operands(4096, e5m2, e4m3), *blocks), {"sm_90": "QGMMA"}),
         ("matmul_fp8_bits_decode", bits, (*operands(16, e4m3, e4m3), *rows(16)), {"sm_80": "HMMA"}),
         ("matmul_fp8_bits", bits, (*operands(4096, e5m2, e4m3), *blocks), {"sm_80": "HMMA"}),
     ]

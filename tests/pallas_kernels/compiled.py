@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-STATIC = {"format", "scale_mode", "dtype", "out_dtype", "bits", "grid", "through", "tile", "impl", "fmt"}
+STATIC = {"format", "scale_mode", "dtype", "out_dtype", "bits", "grid", "through", "cast", "tile", "impl", "fmt"}
 
 
 def compiled(function: Callable) -> Callable:

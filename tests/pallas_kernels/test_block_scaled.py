@@ -99,6 +99,17 @@ class TestMx:
         assert (v != levels[np.abs(u[..., None] - levels).argmin(-1)]).any(), "some go the longer way"
 
 
+@pytest.mark.parametrize("name", ("mxfp8", "mxfp8_e5m2"))
+def test_the_instruction_of_the_chip_gives_the_same_codes(name):
+    x = matrix().at[0, 3].set(jnp.nan).at[5, 40].set(-jnp.inf)
+    expected = quantize_mx(x, format=name, impl="xla")
+    for got, want in zip(quantize_mx(x, format=name, cast=True, impl="interpret"), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    for wrong in (dict(format="mxfp4"), dict(format=name, key=jnp.zeros(2, jnp.uint32))):
+        with pytest.raises(ValueError, match=r"cast=True.*drop the argument"):
+            block_scaled.quantize_mx(x, cast=True, impl="xla", **wrong)
+
+
 def test_stochastic_is_the_same_for_every_tile_and_the_reference():
     x, key = matrix(m=40, k=128), jax.random.key_data(jax.random.key(5))
     draw = functools.partial(quantize_mx, x, format="mxfp4", key=key)
@@ -193,4 +204,4 @@ def test_cases_trace():
     """The compile test's cases have the shapes their functions take."""
     for _, function, arguments, chips in block_scaled.cases():
         assert jax.tree.leaves(jax.eval_shape(functools.partial(function, impl="xla"), *arguments))
-        assert set(chips) == {"sm_80", "sm_90", "sm_100"}
+        assert {"sm_90", "sm_100"} <= set(chips)

@@ -73,6 +73,26 @@ def test_ways_and_tiles(through, tile):
     check(y, x, w, *s, jnp.float32)
 
 
+class TestHopper:
+    """impl="mosaic", whose interpreter models shared memory, barriers and warp groups."""
+
+    def test_promotes_and_scales_by_group(self):
+        mosaic = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+        if not hasattr(mosaic, "force_gpu_interpret_mode"):
+            pytest.skip("JAX before 0.11 does not interpret Mosaic GPU kernels")
+        x, w, *s = operands(E5M2, E4M3, "blocks")
+        with mosaic.force_gpu_interpret_mode():
+            y = matmul_fp8(x, w, *s, out_dtype=jnp.float32, tile=Tile(rows=128, columns=64), impl="mosaic")
+        check(y, x, w, *s, jnp.float32)
+
+    def test_bad_input(self):
+        x, w, *s = operands(E4M3, E4M3, "rows")
+        with pytest.raises(ValueError, match=r"through='float16' with impl='mosaic'.*drop"):
+            matmul_fp8(x, w, *s, through="float16", impl="mosaic")
+        with pytest.raises(ValueError, match=r"rows=16.*It takes 128 rows"):
+            matmul_fp8(x, w, *s, tile=SMALL, impl="mosaic")
+
+
 @pytest.mark.parametrize("dtype", kernel.DTYPES, ids=lambda dtype: dtype.__name__)
 def test_widening_by_bits(dtype):
     codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
