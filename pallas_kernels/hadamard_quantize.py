@@ -64,13 +64,12 @@ def hadamard_quantize(
         return _reference(x if axis == 1 else x.T, **options)
     if k % CHUNK:
         raise NoKernel(f"{who} works on {CHUNK} columns at once, and K={k} leaves {k % CHUNK}. Use impl='xla'.")
-    return _run(x, axis, impl, tile or default_tile(x.shape[1 - axis], x.dtype), **options)
+    return _run(x, axis, impl, tile or default_tile(x.shape[1 - axis]), **options)
 
 
-def default_tile(m: int, dtype) -> Tile:
-    """64 rows, which a warp group's product takes, where there are as many; float32 needs twice the registers."""
-    rows = launch.power_of_two(m, 16, 64)
-    return Tile(rows=rows, columns=128, warps=8 if dtype == jnp.float32 and rows == 64 else 4, stages=2)
+def default_tile(m: int) -> Tile:
+    """64 rows, which a warp group's product takes, where there are as many."""
+    return Tile(rows=launch.power_of_two(m, 16, 64), columns=128, warps=4, stages=2)
 
 
 def signed_hadamard(size: int) -> np.ndarray:
@@ -119,36 +118,51 @@ def _run(x, axis, impl, tile, *, bits, alpha, block, midrise, trust):
     padded = [-(-m // tile.rows) * tile.rows, -(-k // MASK_BLOCK) * MASK_BLOCK]
     sides = padded if axis == 1 else padded[::-1]
     xp = jnp.pad(x, [(0, size - n) for size, n in zip(sides, x.shape, strict=True)])
+    parts = _halves(xp) if x.dtype == jnp.float32 else (xp,)
     factor = jnp.pad(_inverse(scale) * np.float32(1.0 if block is None else block**-0.5), (0, padded[0] - m))
-    half_type = jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype
-    matrix = jnp.asarray(signed_hadamard(block) if block else np.eye(32, dtype=np.float32), half_type)
-    kernel = functools.partial(_kernel, bits=bits, block=block or 32, midrise=midrise, trust=trust, axis=axis)
+    matrix = jnp.asarray(signed_hadamard(block) if block else np.eye(32, dtype=np.float32), parts[0].dtype)
+    kernel = functools.partial(
+        _kernel, bits=bits, block=block or 32, midrise=midrise, trust=trust, axis=axis, parts=len(parts)
+    )
     out_shape = [jax.ShapeDtypeStruct(tuple(padded), jnp.int8)]
     out_specs = [pl.BlockSpec((tile.rows, MASK_BLOCK), lambda i, j: (i, j))]
     if trust is not None:
         out_shape.append(jax.ShapeDtypeStruct((padded[1] // MASK_BLOCK, padded[0], planes.COLUMNS), jnp.int8))
         out_specs.append(pl.BlockSpec((1, tile.rows, planes.COLUMNS), lambda i, j: (j, i, 0)))
-    taken = (tile.rows, MASK_BLOCK) if axis == 1 else (MASK_BLOCK, tile.rows)
+    if axis == 1:
+        taken = pl.BlockSpec((tile.rows, MASK_BLOCK), lambda i, j: (i, j))
+    else:
+        taken = pl.BlockSpec((MASK_BLOCK, tile.rows), lambda i, j: (j, i))
     out = launch.call(
         kernel, f"hadamard_quantize{bits}", impl, tile, grid=(padded[0] // tile.rows, padded[1] // MASK_BLOCK),
         in_specs=[
-            pl.BlockSpec(taken, (lambda i, j: (i, j)) if axis == 1 else (lambda i, j: (j, i))),
             pl.BlockSpec((tile.rows,), lambda i, j: (i,)),
             pl.BlockSpec(matrix.shape, lambda i, j: (0, 0)),
+            *[taken for _ in parts],
         ],
         out_specs=tuple(out_specs), out_shape=tuple(out_shape),
-    )(xp, factor, matrix)  # fmt: skip
+    )(factor, matrix, *parts)  # fmt: skip
     return out[0][:m, :k], scale, out[1][:, :m] if trust is not None else None
 
 
-def _kernel(x_ref, factor_ref, h_ref, code_ref, *mask_refs, bits, block, midrise, trust, axis):
+def _halves(x: Float[Array, "*s"]) -> tuple[Array, Array]:
+    """Two bfloat16 numbers whose sum is the float32 one to 16 bits of mantissa."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _kernel(factor_ref, h_ref, *refs, bits, block, midrise, trust, axis, parts):
+    x_refs, (code_ref, *mask_refs) = refs[:parts], refs[parts:]
     low, high, half = grid(bits, midrise)
     factor = factor_ref[...][:, None]
     word = jnp.zeros((factor_ref.shape[0], planes.COLUMNS), jnp.int32)
     for j in range(MASK_BLOCK // 32):
         start = 32 * j // block * block
-        part = x_ref[:, pl.ds(start, block)] if axis == 1 else x_ref[pl.ds(start, block), :].T
-        v = _turned(part, h_ref[:, pl.ds(32 * j % block, 32)]) * factor
+        columns, v = h_ref[:, pl.ds(32 * j % block, 32)], 0.0
+        for ref in x_refs:
+            part = ref[:, pl.ds(start, block)] if axis == 1 else ref[pl.ds(start, block), :].T
+            v = v + jnp.dot(part, columns, preferred_element_type=jnp.float32)
+        v = v * factor
         # The clip stands between the two additions, which XLA would merge into one of 12582912.5, inexact.
         rounded = jnp.minimum(jnp.maximum(v + half, low - 1.0), high + 2.0) + _ROUND
         code = lax.bitcast_convert_type(rounded, jnp.int32) - (_ROUND_BITS + int(2 * half))
@@ -157,14 +171,3 @@ def _kernel(x_ref, factor_ref, h_ref, code_ref, *mask_refs, bits, block, midrise
             word = word | jnp.where(jnp.abs(v) <= trust, 1 << j, 0)
     if trust is not None:
         mask_refs[0][0, :, :] = word.astype(jnp.int8)
-
-
-def _turned(part, columns):
-    """The product with columns of +1 and -1, sums in float32."""
-    if part.dtype != jnp.float32:
-        return jnp.dot(part, columns, preferred_element_type=jnp.float32)
-    high_half = part.astype(jnp.bfloat16)
-    low_half = (part - high_half.astype(jnp.float32)).astype(jnp.bfloat16)
-    return jnp.dot(high_half, columns, preferred_element_type=jnp.float32) + jnp.dot(
-        low_half, columns, preferred_element_type=jnp.float32
-    )
