@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and tensor-core instructions of each kernel, from a machine without a GPU.
 
     python -m pallas_kernels.report                        # every kernel for an H200 (sm_90)
-    python -m pallas_kernels.report w4 --chip sm_80 sm_100  # those whose name has "w4", for two other chips
+    python -m pallas_kernels.report w4a --chip sm_80 sm_100  # those whose name has "w4a", for two other chips
     python -m pallas_kernels.report --json report.json
 """
 
@@ -38,7 +38,7 @@ def line(row: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when a kernel spills, misses its instruction or does not compile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="", help="part of the names of the cases to compile")
+    parser.add_argument("name", nargs="*", default=[""], help="parts of names: cases that have one of them are compiled")
     parser.add_argument("--chip", nargs="+", default=["sm_90"], help="sm_80 (A100), sm_89 (L4), sm_90 (H200), sm_100 (B200)")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     chosen = parser.parse_args(arguments)
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if unknown := set(chosen.chip) - set(deviceless.CHIPS):
         parser.error(f"no chip {sorted(unknown)}; here are {', '.join(deviceless.CHIPS)}")
-    cases = [case for case in all_cases() if chosen.name in case[0]]
+    cases = [case for case in all_cases() if any(part in case[0] for part in chosen.name)]
     if not cases:
-        parser.error(f"no case has {chosen.name!r} in its name: {', '.join(case[0] for case in all_cases())}")
+        parser.error(f"no case has one of {chosen.name} in its name: {', '.join(case[0] for case in all_cases())}")
     print(f"{'case':42s} {'chip':7s} regs spills   shared instr.  tensor cores")
     rows, bad = [], 0
     for name, function, shapes, expected in cases:

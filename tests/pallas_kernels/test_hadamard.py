@@ -50,8 +50,12 @@ def test_codes_scales_and_masks(bits, m, k, block, dtype, axis, midrise):
         )  # fmt: skip
         np.testing.assert_allclose(got_scale, scale, rtol=1e-6)
         np.testing.assert_array_equal(np.where(at_tie, codes, got), codes)
-        np.testing.assert_array_equal(np.where(at_limit, 0, bits_of(mask, m, k)), np.where(at_limit, 0, np.abs(v) <= trust))
-        assert not ((np.asarray(got[1], np.float32) + half) * np.asarray(got_scale[1])).any()  # a row of zeros comes back as zeros
+        np.testing.assert_array_equal(
+            np.where(at_limit, 0, bits_of(mask, m, k)), np.where(at_limit, 0, np.abs(v) <= trust)
+        )
+        assert not (
+            (np.asarray(got[1], np.float32) + half) * np.asarray(got_scale[1])
+        ).any()  # a row of zeros comes back as zeros
 
 
 @pytest.mark.parametrize(("block", "dtype"), [(128, jnp.bfloat16), (32, jnp.float16), (None, jnp.bfloat16)])
