@@ -21,7 +21,8 @@ from flax import nnx
 import lowbit_jax as lb
 from benchmarks.timing import environment
 from lowbit_jax.estimators import StraightThrough
-from recipes import gradients, llama, text, train_loop
+from recipes import llama, text, train_loop
+from recipes.gradients import next_token_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def trained(config: Config, corpus: text.Corpus) -> nnx.Module:
 def gradients(model: nnx.Module, tokens: jax.Array) -> dict[str, jax.Array]:
     """Path -> gradient of each matrix in the blocks, float32 [layers, in, out]."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    grads = jax.jit(jax.grad(lambda p: gradients.next_token_loss(nnx.merge(graph, p, rest), tokens)))(params)
+    grads = jax.jit(jax.grad(lambda p: next_token_loss(nnx.merge(graph, p, rest), tokens)))(params)
     flat = {"/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(grads)}
     return {path: leaf for path, leaf in flat.items() if path.startswith("blocks") and path.endswith("kernel")}
 

@@ -263,7 +263,7 @@ def _nvfp4_block(x, words, *, tensor):
     scale = _block_scale(amax, E2M1.max_finite)
     code = encode(scale / tensor, E4M3)
     code = jnp.maximum(code, 1)  # no scale is 0
-    code = jnp.where(amax < _INFINITY, code, E4M3.nan_code)
+    code = jnp.where(amax < _INFINITY, code, E4M3.nan_code or 0)
     return _encode(x, 1.0 / (decode(code, E4M3) * tensor), words, E2M1, NVFP4_BLOCK), code.astype(jnp.uint8)
 
 
@@ -272,7 +272,7 @@ def _encode(x, inverse, words, element, block, cast=False):
     u = (x.reshape(rows, columns // block, block) * inverse[:, :, None]).reshape(rows, columns)
     if cast:
         narrow = jnp.clip(u, -element.max_finite, element.max_finite).astype(_FP8[element])
-        return jnp.where(u == u, lax.bitcast_convert_type(narrow, jnp.uint8).astype(jnp.int32), element.nan_code)
+        return jnp.where(u == u, lax.bitcast_convert_type(narrow, jnp.uint8).astype(jnp.int32), element.nan_code or 0)
     if isinstance(element, MiniFloat):
         return encode(u, element, words)
     clipped = jnp.clip(u, -128.0, 127.0)

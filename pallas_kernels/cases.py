@@ -1,4 +1,5 @@
-"""What the report compiles and the tests assert on: each kernel at the sizes it is for, with the instruction it must use.
+"""What the report compiles and the tests assert on: each kernel at the sizes it is for, with the instruction it must
+use.
 
 A case is (name, function, argument shapes, {chip: start of the tensor-core instruction that must appear, or None})."""
 

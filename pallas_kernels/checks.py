@@ -31,7 +31,11 @@ def check_matrix(who: str, name: str, x: Any, dtypes: tuple) -> tuple[int, int]:
         allowed = " or ".join(jnp.dtype(d).name for d in dtypes)
         raise TypeError(f"{who} got {name} of {x.dtype}; it takes {allowed}. Cast it first.")
     if 0 in x.shape:
-        fail(who, f"got an empty {name}, shape {x.shape}", "There is nothing to compute; handle zero rows before the call")
+        fail(
+            who,
+            f"got an empty {name}, shape {x.shape}",
+            "There is nothing to compute; handle zero rows before the call",
+        )
     return x.shape
 
 

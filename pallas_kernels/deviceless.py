@@ -1,8 +1,8 @@
 """Compiles a jitted function, Pallas kernels included, to machine code for an NVIDIA GPU on a machine that has none.
 
 Needs the CUDA plugin of exactly jaxlib's version (`pip install jax-cuda13-plugin jax-cuda13-pjrt`, no driver), `ptxas`
-(`nvidia-cuda-nvcc`) and, for instruction counts, the disassembler that the `triton` wheel carries. It is the compiler of
-a GPU machine, so registers, spills, shared memory and instructions are those of a real run; times are not to be had.
+(`nvidia-cuda-nvcc`) and, for instruction counts, the disassembler that the `triton` wheel carries. It is the compiler
+of a GPU machine, so registers, spills, shared memory and instructions are those of a real run; times are not to be had.
 Import this module before anything initializes JAX: it sets where XLA dumps its code.
 """
 

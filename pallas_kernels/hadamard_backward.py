@@ -1,7 +1,7 @@
 """The way back of `hadamard_quantize` for gradients: dx = (g masked) blockdiag(H), from the packed mask.
 
-H is symmetric and orthonormal, so the transpose of the rotation is the rotation. Each plane of 32 columns is masked by one
-bit of the same words and meets its 32 rows of H.
+H is symmetric and orthonormal, so the transpose of the rotation is the rotation. Each plane of 32 columns is masked by
+one bit of the same words and meets its 32 rows of H.
 """
 
 import functools
@@ -27,10 +27,13 @@ def hadamard_backward(
     tile: Tile | None = None,
     impl: str = "triton",
 ) -> Float[Array, "m k"]:
-    """(g * mask) rotated by blocks, sums in float32; g is bfloat16 or float16, and so is the result unless `out_dtype` says so.
+    """(g * mask) rotated by blocks, sums in float32; g is bfloat16 or float16, and so is the result unless `out_dtype`
+    says so.
 
-    mask: the words that `hadamard_quantize(..., trust=)` gave. Reference: `impl="xla"`, equal to a rounding of the result.
-    Raises: ValueError for a mask of other sizes or blocks that do not divide K, NoKernel for K that 128 does not divide."""
+    mask: the words that `hadamard_quantize(..., trust=)` gave. Reference: `impl="xla"`, equal to a rounding of the
+    result.
+    Raises: ValueError for a mask of other sizes or blocks that do not divide K, NoKernel for K that 128 does not
+    divide."""
     who = "hadamard_backward"
     launch.check_impl(who, impl)
     m, k = check_matrix(who, "g", g, MATRIX_DTYPES)

@@ -2,9 +2,11 @@
 
     c[m, k] = clip(round(h[m, k] / s[m] + half) - half', -2^(b-1), 2^(b-1) - 1)        value = s (c + half)
 
-half is 1/2 on a mid-rise grid and 0 on an integer one. A rotation keeps the length of a row, so the scales are a reduction
-of x itself, by XLA, and the kernel is one pass in which every block of 256 columns goes its own way. Each 32 columns of H are a product of their own, whose result is a plane of the layout "planes/1": packing
-moves nothing between threads. Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
+half is 1/2 on a mid-rise grid and 0 on an integer one. A rotation keeps the length of a row, so the scales are a
+reduction of x itself, by XLA, and the kernel is one pass in which every block of 256 columns goes its own way. Each 32
+columns of H are a product of their own, whose result is a plane of the layout "planes/1": packing moves nothing between
+threads.
+Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
 """
 
 import functools
@@ -42,12 +44,13 @@ def hadamard_quantize(
 ) -> tuple[Int[Array, "m k"], Float[Array, "m"], Int[Array, "blocks rows 32"] | None]:
     """int8 codes of the rotated rows, their scales, and the packed trust mask (None without `trust`).
 
-    alpha: the scale is alpha times the row's root mean square. block: rows of the Hadamard matrix, 32, 64 or 128, or None
-    for no rotation. trust: elements with |h| <= trust * scale get mask bit 1; words as `planes.pack(mask, 1, 8)`.
-    axis=0 takes x as [K, M] (a weight whose contraction axis leads) and answers as if it were transposed. A row of zeros has
-    scale 0 and codes that its values do not see. float32 is taken as the sum of two bfloat16 numbers, 16 bits of mantissa.
-    Reference: `impl="xla"`; equal but for codes at a decision point, where the order of sums decides.
-    Raises: ValueError for bits or blocks out of range, NoKernel for K that 128 does not divide, TypeError for dtypes."""
+    alpha: the scale is alpha times the row's root mean square. block: rows of the Hadamard matrix, 32, 64 or 128, or
+    None for no rotation. trust: elements with |h| <= trust * scale get mask bit 1; words as `planes.pack(mask, 1, 8)`.
+    axis=0 takes x as [K, M] (a weight whose contraction axis leads) and answers as if it were transposed. A row of
+    zeros has scale 0 and codes that its values do not see. float32 is taken as the sum of two bfloat16 numbers, 16 bits
+    of mantissa. Reference: `impl="xla"`; equal but for codes at a decision point, where the order of sums decides.
+    Raises: ValueError for bits or blocks out of range, NoKernel for K that 128 does not divide, TypeError for
+    dtypes."""
     who = "hadamard_quantize"
     launch.check_impl(who, impl)
     check_bits(who, bits)

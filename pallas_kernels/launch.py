@@ -1,8 +1,8 @@
 """How every kernel here is launched: the tile it works in, and `pallas_call` for Triton or for interpretation.
 
-`impl` of a kernel: "triton" compiles the Pallas kernel for an NVIDIA GPU (Ampere or later), "interpret" runs the same kernel
-body step by step on any backend, with the jnp twins in place of inline assembly, and "xla" is the reference that XLA
-compiles anywhere.
+`impl` of a kernel: "triton" compiles the Pallas kernel for an NVIDIA GPU (Ampere or later), "interpret" runs the same
+kernel body step by step on any backend, with the jnp twins in place of inline assembly, and "xla" is the reference that
+XLA compiles anywhere.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ SHARED_MEMORY = 160 * 1024  # bytes a block may use on an A100; Hopper has 227 K
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """What one program computes, and how: rows and columns of its block, warps, pipeline stages, parts of the contraction.
+    """What one program computes, and how: rows and columns of its block, warps, pipeline stages, parts of the
+    contraction.
 
     Sizes are powers of two of at least 16. `split` > 1 cuts the contraction into so many programs, whose float32 sums
     are added in a fixed order afterwards."""

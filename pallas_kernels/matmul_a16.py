@@ -106,7 +106,8 @@ def _stages(rows: int, columns: int, step: int, bits: int) -> int:
 
 
 def _step(k: int, bits: int, group: int) -> int:
-    """Contraction indices of one turn of the loop: whole blocks of every field and, if groups are scaled, whole groups."""
+    """Contraction indices of one turn of the loop: whole blocks of every field and, if groups are scaled, whole
+    groups."""
     block = planes.step_length(bits, WORD_BITS)
     return block if group == k else math.lcm(block, group)
 
@@ -121,7 +122,9 @@ def _run(x, words, scales, zeros, bits, group, tile, impl):
     if rows % tile.columns:
         fail("matmul_a16", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
     if steps % tile.split:
-        fail("matmul_a16", f"got tile.split={tile.split}, but K={k} is {steps} steps of {step}", "Take a divisor of them")
+        fail(
+            "matmul_a16", f"got tile.split={tile.split}, but K={k} is {steps} steps of {step}", "Take a divisor of them"
+        )
     per_channel = group == k
     padded_m = -(-m // tile.rows) * tile.rows
     xp = jnp.pad(x, ((0, padded_m - m), (0, steps * step - k)))
@@ -170,7 +173,9 @@ def _kernel(x_ref, scale_ref, shift_ref, sum_ref, *refs, bits, step, group, step
 
     def turn(i, total):
         at = part * steps + i
-        words = [[ref[at * count + j, :, :] for j in range(count)] for ref, count in zip(word_refs, blocks, strict=True)]
+        words = [
+            [ref[at * count + j, :, :] for j in range(count)] for ref, count in zip(word_refs, blocks, strict=True)
+        ]
         for g in range(step // group):
             inner = total if per_channel else nothing
             for c in range(g * group // planes.COLUMNS, (g + 1) * group // planes.COLUMNS):

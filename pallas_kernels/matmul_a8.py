@@ -3,8 +3,8 @@
     y[m, n] = s_x[m] s_w[n] sum_k (c[m, k] - z_x) (u[n, k] - z_w)
             = s_x s_w ( sum_k c (u - Z) + (Z - z_w) sum_k c - z_x sum_k (u - z_w) ),   Z = 2^(b-1), 0 for one bit
 
-The first sum is an integer of at most K 2^14, exact up to K = 2^17; zero points of half a code (mid-rise grids) enter only
-through the row sums of the codes.
+The first sum is an integer of at most K 2^14, exact up to K = 2^17; zero points of half a code (mid-rise grids) enter
+only through the row sums of the codes.
 """
 
 import functools
@@ -42,9 +42,9 @@ def matmul_a8(
 ) -> Float[Array, "m n"]:
     """The product of int8 codes `x` with the matrix [N, K] of codes in `words`, transposed.
 
-    words: `planes.pack(codes, bits, 8)`. The value of a code c of x is x_scales (c - x_zero), of a code u of the weights
-    w_scales (u - w_zero), w_zero by default 2^(bits-1). w_sums: sum of the codes of each output channel, int32; needed only
-    when x_zero is not 0, and computed then if it is not given, at the price of unpacking all words.
+    words: `planes.pack(codes, bits, 8)`. The value of a code c of x is x_scales (c - x_zero), of a code u of the
+    weights w_scales (u - w_zero), w_zero by default 2^(bits-1). w_sums: sum of the codes of each output channel, int32;
+    needed only when x_zero is not 0, and computed then if it is not given, at the price of unpacking all words.
     Reference: `impl="xla"`; the integers are equal, the scaling to a rounding of the result.
     Raises: ValueError for sizes or layouts that do not fit or K above 2^17, TypeError for dtypes."""
     who = "matmul_a8"
@@ -119,7 +119,9 @@ def _run(x, words, sides, bits, out_dtype, tile, impl):
     if rows % tile.columns:
         fail("matmul_a8", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
     if steps % tile.split:
-        fail("matmul_a8", f"got tile.split={tile.split}, but K={k} is {steps} steps of {step}", "Take a divisor of them")
+        fail(
+            "matmul_a8", f"got tile.split={tile.split}, but K={k} is {steps} steps of {step}", "Take a divisor of them"
+        )
     padded_m = -(-m // tile.rows) * tile.rows
     xp = jnp.pad(x, ((0, padded_m - m), (0, steps * step - k)))
     of_rows = [jnp.pad(a, (0, padded_m - m)) for a in sides[:3]]
@@ -160,7 +162,9 @@ def _kernel(x_ref, row_ref, row_shift_ref, x_scale_ref, column_shift_ref, w_scal
 
     def turn(i, total):
         at = part * steps + i
-        words = [[ref[at * count + j, :, :] for j in range(count)] for ref, count in zip(word_refs, blocks, strict=True)]
+        words = [
+            [ref[at * count + j, :, :] for j in range(count)] for ref, count in zip(word_refs, blocks, strict=True)
+        ]
         for c in range(step // planes.COLUMNS):
             chosen, which = [], []
             for held, field in zip(words, fields, strict=True):

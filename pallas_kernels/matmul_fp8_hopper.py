@@ -7,6 +7,7 @@ Source: the promotion of DeepSeek-V3, DeepSeek-AI 2024, arXiv:2412.19437, sectio
 """
 
 import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def run(
     return y[:m, :n]
 
 
-def _kernel(m, n, k, grouped, x_dtype, w_dtype, out_dtype, tile):
+def _kernel(m, n, k, grouped, x_dtype, w_dtype, out_dtype, tile) -> Callable:
     plgpu = _mosaic()
     rows, columns, part = tile.rows, tile.columns, tile.rows // _GROUPS
     transforms = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(STEP))
@@ -79,7 +80,7 @@ def _kernel(m, n, k, grouped, x_dtype, w_dtype, out_dtype, tile):
                 plgpu.wgmma(sums, x_smem.at[pl.ds(group * part, part)], _transposed(plgpu, w_smem))
                 return sums[...]
 
-            inner = pl.run_scoped(product, plgpu.ACC((part, columns), jnp.float32))
+            inner = pl.run_scoped(product, plgpu.ACC((part, columns), jnp.float32))  # pyright: ignore
             return total + (inner * scale(index[0]) if grouped else inner)
 
         def multiply(pipeline):

@@ -1,8 +1,8 @@
 """The storage layout "planes/1": codes of 1 to 8 bits so that a shift and a mask give a whole slice of the contraction.
 
-For codes u[n, k] in [0, 2^bits), output channel n, contraction index k. The bits of a code are cut into fields of 1, 2, 4 or
-8 bits, most significant first (`FIELDS`); each field is an array of its own. With words of B = 8 or 16 bits and a field of
-f bits, a block of 32 B/f contraction indices is one row of 32 words:
+For codes u[n, k] in [0, 2^bits), output channel n, contraction index k. The bits of a code are cut into fields of 1, 2,
+4 or 8 bits, most significant first (`FIELDS`); each field is an array of its own. With words of B = 8 or 16 bits and a
+field of f bits, a block of 32 B/f contraction indices is one row of 32 words:
 
     bits [f p, f p + f) of word[kb, n, c]  =  the field of k = kb (32 B/f) + 32 p + c,   p in [0, B/f), c in [0, 32)
 
@@ -62,7 +62,9 @@ def pack(codes: UInt8[Array, "n k"], bits: int, word_bits: int = 16) -> tuple[In
     if codes.dtype != jnp.uint8:
         raise TypeError(f"planes.pack got codes of {codes.dtype}; codes are uint8. Encode first.")
     if codes.ndim != 2:
-        raise ValueError(f"planes.pack got codes of shape {codes.shape}; it packs a matrix [N, K]. Use vmap for stacks.")
+        raise ValueError(
+            f"planes.pack got codes of shape {codes.shape}; it packs a matrix [N, K]. Use vmap for stacks."
+        )
     n, k = codes.shape
     codes = jnp.pad(codes, ((0, padded_n(n) - n), (0, padded_k(k, bits, word_bits) - k)))
     words, above = [], bits

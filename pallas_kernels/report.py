@@ -1,8 +1,8 @@
 """Registers, spills, shared memory and tensor-core instructions of each kernel, from a machine without a GPU.
 
-    python -m pallas_kernels.report                        # every kernel for an H200 (sm_90)
-    python -m pallas_kernels.report w4a --chip sm_80 sm_100  # those whose name has "w4a", for two other chips
-    python -m pallas_kernels.report --json report.json
+python -m pallas_kernels.report                        # every kernel for an H200 (sm_90)
+python -m pallas_kernels.report w4a --chip sm_80 sm_100  # those whose name has "w4a", for two other chips
+python -m pallas_kernels.report --json report.json
 """
 
 import argparse
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 
 def measure(name: str, function, arguments, chip: str) -> dict:
-    """One row of the report; the kernel that holds the tensor-core instructions, else the longest, stands for the case."""
+    """One row of the report; the kernel that holds the tensor-core instructions, else the longest, stands for the
+    case."""
     from pallas_kernels import deviceless
 
     start = time.perf_counter()
@@ -38,8 +39,12 @@ def line(row: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 1 when a kernel spills, misses its instruction or does not compile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="*", default=[""], help="parts of names: cases that have one of them are compiled")
-    parser.add_argument("--chip", nargs="+", default=["sm_90"], help="sm_80 (A100), sm_89 (L4), sm_90 (H200), sm_100 (B200)")
+    parser.add_argument(
+        "name", nargs="*", default=[""], help="parts of names: cases that have one of them are compiled"
+    )
+    parser.add_argument(
+        "--chip", nargs="+", default=["sm_90"], help="sm_80 (A100), sm_89 (L4), sm_90 (H200), sm_100 (B200)"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
     chosen = parser.parse_args(arguments)
     from pallas_kernels import deviceless  # before anything initializes JAX

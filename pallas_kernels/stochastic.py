@@ -92,7 +92,7 @@ def cases() -> list[tuple]:
     scales = jax.ShapeDtypeStruct((4096,), jnp.float32)
     nothing = dict.fromkeys(("sm_80", "sm_90", "sm_100"))
     to = lambda dtype: functools.partial(stochastic_round, dtype=dtype)
-    found = [(f"stochastic_round_{dtype}", to(dtype), (x, key), nothing) for dtype in ("bfloat16", *_FP8)]
+    found: list[tuple] = [(f"stochastic_round_{dtype}", to(dtype), (x, key), nothing) for dtype in ("bfloat16", *_FP8)]
     for bits, grid in ((1, "midrise"), (4, "midrise"), (8, "integer")):
         call = functools.partial(stochastic_codes, bits=bits, grid=grid)
         found.append((f"stochastic_codes_{grid}{bits}", call, (x, scales, key), nothing))

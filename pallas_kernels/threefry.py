@@ -40,7 +40,7 @@ def threefry2x32(
     return x, y
 
 
-def words(key: tuple, row: Array, column: Array, rows: int, columns: int) -> UInt32[Array, "rows columns"]:
+def words(key: tuple, row: Array | int, column: Array | int, rows: int, columns: int) -> UInt32[Array, "rows columns"]:
     """32 random bits for each element of the tile whose first element is at (row, column); `columns` is even.
 
     Element (r, c) gets word c % 2 of the counter (r, c // 2)."""
@@ -48,7 +48,7 @@ def words(key: tuple, row: Array, column: Array, rows: int, columns: int) -> UIn
     return jnp.stack([first, second], axis=-1).reshape(rows, columns)
 
 
-def halves(key: tuple, row: Array, column: Array, rows: int, columns: int) -> UInt32[Array, "rows columns"]:
+def halves(key: tuple, row: Array | int, column: Array | int, rows: int, columns: int) -> UInt32[Array, "rows columns"]:
     """16 random bits for each element of the tile, in the low half of a word; `columns` is a multiple of 4.
 
     Element (r, c) gets half c % 4 of the counter (r, c // 4), low half first, first word first."""

@@ -1,8 +1,9 @@
-"""Which tile a kernel takes: a table by chip, kernel, width and bucket of shapes, looked up while tracing, never timed there.
+"""Which tile a kernel takes: a table by chip, kernel, width and bucket of shapes, looked up while tracing, never timed
+there.
 
-`tuned.json` beside this file is written by `python -m benchmarks.gpu`; a file of the user's own, `$LOWBIT_JAX_TUNING` or
-`~/.cache/lowbit_jax/tuning.json`, goes before it. An entry is the fields of a `launch.Tile`. Without one a kernel takes a
-tile that is known to compile without spills.
+`tuned.json` beside this file is written by `python -m benchmarks.gpu`; a file of the user's own, `$LOWBIT_JAX_TUNING`
+or `~/.cache/lowbit_jax/tuning.json`, goes before it. An entry is the fields of a `launch.Tile`. Without one a kernel
+takes a tile that is known to compile without spills.
 """
 
 import contextlib

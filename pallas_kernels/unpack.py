@@ -1,9 +1,9 @@
 """From a plane of words to numbers: backend-neutral, each form as inline assembly for NVIDIA GPUs and as a jnp twin.
 
-In 16-bit words a 32-bit register holds two words, in 8-bit words four. A shift and one `lop3` put the field into the mantissa
-of a power of two (bfloat16 128, float16 1024), which is the number 128 + u exactly; one fused multiply-add takes the power off:
-no integer-to-float conversions, which run at a fraction of the rate. The twins are what interpret mode and other backends
-run, and what the assembly is tested against over all words.
+In 16-bit words a 32-bit register holds two words, in 8-bit words four. A shift and one `lop3` put the field into the
+mantissa of a power of two (bfloat16 128, float16 1024), which is the number 128 + u exactly; one fused multiply-add
+takes the power off: no integer-to-float conversions, which run at a fraction of the rate. The twins are what interpret
+mode and other backends run, and what the assembly is tested against over all words.
 """
 
 import jax
@@ -29,7 +29,9 @@ def gain(bits: int) -> float:
     return 2.0 if bits == 1 else 1.0
 
 
-def to_float(words: list[Int[Array, "*s"]], bits: int, planes: list[int], dtype, *, assembly: bool) -> Float[Array, "*s"]:
+def to_float(
+    words: list[Int[Array, "*s"]], bits: int, planes: list[int], dtype, *, assembly: bool
+) -> Float[Array, "*s"]:
     """`gain (code - offset)` of one plane, exactly, in bfloat16 or float16, from 16-bit words of each field."""
     return (_float_assembly if assembly else _float_twin)(words, bits, planes, jnp.dtype(dtype))
 

@@ -3,8 +3,9 @@
     python -m benchmarks.gpu               # on a machine with an NVIDIA GPU
     python -m benchmarks.gpu --smoke       # anywhere: the checks alone, small, kernels interpreted
 
-Checks every kernel against float64 on fresh random data, tunes tiles (into the user's tuning table), times kernels over bfloat16
-`jnp.dot`, then an 800M model's training step and one-token forward. Writes benchmarks/results/gpu_<device>.json and .md.
+Checks every kernel against float64 on fresh random data, tunes tiles (into the user's tuning table), times kernels over
+bfloat16 `jnp.dot`, then an 800M model's training step and one-token forward. Writes
+benchmarks/results/gpu_<device>.json and .md.
 """
 
 import dataclasses
@@ -52,7 +53,10 @@ class Config:
 def main(config: Config) -> int:
     """Runs the parts in order and writes the report after each; 1 when a kernel is wrong."""
     if not config.smoke and jax.default_backend() != "gpu":
-        print(f"benchmarks.gpu: JAX runs on {jax.default_backend()} here. Times need an NVIDIA GPU; --smoke runs the checks.")
+        print(
+            f"benchmarks.gpu: JAX runs on {jax.default_backend()} here, and times need an NVIDIA GPU. --smoke runs the"
+            " checks anywhere."
+        )
         return 2
     impl, size = ("interpret", 64) if config.smoke else ("triton", 512)
     start, report = time.perf_counter(), {"environment": environment(), "seed": config.seed, "left_out": []}

@@ -24,7 +24,9 @@ def products(impl: str, size: int, seed: int) -> list[dict]:
                 x, w = p.activation(seed + m), p.weight(seed + bits)
                 poison(1 << 20 if impl == "interpret" else 1 << 30)
                 error = relative_error(jax.jit(p.run(impl))(x, w), p.reference(x, w))
-                rows.append({"kernel": p.name, "m": m, "n": p.n, "k": p.k, "group": group, "error": error, "limit": BFLOAT16})
+                rows.append(
+                    {"kernel": p.name, "m": m, "n": p.n, "k": p.k, "group": group, "error": error, "limit": BFLOAT16}
+                )
     return rows
 
 

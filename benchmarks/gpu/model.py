@@ -1,5 +1,6 @@
 """A whole model: the training step of QuEST over bfloat16's, and the forward of one token with packed weights."""
 
+import functools
 import time
 
 import jax
@@ -21,7 +22,9 @@ def build(preset: str, bits: int | None, implementation: str, dtype=jnp.bfloat16
     return lb.quantize(model, rules=[("blocks", lb.quest(bits).with_implementation(implementation))])
 
 
-def training(preset: str, batch: int, context: int, rounds: int, kinds: dict[str, tuple[int | None, str]]) -> list[dict]:
+def training(
+    preset: str, batch: int, context: int, rounds: int, kinds: dict[str, tuple[int | None, str]]
+) -> list[dict]:
     """Milliseconds a step, and the ratio over bfloat16, of each kind: (bits, implementation)."""
     plan = train_loop.Plan.of(llama.preset(preset), batch=batch, context=context)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, context + 1)), jnp.int32)
@@ -58,9 +61,10 @@ def one_token(preset: str, batch: int, rounds: int, widths: tuple[int, ...], imp
         if bits is not None:
             model = lb.convert(model, layout="planes/1", implementation=implementation)
         graph, state = nnx.split(model)
-        cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if bits is None and a.dtype == jnp.float32 else a, state)
+        if bits is None:
+            state = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, state)
         run = jax.jit(lambda state, tokens, graph=graph: nnx.merge(graph, state)(tokens))
-        programs["bfloat16" if bits is None else f"w{bits}a{bits}"] = lambda run=run, s=cast: run(s, tokens)
+        programs["bfloat16" if bits is None else f"w{bits}a{bits}"] = functools.partial(run, state, tokens)
     times = seconds(programs, rounds)
     base = np.asarray(times["bfloat16"])
     return [

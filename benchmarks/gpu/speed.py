@@ -1,6 +1,7 @@
-"""Times of kernels over bfloat16 `jnp.dot`, in one process, each over several weights in turn so that none stays in cache."""
+"""Times of kernels over bfloat16 `jnp.dot` in one process, over several weights in turn so that none stays in cache."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,7 @@ def tiles(p: Product) -> list[Tile]:
     warps = (2, 4) if p.m <= 64 else (4, 8)
     grid = itertools.product(rows, columns, warps, (2, 3, 4), splits)
     found = [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in grid]
-    near = sorted(found, key=lambda t: (abs(np.log2(t.columns / first.columns)) + abs(np.log2(t.split / first.split))))
+    near = sorted(found, key=lambda t: abs(np.log2(t.columns / first.columns)) + abs(np.log2(t.split / first.split)))
     return list(dict.fromkeys([first, *near]))[:10]
 
 
@@ -103,7 +104,9 @@ def compare(shapes: Sequence[tuple[int, int, int]], products: Sequence[tuple[str
     rows = []
     for m, n, k in shapes:
         x16 = jnp.asarray(np.random.default_rng(0).standard_normal((m, k), np.float32), jnp.bfloat16)
-        w16 = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(max(8, -(-4 * L2 // (2 * n * k))))]
+        w16 = [
+            jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(max(8, -(-4 * L2 // (2 * n * k))))
+        ]
         dot = over_weights(jnp.dot)
         for kernel, bits, group in products:
             p = Product(kernel=kernel, bits=bits, m=m, n=n, k=k, group=group)
@@ -111,9 +114,9 @@ def compare(shapes: Sequence[tuple[int, int, int]], products: Sequence[tuple[str
             x, weights = p.activation(0), [p.weight(i) for i in range(_count(p))]
             run, xla = over_weights(p.run("triton", tile)), over_weights(p.run("xla"))
             programs = {
-                "bfloat16": lambda: dot(x16, w16),
-                "kernel": lambda run=run, x=x, weights=weights: run(x, weights),
-                "xla": lambda xla=xla, x=x, weights=weights: xla(x, weights),
+                "bfloat16": functools.partial(dot, x16, w16),
+                "kernel": functools.partial(run, x, weights),
+                "xla": functools.partial(xla, x, weights),
             }
             times = seconds(programs, rounds)
             base = np.asarray(times["bfloat16"]) / len(w16)
@@ -127,7 +130,9 @@ def compare(shapes: Sequence[tuple[int, int, int]], products: Sequence[tuple[str
                 "of_roof": roof.seconds(p) / float(np.median(each["kernel"])),
             })  # fmt: skip
             if tile is not None:
-                tuning.store({tuning.key(kernel, bits, m, n, k): dataclasses.asdict(tile)}, jax.devices()[0].device_kind)
+                tuning.store(
+                    {tuning.key(kernel, bits, m, n, k): dataclasses.asdict(tile)}, jax.devices()[0].device_kind
+                )
             print(line(rows[-1]), flush=True)
     return rows
 
@@ -153,7 +158,6 @@ def fused(m: int, k: int, rounds: int, roof: Roof) -> list[dict]:
 
 def line(row: Mapping) -> str:
     return (
-        f"{row['product']:8s} {row['m']:6d} {row['n']}x{row['k']}  {row['kernel_us']:8.1f} us  {row['ratio']:5.2f}x bf16"
+        f"{row['product']:8s} {row['m']:6d} {row['n']}x{row['k']} {row['kernel_us']:8.1f} us {row['ratio']:5.2f}x bf16"
         f" ({row['bfloat16_us']:.1f} us), {100 * row['of_roof']:.0f}% of the roof; XLA {row['xla_ratio']:.2f}x"
     )
-

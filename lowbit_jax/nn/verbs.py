@@ -61,9 +61,7 @@ def quantize(module: Any, recipe: LinearRecipe | None = None, *, rules: Rules | 
     return linen.quantize(module, policy, who)
 
 
-def convert(
-    model: Any, *args: Any, layout: str | None = None, implementation: str = "auto", **kwargs: Any
-) -> Any:
+def convert(model: Any, *args: Any, layout: str | None = None, implementation: str = "auto", **kwargs: Any) -> Any:
     """Training form to packed form: weights stored as packed codes (`QTensor`), same call, same outputs up to rounding.
 
     NNX: `lb.convert(model)` is a view whose kernels are `PackedWeight`s; everything else is shared. Linen:
@@ -73,8 +71,8 @@ def convert(
     rotated alone rotates its activation here instead: outputs agree to about `K * eps` of the compute dtype.
 
     `layout` is "bitstream-le/1", the smallest, or "planes/1", which the GPU kernels read (the default where JAX runs on
-    a GPU). With "planes/1", `implementation` says what multiplies: "auto" (the kernel on a CUDA GPU, else XLA), "kernel" (it
-    or an error), "reference" (XLA) or "interpret" (the kernel, slowly, anywhere).
+    a GPU). With "planes/1", `implementation` says what multiplies: "auto" (the kernel on a CUDA GPU, else XLA),
+    "kernel" (it or an error), "reference" (XLA) or "interpret" (the kernel, slowly, anywhere).
     Raises: ValueError when nothing is quantized or it is packed already, and for options that cannot take effect;
     NotImplementedError for a kernel that is asked for and does not exist; TypeError for what is no module."""
     from lowbit_jax.nn.weight import Storage, default_layout

@@ -92,7 +92,9 @@ def packed_weight(
             raise NotImplementedError(f"lb.convert: no kernel reads the weight of {site.path!r}: {reason}.")
         return packed
     if storage.implementation != "auto":
-        raise NotImplementedError(f"lb.convert: {site.path!r} is a convolution, which has no kernel. Leave it out by a rule.")
+        raise NotImplementedError(
+            f"lb.convert: {site.path!r} is a convolution, which has no kernel. Leave it out by a rule."
+        )
     quantizer = operand(recipe, "rhs")
     rotation = quantizer.rotation
     if rotation is not None and rotation.signs is not None:
@@ -109,9 +111,7 @@ def _packed_stack(kernel: Array, scale: Array | None, recipe: LinearRecipe, site
     return stacked(pack, kernel, site)(kernel, scale)
 
 
-def packed_stack(
-    kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage
-) -> QTensor:
+def packed_stack(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage) -> QTensor:
     """`packed_weight` over the leading axes of stacked layers, compiled once for layers alike."""
     return _packed_stack(kernel, scale, recipe, dataclasses.replace(site, path=""), storage)
 

@@ -1,8 +1,8 @@
 """The one door to `pallas_kernels`: which products run as a kernel, chosen while tracing, and XLA for all others.
 
-"auto" asks the platform that the program is compiled for: a kernel on CUDA, the XLA reference on everything else. On a machine
-whose JAX has no GPU the reference is taken at once, so that CPU programs are not slower to trace. Gradients are those of
-the reference.
+"auto" asks the platform that the program is compiled for: a kernel on CUDA, the XLA reference on everything else. On a
+machine whose JAX has no GPU the reference is taken at once, so that CPU programs are not slower to trace. Gradients are
+those of the reference.
 """
 
 import functools
@@ -23,12 +23,14 @@ def available() -> bool:
 
 
 def sees_gpu() -> bool:
-    """Whether programs traced now may be compiled for a GPU: one is there, or stands abstractly for ahead-of-time use."""
+    """Whether programs traced now may be compiled for a GPU: a real one, or an abstract one, ahead of time."""
     mesh_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(mesh_device, "platform", None) == "gpu" or jax.default_backend() == "gpu"
 
 
-def choose(kernel: Callable, reference: Callable, *operands: Any, implementation: str, why_not: str | None, who: str) -> Any:
+def choose(
+    kernel: Callable, reference: Callable, *operands: Any, implementation: str, why_not: str | None, who: str
+) -> Any:
     """`kernel(impl, *operands)` or `reference(*operands)`.
 
     Raises: NotImplementedError when "kernel" is asked for and cannot run, saying why."""
@@ -60,7 +62,7 @@ def unpack_planes(words: tuple[Int[Array, "blocks rows 32"], ...], bits: int, n:
 def _planes() -> Any:
     if not available():
         raise NotImplementedError(
-            "weights in the layout 'planes/1' need the package pallas_kernels, which is not installed beside lowbit_jax."
+            "weights in the layout 'planes/1' need the package pallas_kernels, which is not installed."
         )
     from pallas_kernels import planes
 
@@ -83,7 +85,16 @@ def matmul_a8(
     from pallas_kernels.matmul_a8 import matmul_a8 as run
 
     return run(
-        codes, x_scales, words, scales, bits=bits, x_zero=x_zero, w_zero=zero, w_sums=sums, out_dtype=out_dtype, impl=impl
+        codes,
+        x_scales,
+        words,
+        scales,
+        bits=bits,
+        x_zero=x_zero,
+        w_zero=zero,
+        w_sums=sums,
+        out_dtype=out_dtype,
+        impl=impl,
     )
 
 

@@ -1,10 +1,12 @@
-"""QuEST's training product on the integer tensor cores: rotate, fit and round both operands in one kernel each, multiply codes.
+"""QuEST's training product on the integer tensor cores: a fused kernel quantizes each operand, codes are multiplied.
 
-    y = s_x s_w sum_k (c_x + o)(c_w + o) = s_x s_w ( sum c_x c_w + o sum c_x + o sum c_w + K o^2 ),   o = 1/2 on mid-rise grids
+    y = s_x s_w sum_k (c_x + o)(c_w + o) = s_x s_w ( sum c_x c_w + o sum c_x + o sum c_w + K o^2 )
 
-The sums are exact. What is kept for the backward are the codes (packed when they have 4 bits or fewer), the scales and one bit
-an element that says whether its gradient passes: a quarter to a half of what 16-bit operands take. The backward products
-multiply the cotangent by the codes' values in 16 bits, mask, and rotate back.
+o is 1/2 on mid-rise grids and 0 on integer ones.
+
+The sums are exact. What is kept for the backward are the codes (packed when they have 4 bits or fewer), the scales and
+one bit an element that says whether its gradient passes: a quarter to a half of what 16-bit operands take. The backward
+products multiply the cotangent by the codes' values in 16 bits, mask, and rotate back.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The product with a weight in the kernels' layout: on int8 codes when the activation is quantized, else on 16-bit numbers."""
+"""The product with a weight in the kernels' layout: of int8 codes when the activation is quantized, else of 16 bits."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from lowbit_jax import rounding
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend
 from lowbit_jax.ops.plane_tensor import PlaneTensor, affine_zero
-from lowbit_jax.ops.product import Dims, Forward
+from lowbit_jax.ops.product import Forward
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import FLOAT32, PerRow, PerTensor, rms_optimal
@@ -105,7 +105,9 @@ def _backward(product, saved, g):
 _through.defvjp(_forward, _backward)
 
 
-def _kernel(product: PackedProduct, impl: str, lhs: Array, rhs: PlaneTensor, key: Any, scale: Any) -> Float[Array, "*out"]:
+def _kernel(
+    product: PackedProduct, impl: str, lhs: Array, rhs: PlaneTensor, key: Any, scale: Any
+) -> Float[Array, "*out"]:
     dims, quantizer = product.forward.dims, product.recipe.out.lhs
     zero, bits = affine_zero(rhs.quantizer.format), rhs.quantizer.format.bits
     assert zero is not None

@@ -1,6 +1,7 @@
 """A packed weight in the layout of the GPU kernels: a shift and a mask give whole slices of its contraction axis.
 
-The layout "planes/1" is specified in `pallas_kernels/README.md`; `lb.convert(model, layout="planes/1")` makes such weights.
+The layout "planes/1" is specified in `pallas_kernels/README.md`; `lb.convert(model, layout="planes/1")` makes such
+weights.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ class PlaneTensor(QTensor):
 
     words: with leading axes of stacked layers in front. sums: int32 [rows], the sum of the codes of each row. free: the
     axes beside the contraction axis and the stack, which are merged into rows. implementation: "auto" (the kernel on a
-    CUDA GPU, else XLA), "kernel" (raise where it cannot run), "reference" (XLA) or "interpret" (the kernel, step by step)."""
+    CUDA GPU, else XLA), "kernel" (raise where it cannot run), "reference" (XLA) or "interpret" (the kernel, step by
+    step)."""
 
     words: tuple[Array, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
     sums: Any = None
@@ -104,7 +106,7 @@ def why_not(packed: QTensor) -> str | None:
 
 
 def to_planes(packed: QTensor, word_bits: int, implementation: str = "auto") -> PlaneTensor:
-    """The same weight, of one layer, in the layout of the kernels; word_bits: 16 for 16-bit activations, 8 for int8 ones.
+    """The weight of one layer in the layout of the kernels; word_bits: 16 for 16-bit activations, 8 for int8 ones.
 
     Raises: ValueError when the kernels cannot read such a weight, and for an unknown implementation."""
     if implementation not in backend.IMPLEMENTATIONS:

@@ -41,10 +41,11 @@ class LinearRecipe:
 
     By default the backward products are what autodiff of the quantized forward gives: a high-precision cotangent times
     the quantized operands. `rhs_ready` says that the weight arrives already rotated and quantized (`quantize_rhs`).
-    `implementation` says what multiplies in training: "auto" (integer products and fused kernels on a CUDA GPU where they
-    do this recipe, else XLA on the quantized values), "kernel" (they or an error), "reference" (XLA) or "interpret" (the
-    kernels, slowly, anywhere).
-    Raises: ValueError for an unknown implementation, for FORWARD in `out`, or where a backward product reuses the operand it differentiates."""
+    `implementation` says what multiplies in training: "auto" (integer products and fused kernels on a CUDA GPU where
+    they do this recipe, else XLA on the quantized values), "kernel" (they or an error), "reference" (XLA) or
+    "interpret" (the kernels, slowly, anywhere).
+    Raises: ValueError for an unknown implementation, for FORWARD in `out`, or where a backward product reuses the
+    operand it differentiates."""
 
     out: Gemm = Gemm()
     grad_lhs: Gemm = Gemm(rhs=FORWARD)

@@ -38,7 +38,9 @@ def test_linen_modules_convert(key):
     variables = dense.init(key, x)
     packed, packed_variables = lb.convert(dense, variables, x, layout="planes/1", implementation="interpret")
     np.testing.assert_allclose(
-        np.asarray(packed.apply(packed_variables, x), np.float32), np.asarray(dense.apply(variables, x), np.float32), atol=0.05
+        np.asarray(packed.apply(packed_variables, x), np.float32),
+        np.asarray(dense.apply(variables, x), np.float32),
+        atol=0.05,
     )
 
 

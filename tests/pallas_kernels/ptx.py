@@ -1,6 +1,7 @@
 """Runs the straight-line PTX of `pallas_kernels.unpack` in NumPy, in place of `elementwise_inline_asm`.
 
-The instructions are those of the PTX ISA 8 manual, section 9.7: shifts, and, xor, lop3 with its truth table, packed fma."""
+The instructions are those of the PTX ISA 8 manual, section 9.7: shifts, and, xor, lop3 with its truth table, packed
+fma."""
 
 import re
 
@@ -11,7 +12,8 @@ _HALF = {"bf16x2": ml_dtypes.bfloat16, "f16x2": np.float16}
 
 
 def run(text, *, args, constraints, pack, result_shape_dtypes):
-    """Drop-in for `elementwise_inline_asm` on NumPy arrays; `pack` elements share a 32-bit register, the first lowest."""
+    """Drop-in for `elementwise_inline_asm` on NumPy arrays; `pack` elements share a 32-bit register, the first
+    lowest."""
     [out] = result_shape_dtypes
     assert constraints == ",".join(["=r", *["r"] * len(args)])
     registers = {f"${i + 1}": np.ascontiguousarray(a).view(np.uint32) for i, a in enumerate(args)}

