@@ -1,7 +1,7 @@
 """What low-bit optimizers cost and what they keep: time over optax's AdamW, bytes, and the loss of a small Llama.
 
     python -m benchmarks.optim                          # the tables in benchmarks/results/optim_<backend>.md
-    python -m benchmarks.optim --runs                   # without training runs: times and bytes only
+    python -m benchmarks.optim --parts quality stall    # these anew, the others kept as the files have them
 
 Two ratios over float32 AdamW, interleaved in one process (`benchmarks/timing.py`): of the update alone, on gradients at
 hand, which is what the wrapper adds; and of a whole training step of the Llama, which is what a user waits for.
@@ -9,7 +9,6 @@ hand, which is what the wrapper adds; and of a whole training step of the Llama,
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,13 +40,14 @@ class Config:
     rounds: int = 12
     steps: int = 300
     """Of each training run of the tiny Llama."""
-    batch: int = 8
+    batch: int = 4
+    context: int = 64
     learning_rate: float = 3e-3
     small_rate: float = 2e-5
     """Constant rate of the runs that show the stall."""
     seeds: int = 2
-    runs: tuple[str, ...] = ("quality", "stall")
-    """Training runs to make; empty for none."""
+    parts: tuple[str, ...] = ("updates", "steps", "quality", "stall")
+    """What to measure; the rest is kept from the output's JSON file."""
     output: pathlib.Path = pathlib.Path("benchmarks/results")
 
 
@@ -162,7 +162,7 @@ def _timed(programs: Mapping[str, Program], facts: Mapping[str, dict], rounds: i
 def losses(config: Config, names: tuple[str, ...], rate: Any, seeds: int, decay: str) -> dict[str, list[float]]:
     """Name -> held-out loss of the tiny Llama after `steps` steps, one for each seed."""
     corpus = text.load("stdlib")
-    size = llama.preset("tiny", batch=config.batch, steps=config.steps)
+    size = llama.preset("tiny", batch=config.batch, context=config.context, steps=config.steps)
     held = text.fixed_batches(corpus.validation, context=size.context, batch=config.batch, windows=128)
     found: dict[str, list[float]] = {name: [] for name in names}
     for seed in range(seeds):
@@ -205,20 +205,22 @@ def _evaluate(graph: Any, params: Any, rest: Any, tokens: Any) -> float:
     return float(_loss_of(nnx.merge(graph, params, rest), tokens))
 
 
-def measure(config: Config) -> dict:
-    """The whole report, as the JSON file holds it."""
-    report: dict = {"environment": environment(), "config": dataclasses.asdict(config) | {"output": None}}
-    report["updates"] = updates(config)
-    print(time_table("Update alone", report["updates"]), flush=True)
-    report["steps"] = whole_steps(config)
-    print(time_table("Whole step", report["steps"]), flush=True)
-    if "quality" in config.runs:
-        rate = optimizer.one_cycle(config.learning_rate, config.steps)
-        few = (REFERENCE, "AdamW 8-bit", "AdamW 4-bit", "bfloat16, stochastic, 8-bit")
-        report["quality"] = losses(config, few, rate, config.seeds, "cold")
-    if "stall" in config.runs:
-        few = (REFERENCE, "bfloat16, nearest", "bfloat16, master weights", "bfloat16, stochastic")
-        report["stall"] = losses(config, few, config.small_rate, 1, "warm")
+def measure(config: Config, kept: dict) -> dict:
+    """The whole report, as the JSON file holds it: the parts asked for, and `kept` with them."""
+    report = kept | {"environment": environment(), "config": dataclasses.asdict(config) | {"output": None}}
+    quality = (REFERENCE, "AdamW 8-bit", "AdamW 4-bit", "bfloat16, stochastic, 8-bit")
+    stall = (REFERENCE, "bfloat16, nearest", "bfloat16, master weights", "bfloat16, stochastic")
+    rate = optimizer.one_cycle(config.learning_rate, config.steps)
+    measurements = {
+        "updates": lambda: updates(config),
+        "steps": lambda: whole_steps(config),
+        "quality": lambda: losses(config, quality, rate, config.seeds, "cold"),
+        "stall": lambda: losses(config, stall, config.small_rate, 1, "warm"),
+    }
+    for part in config.parts:
+        if part not in measurements:
+            raise ValueError(f"benchmarks.optim has no part {part!r}; it has {', '.join(measurements)}.")
+        report[part] = measurements[part]()
     return report
 
 
@@ -248,27 +250,29 @@ def markdown(report: Mapping) -> str:
     config = report["config"]
     told = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
     parts = [f"# Low-bit optimizers\n\nMade by `python -m benchmarks.optim`, settings in the JSON file. {told}."]
-    parts.append(time_table(f"Update alone, {config['millions']} million parameters", report["updates"]))
-    parameters = report["steps"][REFERENCE]["parameters"]
-    parts.append(time_table(f"Whole training step, Llama of {parameters / 1e6:.1f} million parameters,"
-                            f" {config['tokens']} tokens", report["steps"]))  # fmt: skip
+    if "updates" in report:
+        parts.append(time_table(f"Update alone, {config['millions']} million parameters", report["updates"]))
+    if "steps" in report:
+        size = report["steps"][REFERENCE]["parameters"] / 1e6
+        title = f"Whole training step, Llama of {size:.1f} million parameters, {config['tokens']} tokens"
+        parts.append(time_table(title, report["steps"]))
     if "quality" in report:
-        parts.append(loss_table(f"Tiny Llama after {config['steps']} steps, one-cycle rate to"
-                                f" {config['learning_rate']:g}", report["quality"]))  # fmt: skip
+        title = f"Tiny Llama after {config['steps']} steps, one-cycle rate to {config['learning_rate']:g}"
+        parts.append(loss_table(title, report["quality"]))
     if "stall" in report:
-        parts.append(loss_table(f"{config['steps']} more steps at the constant rate {config['small_rate']:g}",
-                                report["stall"]))  # fmt: skip
+        title = f"{config['steps']} more steps at the constant rate {config['small_rate']:g}"
+        parts.append(loss_table(title, report["stall"]))
     return "\n".join(parts) + "\n"
 
 
 def main(config: Config) -> pathlib.Path:
     """Measures, prints, writes; returns the JSON file."""
-    report = measure(config)
-    assert all(math.isfinite(row["ms"]) for row in report["updates"].values())
     config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"optim_{report['environment']['backend']}.json"
+    path = config.output / f"optim_{jax.default_backend()}.json"
+    report = measure(config, json.loads(path.read_text()) if path.exists() else {})
     path.write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
     print(f"\n{path} and {path.with_suffix('.md')}")
     return path
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowbit_jax as lb
-from lowbit_jax.optim import Blockwise, Stored
+from lowbit_jax.optim import Blockwise, Stored, chunks
 from tests.optim import reference
 
 PARAMS = {"layer": {"kernel": jnp.full((64, 128), 0.5, jnp.float32)}, "bias": jnp.zeros(128)}
@@ -189,6 +189,53 @@ def test_a_nan_gradient_does_not_poison_its_block():
     lost = np.argwhere(~np.isfinite(np.asarray(params["layer"]["kernel"])))
     np.testing.assert_array_equal(lost, [[2, 3]])
     assert all(bool(jnp.all(jnp.isfinite(s.dequantize()))) for s in stored_in(state))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [8, 4, "coat"])
+def test_chunks_give_the_step_of_the_whole(bits, dtype, monkeypatch):
+    """Whole chunks, a remainder, leaves too small or not made of blocks: the same codes as without chunks."""
+    shapes = {"a": (100, 256), "b": (5,), "c": (33, 257), "d": (8, 16, 256)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {n: jax.random.normal(k, s).astype(dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    tx = lb.optim.adamw_low_bit(1e-2, bits=bits)
+
+    def run(in_chunks):
+        monkeypatch.setattr(chunks, "pays", lambda: in_chunks)
+        monkeypatch.setattr(chunks, "ELEMENTS", 1 << 11)
+        step, carry = stepper(tx), (params, tx.init(params))
+        for _ in range(3):
+            carry = step(*carry, jax.tree.map(lambda p: (p * 0.3 + 0.01).astype(p.dtype), carry[0]))
+        return carry
+
+    expected, found = run(False), run(True)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert int(found[1][0].inner_state.count) == 3
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if ours.dtype == jnp.uint8:
+            assert np.mean(np.asarray(ours) != np.asarray(theirs)) < 1e-3
+        else:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_nnx_state_under_plain_jit(in_chunks, monkeypatch):
+    """As the recipes train: `nnx.split`, parameters in variables, and `jax.jit`."""
+    monkeypatch.setattr(chunks, "pays", lambda: in_chunks)
+    monkeypatch.setattr(chunks, "ELEMENTS", 1 << 11)
+    graph, params = nnx.split(nnx.Linear(64, 128, rngs=nnx.Rngs(0)))
+    tx = lb.optim.adamw_low_bit(1e-2)
+    x = jnp.ones((4, 64))
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: jnp.mean((nnx.merge(graph, p)(x) - 1) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (moved, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=30))((params, tx.init(params)))
+    assert len(stored_in(state)) == 2
+    assert float(jnp.mean((nnx.merge(graph, moved)(x) - 1) ** 2)) < 0.1
 
 
 def test_nnx_optimizer():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lowbit_jax import coding, formats, rounding
 from lowbit_jax.optim import LINEAR4_WITHOUT_ZERO, UNSIGNED_DYNAMIC_TREE8, Blockwise, Companded, RankOne, Stored
+from lowbit_jax.optim.dynamic_tree import tree_code
 from lowbit_jax.optim.nearest_code import nearest_code, value_of
 from lowbit_jax.optim.state_codecs import FIRST_MOMENT, SECOND_MOMENT, blocked_shape
 from lowbit_jax.qtensor import QTensor
@@ -65,6 +66,24 @@ def test_nearest_code_at_every_decision_point(fmt):
     codes = jax.jit(nearest_code, static_argnums=1)(jnp.asarray(x), fmt)
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_array_equal(value_of(codes, fmt), coding.decode(expected, fmt))
+
+
+@pytest.mark.parametrize("fmt", CODEBOOKS[:3], ids=lambda f: f.name)
+def test_codes_in_closed_form(fmt):
+    """The reference's code on the grid and around thresholds; nearer than 2e-5 of a step it may be either."""
+    grid = np.asarray(fmt.levels, np.float64)
+    middles, steps = (grid[1:] + grid[:-1]) / 2, np.diff(grid)
+    rng = np.random.default_rng(0)
+    random = np.clip(rng.normal(size=200_000) * 10.0 ** rng.uniform(-9, 0.3, size=200_000), -1, 1)
+    x = np.concatenate([grid, middles - 3e-5 * steps, middles + 3e-5 * steps, middles, random, [0.0, -0.0, 1.0]])
+    x = np.clip(x, 0 if grid[0] == 0 else -1, 1).astype(np.float32)
+    ours = np.asarray(jax.jit(tree_code, static_argnums=1)(jnp.asarray(x), fmt)).astype(int)
+    expected = np.searchsorted(middles, x.astype(np.float64), side="right")
+    off = np.flatnonzero(ours != expected)
+    at = np.minimum(ours, expected)[off]
+    assert np.all(np.abs(ours - expected)[off] == 1)
+    assert np.all(np.abs(x[off] - middles[at]) <= 2e-5 * steps[at])
+    assert off.size < len(middles) + 20
 
 
 @pytest.mark.parametrize("signed", [True, False])
