@@ -57,7 +57,7 @@ class Layout:
                     f" has {', '.join(kinds)}. Leave the flag out; --optimizer-bits 8 takes a quarter of the memory."
                 )
 
-    def attach(self, model: nnx.Module) -> nnx.Module:
+    def attach(self, model: Any) -> Any:
         """The model, told where its activations and weights lie while it computes; left to XLA alone, which would cut
         activations along features where weights are cut over fsdp, and move more than the weights."""
         if not self.on_shards and self.ways > 1:
@@ -65,7 +65,7 @@ class Layout:
         return model
 
     @staticmethod
-    def detach(model: nnx.Module) -> nnx.Module:
+    def detach(model: Any) -> Any:
         """The model for one device again."""
         model.placement = None
         return model
@@ -207,7 +207,7 @@ def _without(spec: PartitionSpec, axis_name: str) -> PartitionSpec:
 
 
 def _put(leaf, sharding: NamedSharding) -> jax.Array:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), NamedSharding(sharding.mesh, PartitionSpec()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and leaf.is_fully_addressable == sharding.is_fully_addressable:

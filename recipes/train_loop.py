@@ -244,7 +244,7 @@ def make_step(graph, adamw: optimizer.AdamW, microbatches: int = 1, prepare=None
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, after = transform.update(gradient, before, params)
-        if adamw.loss_scale:  # it holds its state back itself, and lowers the scale
+        if scale is not None:  # it holds its state back itself, and lowers the scale
             value, norm = value / scale, norm / scale
             moved = optax.apply_updates(params, updates)
             params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, params)

@@ -16,11 +16,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lowbit_jax import rounding
-from lowbit_jax.formats.catalogue import get
+from lowbit_jax.formats.catalogue import INT2, INT3, INT4, INT5, INT6, INT7, INT8
 from lowbit_jax.parallel.packed import axis_of_view
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import BFLOAT16, Group, TwoLevel, absmax
+
+_INTEGERS = (INT2, INT3, INT4, INT5, INT6, INT7, INT8)
 
 
 def wire_quantizer(bits: int = 8, *, block: int = 128, stochastic: bool = False) -> Quantizer:
@@ -32,7 +34,7 @@ def wire_quantizer(bits: int = 8, *, block: int = 128, stochastic: bool = False)
     if not 2 <= bits <= 8:
         raise ValueError(f"wire_quantizer(bits={bits}): integers of 2 to 8 bits travel; 1 bit needs error feedback.")
     how = rounding.stochastic if stochastic else rounding.nearest
-    return Quantizer(format=get(f"int{bits}"), tiling=Group(block), fit=absmax, scale_format=BFLOAT16, rounding=how)
+    return Quantizer(format=_INTEGERS[bits - 2], tiling=Group(block), fit=absmax, scale_format=BFLOAT16, rounding=how)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,8 +156,8 @@ def gather_qtensor(packed: QTensor, axis_name: str, *, axis: int) -> QTensor:
     of_scales = axis_of_view(packed, at)
     if of_scales is None and not q.learned and count > 1:
         raise ValueError(
-            f"gather_qtensor: axis {at} is cut into {count} shards, and tiles of {q.tiling.describe()} lie across them. Cut"
-            " an axis outside the tiles, as the outputs of a weight with a scale a row, or tile it by groups."
+            f"gather_qtensor: axis {at} is cut into {count} shards, and tiles of {q.tiling.describe()} lie across"
+            " them. Cut an axis outside the tiles, as the outputs of a weight with a scale a row, or tile it by groups."
         )
     if at == contract and packed.length * q.format.bits % 8:
         raise ValueError(

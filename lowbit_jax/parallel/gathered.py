@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import needs_key
+from lowbit_jax.nn.site import needs_key, operand
 from lowbit_jax.ops import FORWARD
 from lowbit_jax.parallel.collectives import FLOAT, Reduction, all_gather, all_gather_packed
 from lowbit_jax.parallel.rules import leaf_path
@@ -44,7 +44,7 @@ class GatheredProduct:
         recipe, site = self.product.recipe, self.product.site
         (contract,) = site.contract
         return all_gather_packed(
-            shard, recipe.out.rhs, self.axis_name, axis=self.axis, contract=contract,
+            shard, operand(recipe, "rhs"), self.axis_name, axis=self.axis, contract=contract,
             rotated=recipe.shared_rotation, reduction=self.reduction,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ cuts of everything between inputs and outputs to XLA, so the axes are of type Au
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(
-    sizes: str | Mapping[str, int] | None = None, *, devices: Sequence[jax.Device] | None = None, **more: int
+    sizes: str | Mapping[str, int] | None = None, *, devices: Sequence[Any] | None = None, **more: int
 ) -> Mesh:
     """A mesh with the axes data, fsdp and tensor, 1 long unless given, then any others: `make_mesh(data=2, tensor=4)`.
 

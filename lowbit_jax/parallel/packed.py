@@ -74,6 +74,6 @@ def _check_whole(packed: QTensor, cuts: list, contract: int, mesh: Mesh, path: s
     if packed.length % (count * unit) or (q.sparsity is not None and packed.length % (count * 8 * q.sparsity.run)):
         raise ValueError(
             f"The packed leaf {path!r}: its contraction axis of {packed.length} cannot be cut into {count} parts of"
-            f" whole bytes and tiles ({unit} elements of {q.format.name} together). Cut another axis, or use a mesh whose"
-            f" {'+'.join(names)} divides {packed.length // unit}."
+            f" whole bytes and tiles ({unit} elements of {q.format.name} together). Cut another axis, or use a mesh"
+            f" whose {'+'.join(names)} divides {packed.length // unit}."
         )

@@ -51,8 +51,6 @@ def start(
                 f" {index} of {processes}."
             )
         return Process(jax.process_index(), jax.process_count())
-    if jax.config.read("jax_cpu_collectives_implementation") in (None, "none"):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, processes, index, initialization_timeout=timeout_s,
                                    heartbeat_timeout_seconds=heartbeat_s)  # fmt: skip
