@@ -1,5 +1,7 @@
 """The mesh: sizes from words and numbers, axes of type Auto, and what cannot be made."""
 
+import socket
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -74,3 +76,10 @@ class TestStart:
         jax.devices()
         with pytest.raises(RuntimeError, match="first in the program"):
             lb.parallel.start("localhost:8080", 2, 0, timeout_s=1)
+
+    def test_nobody_there(self):
+        with socket.socket() as taken:  # bound, but not listening
+            taken.bind(("localhost", 0))
+            place = f"localhost:{taken.getsockname()[1]}"
+            with pytest.raises(RuntimeError, match=f"process 1 waits for all 2 processes at {place}.*Nobody answered"):
+                lb.parallel.start(place, 2, 1, timeout_s=1)
