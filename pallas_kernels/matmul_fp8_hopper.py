@@ -46,15 +46,14 @@ def run(
     if tile.rows != 128 or tile.columns not in (64, 128) or tile.split != 1:
         fail("matmul_fp8", f"got {tile} with impl='mosaic'", "It takes 128 rows, 64 or 128 columns and split=1")
     (m, k), n = x.shape, w.shape[0]
-    sizes = [-(-size // block) * block for size, block in ((m, tile.rows), (n, tile.columns), (k, STEP))]
-    pad = lambda a, rows, columns: jnp.pad(a, ((0, rows - a.shape[0]), (0, columns - a.shape[1])))
+    rows, columns, length = (
+        -(-size // block) * block for size, block in ((m, tile.rows), (n, tile.columns), (k, STEP))
+    )
+    pad = lambda a, down, across: jnp.pad(a, ((0, down - a.shape[0]), (0, across - a.shape[1])))
     groups = x_scales.shape[0]
-    kernel = _kernel(*sizes, groups > 1, x.dtype, w.dtype, jnp.dtype(out_dtype), tile)
+    kernel = _kernel(rows, columns, length, groups > 1, x.dtype, w.dtype, jnp.dtype(out_dtype), tile)
     y = kernel(
-        pad(x, sizes[0], sizes[2]),
-        pad(w, sizes[1], sizes[2]),
-        pad(x_scales, groups, sizes[0]),
-        pad(w_scales, groups, sizes[1]),
+        pad(x, rows, length), pad(w, columns, length), pad(x_scales, groups, rows), pad(w_scales, groups, columns)
     )
     return y[:m, :n]
 
