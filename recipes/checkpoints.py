@@ -67,8 +67,11 @@ class Checkpoints:
             shutil.rmtree(self._path(old), ignore_errors=True)
         return final
 
-    def latest(self, like: Tree) -> tuple[int, Tree, dict] | None:
+    def latest(self, like: Tree, *, a_device: str | None = None) -> tuple[int, Tree, dict] | None:
         """Step, arrays in the structure of `like`, and extras of the newest good checkpoint; None where none is.
+
+        Arrays whose names start with `a_device` have one part a device along their first axis, and may have been
+        written by another number of devices: each then gets the mean, so that the mean over the devices stays.
 
         Raises: ValueError when a checkpoint is whole but of another shape or dtype than `like`, or none verifies."""
         for hidden in self.folder.glob(".writing-*") if jax.process_index() == 0 else ():
@@ -76,7 +79,7 @@ class Checkpoints:
         _all_here("reading the newest checkpoint")
         for step in reversed(self.steps()):
             try:
-                tree, manifest = read(self._path(step), like)
+                tree, manifest = read(self._path(step), like, a_device=a_device)
             except CorruptCheckpoint as error:
                 warnings.warn(
                     f"Checkpoint {self._path(step)} is damaged ({error}); trying the one before it.", stacklevel=2
@@ -114,7 +117,7 @@ def write(folder: pathlib.Path, tree: Tree, *, step: int = 0, alone: bool = Fals
     _flush(folder)
 
 
-def read(folder: pathlib.Path, like: Tree) -> tuple[Tree, dict]:
+def read(folder: pathlib.Path, like: Tree, *, a_device: str | None = None) -> tuple[Tree, dict]:
     """Arrays in the structure of `like`, and the manifest.
 
     Raises: CorruptCheckpoint; ValueError when names, shapes or dtypes are not those of `like`."""
@@ -130,7 +133,7 @@ def read(folder: pathlib.Path, like: Tree) -> tuple[Tree, dict]:
             f"Checkpoint {folder} is of version {manifest['version']}; this recipe reads version {VERSION}."
         )
     wanted = _named(like)
-    _refuse_other_structure(folder, manifest["arrays"], wanted)
+    _refuse_other_structure(folder, manifest["arrays"], wanted, a_device)
     try:
         with ocp.PyTreeCheckpointer() as reader:
             empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
@@ -145,6 +148,9 @@ def read(folder: pathlib.Path, like: Tree) -> tuple[Tree, dict]:
         whole = "sha256" in entry
         if (_digest(array) if whole else sum64_of_part(array, array.shape)) != entry["sha256" if whole else "sum64"]:
             raise CorruptCheckpoint(f"the array {name!r} does not have its checksum")
+    for name, leaf in wanted.items():
+        if tuple(arrays[name].shape) != tuple(leaf.shape):
+            arrays[name] = np.broadcast_to(arrays[name].mean(axis=0), leaf.shape)
     leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest
 
@@ -160,7 +166,7 @@ def size_on_disk(folder: pathlib.Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _refuse_other_structure(folder: pathlib.Path, entries: dict, wanted: dict) -> None:
+def _refuse_other_structure(folder: pathlib.Path, entries: dict, wanted: dict, a_device: str | None) -> None:
     other = set(entries) ^ set(wanted)
     if other:
         raise ValueError(
@@ -168,6 +174,8 @@ def _refuse_other_structure(folder: pathlib.Path, entries: dict, wanted: dict) -
         )
     for name, leaf in wanted.items():
         stored, expected = entries[name], _describe(leaf)
+        if a_device is not None and name.startswith(a_device):
+            stored = stored | {"shape": [*expected["shape"][:1], *stored["shape"][1:]]}
         if any(stored[key] != expected[key] for key in expected):
             raise ValueError(
                 f"Checkpoint {folder} stores {name!r} as {stored}; this run needs {expected}. Use another --out."

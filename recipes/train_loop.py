@@ -124,7 +124,7 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
     checkpoints = Checkpoints(folder / "checkpoints", plan.keep)
 
     start = 0
-    if found := checkpoints.latest(state):
+    if found := checkpoints.latest(state, a_device="errors"):
         start, state, extra = found
         data.set_state(extra["data"])
         print(f"{name} | resumes after step {start} from {folder}")

@@ -128,6 +128,18 @@ def test_another_structure_is_refused(saved, change, words):
         saved.latest(change(tree(0.0)))
 
 
+def test_parts_of_a_device_are_averaged_for_another_number_of_them(tmp_path):
+    store, parts = Checkpoints(tmp_path / "c"), np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    store.save(1, {"errors": jnp.asarray(parts), "count": jnp.int32(1)})
+    like = {"errors": jnp.zeros((4, 2, 3)), "count": jnp.int32(0)}
+    _, found, _ = store.latest(like, a_device="errors")
+    np.testing.assert_array_equal(found["errors"], np.broadcast_to(parts.mean(0), (4, 2, 3)))
+    with pytest.raises(ValueError, match="'errors' as"):
+        store.latest(like)
+    with pytest.raises(ValueError, match="'errors' as"):
+        store.latest({"errors": jnp.zeros((4, 2, 5)), "count": jnp.int32(0)}, a_device="errors")
+
+
 def test_full_disk(saved, monkeypatch):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
