@@ -5,7 +5,8 @@ A case is (name, function, argument shapes, {chip: start of the tensor-core inst
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from pallas_kernels.hadamard_quantize import MASK_BLOCK, hadamard_quantize
 from pallas_kernels.matmul_a8 import matmul_a8
 from pallas_kernels.matmul_a16 import matmul_a16
 
-Case = tuple[str, Callable, tuple[jax.ShapeDtypeStruct, ...], dict[str, str | None]]
+Case = tuple[str, Callable, tuple[Any, ...], Mapping[str, str | None]]
 N = K = 4096
 FLOAT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
 SMALL = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA"}  # fewer rows than a warp group's product takes

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import glob
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -82,15 +83,15 @@ class Report:
 
 def missing() -> str | None:
     """What is not installed that compiling needs, in words; None when all is there."""
-    jaxlib = importlib.util.find_spec("jaxlib")
-    import jaxlib as installed
-
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None if importlib.util.find_spec("jax_plugins") else True:
-        return f"the CUDA plugin: pip install --no-deps jax-cuda13-plugin=={installed.__version__}" \
-               f" jax-cuda13-pjrt=={installed.__version__}"  # fmt: skip
+    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        version = importlib.metadata.version("jaxlib")
+        return (
+            f"the CUDA plugin: pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version}"
+            " nvidia-cuda-nvcc triton"
+        )
     if not _assemblers():
         return "ptxas: pip install --no-deps nvidia-cuda-nvcc"
-    if jaxlib is None or _tool("cuobjdump") is None or _tool("nvdisasm") is None:
+    if _tool("cuobjdump") is None or _tool("nvdisasm") is None:
         return "cuobjdump and nvdisasm: pip install --no-deps triton"
     return None
 

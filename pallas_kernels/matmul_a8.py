@@ -65,7 +65,9 @@ def matmul_a8(
     w_zero = float(1 << (bits - 1)) if w_zero is None else float(w_zero)
     row = x.astype(jnp.int32).sum(-1)
     row_shift = (integer_zero(bits) - w_zero) * row.astype(jnp.float32)
-    column_shift = -x_zero * (w_sums.astype(jnp.float32) - k * w_zero) if x_zero else jnp.zeros((n,), jnp.float32)
+    column_shift = jnp.zeros((n,), jnp.float32)
+    if w_sums is not None:
+        column_shift = -x_zero * (w_sums.astype(jnp.float32) - k * w_zero)
     sides = row, row_shift, x_scales, column_shift, w_scales
     if impl == "xla":
         codes = planes.unpack(tuple(words), bits, n, k).astype(jnp.int32) - integer_zero(bits)

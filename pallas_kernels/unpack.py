@@ -49,20 +49,23 @@ def _fields(bits: int, planes: list[int]):
         yield i, width, width * plane, above
 
 
-def _float_twin(words, bits, planes, dtype):
-    code = None
+def _code(words, bits, planes, word):
+    """The code of one plane, int32; `word` has the bits of a word set."""
+    code = jnp.zeros(words[0].shape, jnp.int32)
     for i, width, at, above in _fields(bits, planes):
-        part = lax.shift_right_logical(words[i].astype(jnp.int32) & 0xFFFF, at) & ((1 << width) - 1)
-        code = part << above if code is None else code | part << above
+        part = lax.shift_right_logical(words[i].astype(jnp.int32) & word, at) & ((1 << width) - 1)
+        code = code | part << above
+    return code
+
+
+def _float_twin(words, bits, planes, dtype):
+    code = _code(words, bits, planes, 0xFFFF)
     values = 2 * code - 1 if bits == 1 else code - (1 << (bits - 1))
     return values.astype(dtype)
 
 
 def _int8_twin(words, bits, planes):
-    code = None
-    for i, width, at, above in _fields(bits, planes):
-        part = lax.shift_right_logical(words[i].astype(jnp.int32) & 0xFF, at) & ((1 << width) - 1)
-        code = part << above if code is None else code | part << above
+    code = _code(words, bits, planes, 0xFF)
     return (code - 128 if bits == 8 else code).astype(jnp.int8)
 
 

@@ -47,8 +47,8 @@ class Product:
     def run(self, impl: str, tile: Tile | None = None) -> Callable[[tuple, tuple], Array]:
         """`(activation, weight) -> y`, bfloat16."""
         if self.kernel == "matmul_a16":
-            return lambda x, w: matmul_a16(*x, w[1:], w[0], bits=self.bits, group=self.group, tile=tile, impl=impl)
-        return lambda x, w: matmul_a8(*x, w[1:], w[0], bits=self.bits, tile=tile, impl=impl)
+            return lambda x, w: matmul_a16(x[0], w[1:], w[0], bits=self.bits, group=self.group, tile=tile, impl=impl)
+        return lambda x, w: matmul_a8(x[0], x[1], w[1:], w[0], bits=self.bits, tile=tile, impl=impl)
 
     def reference(self, activation: tuple, weight: tuple) -> Float64[np.ndarray, "m n"]:
         """The product in float64, on the host."""

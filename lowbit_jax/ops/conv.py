@@ -49,8 +49,7 @@ def conv_general_dilated(
             " do not run. Give the convolutions a forward-only recipe by a rule."
         )
     if feature_group_count > 1 and any(
-        q is not None and q.rotation is not None and q.rotation.signs is not None
-        for q in (recipe.out.lhs, recipe.out.rhs)
+        q is not None and q.rotation is not None and q.rotation.signs is not None for q in recipe.forward_quantizers
     ):
         raise NotImplementedError(
             f"lb.conv_general_dilated: random signs differ between the {feature_group_count} feature groups, so they"

@@ -5,7 +5,6 @@ one first. Two operands rotated alike meet in the rotated space and skip the way
 un-rotated first (or, for packed weights, the activation follows it into the rotated space, which is exact too).
 """
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -54,8 +53,9 @@ def dot_general(
     forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
-        run = packed if isinstance(rhs, PlaneTensor) else functools.partial(_packed_by_xla, packed)
-        return run(lhs, rhs, lhs_key, scales.get("lhs"))
+        if isinstance(rhs, PlaneTensor):
+            return packed(lhs, rhs, lhs_key, scales.get("lhs"))
+        return _packed_by_xla(packed, lhs, rhs, lhs_key, scales.get("lhs"))
     if recipe.implementation in ("kernel", "interpret") or (recipe.implementation == "auto" and backend.sees_gpu()):
         reason = integer_product.why_not(recipe, forward, lhs, rhs)
         if reason is None and backend.available():
@@ -113,12 +113,13 @@ def pack_rhs(
     """The weight as packed codes and scales; several contraction axes are merged into one.
 
     Raises: ValueError when the recipe keeps the weight in high precision."""
-    if recipe.out.rhs is None:
+    quantizer = recipe.forward_quantizers[1]
+    if quantizer is None:
         raise ValueError(
             "pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack."
         )
     merged, axis, _ = _merge(rhs, _contraction(dimension_numbers, 1, rhs.ndim))
-    return recipe.out.rhs.quantize(merged, axis=axis, key=key, scale=scale)
+    return quantizer.quantize(merged, axis=axis, key=key, scale=scale)
 
 
 def _operand(quantizer, x, axis, rotated, key, scale):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class PackedProduct:
         return _through(self, lhs, rhs, key, scale)
 
 
-def uses_int8(quantizer: Any) -> bool:
+def uses_int8(quantizer: Any) -> TypeGuard[Quantizer]:
     """Whether an activation through this quantizer can meet the weight as int8 codes."""
     return (
         isinstance(quantizer, Quantizer)
@@ -58,7 +58,7 @@ def kernel_name(recipe: LinearRecipe, rhs: PlaneTensor) -> str:
 
 
 def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None:
-    dims, quantizer = product.forward.dims, product.recipe.out.lhs
+    dims, quantizer = product.forward.dims, product.recipe.forward_quantizers[0]
     if dims.lhs_batch or dims.rhs_batch:
         return "it has batch axes"
     if rhs.stack:
@@ -108,7 +108,7 @@ _through.defvjp(_forward, _backward)
 def _kernel(
     product: PackedProduct, impl: str, lhs: Array, rhs: PlaneTensor, key: Any, scale: Any
 ) -> Float[Array, "*out"]:
-    dims, quantizer = product.forward.dims, product.recipe.out.lhs
+    dims, quantizer = product.forward.dims, product.recipe.forward_quantizers[0]
     zero, bits = affine_zero(rhs.quantizer.format), rhs.quantizer.format.bits
     assert zero is not None
     free = [lhs.shape[a] for a in dims.free("lhs", lhs.ndim)]

@@ -119,14 +119,16 @@ def to_planes(packed: QTensor, word_bits: int, implementation: str = "auto") -> 
     codes = packing.unpack(packed.words, bits, packed.length)
     free = codes.shape[:-1]
     codes = codes.reshape(-1, packed.length)
-    given = {f.name: getattr(packed, f.name) for f in dataclasses.fields(QTensor)}
     return PlaneTensor(
-        **given
-        | dict(
-            words=backend.pack_planes(codes, bits, word_bits),
-            sums=codes.astype(jnp.int32).sum(-1),
-            free=free,
-            layout=LAYOUT,
-            implementation=implementation,
-        )
+        words=backend.pack_planes(codes, bits, word_bits),
+        scales=packed.scales,
+        marks=None,
+        quantizer=packed.quantizer,
+        axis=packed.axis,
+        length=packed.length,
+        dtype=packed.dtype,
+        layout=LAYOUT,
+        sums=codes.astype(jnp.int32).sum(-1),
+        free=free,
+        implementation=implementation,
     )

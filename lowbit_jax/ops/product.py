@@ -93,8 +93,8 @@ def original_operands(
             "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD"
             " there, or quantize the weight inside the product."
         )
-    if rotated:
-        rotation = recipe.out.lhs.rotation
+    quantizer = recipe.forward_quantizers[0]
+    if rotated and quantizer is not None and (rotation := quantizer.rotation) is not None:
         lhs_original = None if lhs_original is None else rotation.apply(lhs_original, dims.lhs)
         rhs_original = None if rhs_original is None else rotation.apply(rhs_original, dims.rhs)
     return jax.tree.map(lax.stop_gradient, (lhs_original, rhs_original))
@@ -133,12 +133,12 @@ def _product_backward(forward, recipe, saved, g):
     numbers = ((g_rhs_free, rhs_free), (batch, dims.rhs_batch))
     other = rhs_hat if recipe.grad_lhs.rhs == FORWARD else rhs
     dlhs = _backward_product(g, other, numbers, recipe.grad_lhs, forward.precision, keys[0])
-    dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)))
+    dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)).tolist())
 
     numbers = ((lhs_free, g_lhs_free), (dims.lhs_batch, batch))
     other = lhs_hat if recipe.grad_rhs.lhs == FORWARD else lhs
     drhs = _backward_product(other, g, numbers, recipe.grad_rhs, forward.precision, keys[1])
-    drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)))
+    drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)).tolist())
 
     nothing = jax.tree.map(jnp.zeros_like, (lhs, rhs))
     no_key = None if key is None else np.zeros(key.shape, jax.dtypes.float0)

@@ -70,6 +70,12 @@ class LinearRecipe:
             )
 
     @property
+    def forward_quantizers(self) -> tuple[Quantizer | None, Quantizer | None]:
+        """Those of the activation and of the weight in the forward product."""
+        lhs, rhs = self.out.lhs, self.out.rhs
+        return lhs if isinstance(lhs, Quantizer) else None, rhs if isinstance(rhs, Quantizer) else None
+
+    @property
     def learned(self) -> tuple[str, ...]:
         """Sides of the forward product ("lhs", "rhs") whose scale is a parameter."""
         return tuple(s for s in ("lhs", "rhs") if getattr(self.out, s) is not None and getattr(self.out, s).learned)
@@ -77,7 +83,7 @@ class LinearRecipe:
     @property
     def shared_rotation(self) -> bool:
         """Both operands of the forward product are rotated alike, so that the rotations cancel in it."""
-        lhs, rhs = self.out.lhs, self.out.rhs
+        lhs, rhs = self.forward_quantizers
         return lhs is not None and rhs is not None and lhs.rotation is not None and lhs.rotation == rhs.rotation
 
     @property
