@@ -28,7 +28,7 @@ def is_tree(fmt: Format) -> bool:
 def tree_code(x: Float[Array, "*s"], fmt: Codebook) -> UInt8[Array, "*s"]:
     """The code of the value nearest to each `x` (float32, finite, within [-1, 1]).
 
-    As `nearest_code`, but for numbers within 2e-5 of a step of a threshold, which may go to either side."""
+    As `nearest_code`, but for numbers within 5e-5 of a step of a threshold, which may go to either side."""
     decades, base = _TREES[fmt]
     top = float(base * 2**decades)  # u of the value 1 is beyond this
     magnitude = jnp.abs(x)

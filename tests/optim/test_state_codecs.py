@@ -70,19 +70,19 @@ def test_nearest_code_at_every_decision_point(fmt):
 
 @pytest.mark.parametrize("fmt", CODEBOOKS[:3], ids=lambda f: f.name)
 def test_codes_in_closed_form(fmt):
-    """The reference's code on the grid and around thresholds; nearer than 2e-5 of a step it may be either."""
+    """The reference's code on the grid and around thresholds; nearer than 5e-5 of a step it may be either."""
     grid = np.asarray(fmt.levels, np.float64)
     middles, steps = (grid[1:] + grid[:-1]) / 2, np.diff(grid)
     rng = np.random.default_rng(0)
     random = np.clip(rng.normal(size=200_000) * 10.0 ** rng.uniform(-9, 0.3, size=200_000), -1, 1)
-    x = np.concatenate([grid, middles - 3e-5 * steps, middles + 3e-5 * steps, middles, random, [0.0, -0.0, 1.0]])
+    x = np.concatenate([grid, middles - 6e-5 * steps, middles + 6e-5 * steps, middles, random, [0.0, -0.0, 1.0]])
     x = np.clip(x, 0 if grid[0] == 0 else -1, 1).astype(np.float32)
     ours = np.asarray(jax.jit(tree_code, static_argnums=1)(jnp.asarray(x), fmt)).astype(int)
     expected = np.searchsorted(middles, x.astype(np.float64), side="right")
     off = np.flatnonzero(ours != expected)
     at = np.minimum(ours, expected)[off]
     assert np.all(np.abs(ours - expected)[off] == 1)
-    assert np.all(np.abs(x[off] - middles[at]) <= 2e-5 * steps[at])
+    assert np.all(np.abs(x[off] - middles[at]) <= 5e-5 * steps[at])
     assert off.size < len(middles) + 20
 
 
