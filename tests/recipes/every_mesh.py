@@ -58,11 +58,13 @@ def on_mesh(graph, params, rest, shape, **options):
 
 
 def main(bits=None, weight_only=False, meshes=(), **options) -> list[dict]:
+    """`meshes`: shapes, or pairs of a shape and more options for it."""
     graph, params, rest = nnx.split(model(bits, weight_only), nnx.Param, ...)
     loss, gradient = one_device(graph, params, rest)
     rows = []
     for shape in meshes:
-        found, found_gradient, wire = on_mesh(graph, params, rest, shape, **options)
+        shape, more = shape if isinstance(shape[-1], dict) else (shape, {})
+        found, found_gradient, wire = on_mesh(graph, params, rest, shape, **options | more)
         pairs = zip(jax.tree.leaves(gradient), map(np.asarray, jax.tree.leaves(found_gradient)), strict=True)
         errors = [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) for a, b in pairs]
         placed = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(found_gradient)}

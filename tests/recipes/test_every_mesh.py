@@ -42,16 +42,12 @@ def test_ten_shapes():
     assert len(MESHES) == 10
 
 
-def test_quest_on_a_mesh_of_all_three_axes():
-    (row,) = rows(bits=4, meshes=[(2, 2, 2)])
+def test_a_mesh_of_all_three_axes_and_a_fully_sharded_one_with_packed_gathers_and_int8_gradients():
+    """The latter: the weights of the blocks travel at 4 bits, their gradients at 8."""
+    row, low = rows(bits=4, meshes=[(2, 2, 2), ((2, 4, 1), {"gather": "packed", "reduce": 8})])
     check([row], 1e-2, 0.1)
     assert "P(None, None, ('tensor', 'fsdp'))" in row["cuts"], "the gradients are cut as the parameters are"
     assert row["by_kind"]["all-gather"] > 0 and row["by_kind"]["all-reduce"] > 0
-
-
-def test_packed_gathers_and_int8_gradients():
-    """Fully sharded: the weights of the blocks travel at 4 bits, their gradients at 8."""
-    (low,) = rows(bits=4, meshes=[(2, 4, 1)], gather="packed", reduce=8)
     check([low], 1e-2, 0.15)
     # of the blocks' kernels, float32 would gather 3/4 twice (again in the rematerialized layer) and scatter 3/4 once
     kernels = 2 * (128 * 384 + 128 * 128 + 128 * 512 + 256 * 128)
