@@ -183,6 +183,8 @@ class Quantizer:
             else:
                 seen = tiles
             scale = lax.stop_gradient(self.fit(lax.stop_gradient(seen), self.format, axes))
+        if isinstance(self.scale_format, TwoLevel):  # the 1 of a tile of zeros would count in the tensor's scale
+            scale = jnp.where(jnp.any(lax.stop_gradient(tiles) != 0, axis=axes, keepdims=True), scale, 0.0)
         if rounded and self.scale_format != FLOAT32:
             stored = self.scale_format.load(self.scale_format.store(lax.stop_gradient(scale), self.format))
             scale = scale + lax.stop_gradient(stored - scale) if self.learned else stored

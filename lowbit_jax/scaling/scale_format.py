@@ -86,7 +86,8 @@ class PowerOfTwo:
 class TwoLevel:
     """A small-float scale a tile under one float32 scale a tensor, the NVFP4 scheme (arXiv:2509.25149, section 2).
 
-    The tensor scale puts the largest tile scale on `cap` (448 for E4M3; 256 leaves headroom for four-over-six)."""
+    The tensor scale puts the largest tile scale on `cap` (448 for E4M3; 256 leaves headroom for four-over-six). A scale
+    of 0, that of a tile of zeros, is stored as 0; one that is not finite as NaN, and does not touch the others."""
 
     format: FloatFormat = E4M3
     cap: float = 448.0
@@ -97,6 +98,7 @@ class TwoLevel:
         smallest = min(level for level in self.format.levels if level > 0)
         tile = rounding.nearest(scale / tensor, self.format)
         tile = jnp.where((scale > 0) & (tile == 0), smallest, tile)
+        tile = jnp.where(jnp.isfinite(scale), tile, jnp.nan)
         return tile.astype(self.format.dtype), tensor
 
     def load(self, stored):

@@ -108,3 +108,15 @@ def test_a_tiny_tile_keeps_a_scale_above_zero():
 def test_unknown_mode():
     with pytest.raises(ValueError, match="floor, ceil, rceil, even and nearest"):
         scaling.PowerOfTwo("round")
+
+
+def test_two_levels_leave_zero_tiles_out_and_keep_faults_in_their_tile(key):
+    """A tile of zeros says nothing about the tensor's scale, and an infinity spoils its own tile only."""
+    quantizer = lb.block_quantizer(formats.NVFP4)
+    x = jax.random.normal(key, (4, 64)) * 1e-6
+    plain = quantizer(x)
+    with_zeros = quantizer(x.at[0, :16].set(0))
+    assert not with_zeros[0, :16].any()
+    np.testing.assert_allclose(with_zeros[1:], plain[1:], rtol=0.08)  # the largest tile may have been among them
+    spoiled = np.asarray(quantizer(x.at[2, 3].set(jnp.inf)))
+    assert np.isnan(spoiled[2, :16]).all() and np.isfinite(np.delete(spoiled.reshape(16, 16), 8, 0)).all()
