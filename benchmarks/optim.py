@@ -95,7 +95,15 @@ def cast(params: Any, dtype: str) -> Any:
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> float:
     """Bytes of state for each parameter, as the compiler allocates them."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return jax.jit(tx.init).lower(params).compile().memory_analysis().output_size_in_bytes / count
+    return memory(jax.jit(tx.init).lower(params).compile()).output_size_in_bytes / count
+
+
+def memory(compiled: Any) -> Any:
+    """What the compiler says a program needs. Raises: NotImplementedError where the backend does not tell."""
+    found = compiled.memory_analysis()
+    if found is None:
+        raise NotImplementedError(f"benchmarks: the {jax.default_backend()} backend does not tell what programs need.")
+    return found
 
 
 def updates(config: Config) -> dict[str, dict]:
@@ -117,7 +125,7 @@ def updates(config: Config) -> dict[str, dict]:
         programs[name] = Program(compiled, jax.tree.map(jnp.copy, arguments))
         facts[name] = {
             "state_bytes": state_bytes(tx, own),
-            "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+            "temp_mib": memory(compiled).temp_size_in_bytes / 2**20,
         }
     return _timed(programs, facts, config.rounds)
 
@@ -140,8 +148,7 @@ def whole_steps(config: Config) -> dict[str, dict]:
         arguments = params, tx.init(params)
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
         programs[name] = Program(compiled, jax.tree.map(jnp.copy, arguments))
-        memory = compiled.memory_analysis()
-        facts[name] = {"parameters": count, "temp_mib": memory.temp_size_in_bytes / 2**20,
+        facts[name] = {"parameters": count, "temp_mib": memory(compiled).temp_size_in_bytes / 2**20,
                        "state_bytes": state_bytes(tx, params)}  # fmt: skip
     return _timed(programs, facts, config.rounds)
 

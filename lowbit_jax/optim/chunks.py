@@ -101,9 +101,8 @@ def _wide(x: Any) -> Any:
 
 def _unit(stored: list[Stored]) -> int:
     """Elements of the smallest run that is whole blocks of every codec; 0 where one is not made of blocks."""
-    if not stored or not all(isinstance(s.codec, Blockwise | Companded) for s in stored):
-        return 0
-    return math.lcm(*(s.codec.block for s in stored), 8)
+    blocks = [s.codec.block for s in stored if isinstance(s.codec, Blockwise | Companded)]
+    return math.lcm(*blocks, 8) if stored and len(blocks) == len(stored) else 0
 
 
 def _rows(leaf: Any, unit: int, count: int) -> Any:

@@ -172,7 +172,7 @@ def scale_by_one_bit_adam(
         del params
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         mu, nu, error = lax.cond(state.count < warmup_steps, warm, frozen, grads, state)
-        count = optax.safe_increment(state.count)
+        count = state.count + 1
         first = 1 - b1 ** count.astype(jnp.float32)
         second = 1 - b2 ** jnp.minimum(count, warmup_steps).astype(jnp.float32)
         moved = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)

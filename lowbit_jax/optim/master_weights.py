@@ -117,7 +117,7 @@ def _landings(master: Any, params: Any, quantizer: Quantizer | None, mask: Any, 
             fitted = landing.fit_scales(param.quantizer, target, param.axis)
             elements = landing.nearest_elements(param.quantizer, target, fitted, param.axis)
             return landing.repacked(param, landing.OnGrid(elements, fitted))
-        if on_grid:
+        if on_grid and quantizer is not None:
             target = quantizer(target, axis=axis if param.ndim > 1 else -1)
         target = landing.on_grid_of(target, param.dtype)
         return landing.difference(target, param) if as_updates else target.astype(param.dtype)

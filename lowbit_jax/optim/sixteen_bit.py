@@ -38,6 +38,7 @@ def on_grid_of(x: Float[Array, "*s"], dtype, key: Array | None = None) -> Float[
     if dtype == jnp.float16:
         return _float16(x, key)
     fmt = format_of(dtype)
+    assert fmt is not None, dtype
     return rounding.nearest(x, fmt) if key is None else rounding.stochastic(x, fmt, key)
 
 

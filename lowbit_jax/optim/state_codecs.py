@@ -106,9 +106,9 @@ def _folded(tiles: Float[Array, "*tiles size"], fit: Fit) -> Float[Array, "*tile
 
 def codes_of(u: Float[Array, "*s"], fmt: Format) -> Array:
     """Codes of the grid values nearest to `u`."""
-    if is_tree(fmt):
-        return tree_code(u, fmt)
-    return nearest_code(u, fmt) if isinstance(fmt, Codebook) else coding.encode(rounding.nearest(u, fmt), fmt)
+    if isinstance(fmt, Codebook):
+        return tree_code(u, fmt) if is_tree(fmt) else nearest_code(u, fmt)
+    return coding.encode(rounding.nearest(u, fmt), fmt)
 
 
 def values_of(codes: Array, fmt: Format) -> Float[Array, "*s"]:

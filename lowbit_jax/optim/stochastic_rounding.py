@@ -73,7 +73,7 @@ def stochastic_rounding(
         scales = {
             name: landing.fit_scales(quantizer, trees.float32(param), _axis(param, axis))
             for (name, param), on_grid in zip(named.items(), chosen, strict=True)
-            if on_grid and not trees.is_packed(param)
+            if on_grid and quantizer is not None and not trees.is_packed(param)
         }
         return StochasticRoundingState(jnp.zeros((), jnp.int32), scales, inner.init(trees.float32(params)))
 
@@ -96,7 +96,7 @@ def stochastic_rounding(
             answers.append(answer)
             if own is not None:
                 scales[name] = own
-        state = StochasticRoundingState(optax.safe_increment(state.count), scales, inner_state)
+        state = StochasticRoundingState(state.count + 1, scales, inner_state)
         return tree.unflatten(answers), state
 
     return optax.GradientTransformationExtraArgs(init, update)
