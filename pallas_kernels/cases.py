@@ -20,8 +20,13 @@ from pallas_kernels.matmul_a16 import matmul_a16
 Case = tuple[str, Callable, tuple[Any, ...], Mapping[str, str | None]]
 N = K = 4096
 FLOAT = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}
-SMALL = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA"}  # fewer rows than a warp group's product takes
-INTEGER = {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA"}
+SMALL = {
+    "sm_80": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HMMA",
+    "sm_100": "HMMA",
+}  # fewer rows than a warp group's product takes
+INTEGER = {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA"}
 _shape = jax.ShapeDtypeStruct
 
 
