@@ -105,9 +105,6 @@ def compile_for(chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct)
         raise ValueError(f"pallas_kernels.deviceless: no chip {chip!r}; here are {', '.join(CHIPS)}.")
     if what := missing():
         raise RuntimeError(f"pallas_kernels.deviceless needs {what}.")
-    where = os.path.dirname(_tool("nvdisasm") or "")
-    if where not in os.environ["PATH"].split(":"):  # Mosaic GPU calls it by name
-        os.environ["PATH"] += f":{where}"
     before = set(_dump.iterdir())
     with abstract_gpu(chip):
         sharding = SingleDeviceSharding(_topology(chip).devices[0])
