@@ -228,6 +228,7 @@ def measure(config: Config, kept: dict) -> dict:
         if part not in measurements:
             raise ValueError(f"benchmarks.optim has no part {part!r}; it has {', '.join(measurements)}.")
         report[part] = measurements[part]()
+        print(json.dumps(report[part]), flush=True)
     return report
 
 
