@@ -13,17 +13,25 @@ SUPPORTS: dict[str, Support] = {"4:8": PairsNofM(2, 4), "2:4": NofM(2, 4)}
 
 
 def quest_quantizer(
-    bits: int | str = 4, *, block: int | None = 128, sparsity: Support | str | None = None, format: Format | None = None
+    bits: int | str = 4,
+    *,
+    block: int | None = 128,
+    signs: int | None = None,
+    sparsity: Support | str | None = None,
+    format: Format | None = None,
 ) -> Quantizer:
     """The operand quantizer of QuEST.
 
     h = x H;  x_hat = round(h; rms(h) alpha*) on the grid of `bits`: mid-rise for 1 to 8, or E2M1 for "e2m1"; the
     gradient passes where |x_hat - h| <= T, half the top gap of the grid, and is rotated back. At 1 bit the limit is
-    the tuned |h| <= 1.30 alpha* rms (1.25 without rotation). `block=None` leaves out the rotation; `sparsity` is
-    "4:8" (pairs, as in the paper), "2:4" or a support; `format` puts another grid in place of the bits'.
+    the tuned |h| <= 1.30 alpha* rms (1.25 without rotation). `block=None` leaves out the rotation; `signs`, a seed,
+    flips fixed random signs before it, which rows of one sign need (behind a ReLU their sum falls on one coefficient);
+    `sparsity` is "4:8" (pairs, as in the paper), "2:4" or a support; `format` puts another grid in place of the bits'.
     Source: Panferov et al. 2025, arXiv:2502.05003. alpha* is computed to the last bit, which the released constants are
     not; E2M1 takes half of its own top gap for T, where the released code kept a value of other levels.
-    Raises: ValueError for other bits or supports."""
+    Raises: ValueError for other bits or supports, and for signs without a rotation."""
+    if block is None and signs is not None:
+        raise ValueError(f"quest_quantizer(block=None, signs={signs}): signs belong to a rotation. Give a block.")
     fmt = _grid(bits) if format is None else format
     if isinstance(fmt, BlockFormat) or not hasattr(fmt, "levels"):
         raise TypeError(f"quest_quantizer(format={fmt!r}): QuEST fits one scale a row, so give an element format.")
@@ -33,7 +41,7 @@ def quest_quantizer(
         format=fmt,
         tiling=PerRow(),
         fit=rms_optimal,
-        rotation=None if block is None else Hadamard(block=block),
+        rotation=None if block is None else Hadamard(block=block, signs=signs),
         sparsity=_support(sparsity),
         estimator=Trust(outer=outer),
     )
@@ -45,6 +53,7 @@ def quest(
     weights: bool = True,
     activations: bool = True,
     block: int | None = 128,
+    signs: int | None = None,
     sparsity: Support | str | None = None,
     format: Format | None = None,
 ) -> LinearRecipe:
@@ -63,8 +72,9 @@ def quest(
         raise ValueError(
             f"quest(weights=False, sparsity={sparsity!r}): the support is of the weights. Keep weights=True."
         )
-    lhs = quest_quantizer(bits, block=block, format=format) if activations else None
-    rhs = quest_quantizer(bits, block=block, format=format, sparsity=sparsity) if weights else None
+    common = dict(block=block, signs=signs, format=format)
+    lhs = quest_quantizer(bits, **common) if activations else None
+    rhs = quest_quantizer(bits, **common, sparsity=sparsity) if weights else None
     label = bits if format is None else format.name
     name = f"quest W{label if weights else 16}A{label if activations else 16}"
     return LinearRecipe(

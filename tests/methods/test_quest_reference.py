@@ -94,3 +94,14 @@ def test_trust_mask_fractions_are_those_of_a_gaussian(key):
         fraction = float(jnp.mean(passed < 0.5))
         sigma = (expected * (1 - expected) / h.size) ** 0.5
         assert abs(fraction - expected) < 5 * sigma + 0.01 * expected, (bits, fraction)
+
+
+def test_random_signs_save_rows_of_one_sign(key):
+    """Behind a ReLU the sum of a row falls on one coefficient of the transform and is clipped; signs spread it."""
+    x_key, w_key = jax.random.split(key)
+    x, w = jax.nn.relu(jax.random.normal(x_key, (64, 256))), jax.random.normal(w_key, (256, 32))
+    numbers = (((1,), (0,)), ((), ()))
+    error = lambda recipe: float(jnp.linalg.norm(lb.dot_general(x, w, numbers, recipe=recipe) - x @ w))
+    assert error(lb.quest(8, signs=0)) < 0.2 * error(lb.quest(8))
+    with pytest.raises(ValueError, match="signs"):
+        lb.quest(4, block=None, signs=0)
