@@ -9,7 +9,7 @@ CALLABLES = (
     "Quantizer quest_quantizer QTensor LinearRecipe Gemm quest dot_general einsum conv_general_dilated"
     " quantize convert explain calibrate"
 ).split()
-ROOMS = "formats rounding coding packing scaling rotation sparsity estimators ops methods nn".split()
+ROOMS = "formats rounding coding packing scaling rotation sparsity estimators ops methods nn optim parallel".split()
 
 
 def test_names():
