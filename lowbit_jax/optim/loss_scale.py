@@ -55,8 +55,8 @@ def dynamic_loss_scale(
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        zero = jnp.zeros((), jnp.int32)
-        return LossScaleState(jnp.float32(initial), zero, zero, zero, inner.init(params))
+        counters = [jnp.zeros((), jnp.int32) for _ in range(3)]  # a buffer each: the state can be donated
+        return LossScaleState(jnp.float32(initial), *counters, inner.init(params))
 
     def update(updates, state, params=None, **extra):
         good = nonfinite.all_finite((updates, extra.get("value")), axis_name)

@@ -32,8 +32,8 @@ def skip_nonfinite(
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        zero = jnp.zeros((), jnp.int32)
-        return SkipNonfiniteState(zero, zero, jnp.array(True), inner.init(params))
+        total, in_a_row = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # a buffer each: the state can be donated
+        return SkipNonfiniteState(total, in_a_row, jnp.array(True), inner.init(params))
 
     def update(updates, state, params=None, **extra):
         good = all_finite((updates, extra.get("value")), axis_name)

@@ -124,3 +124,12 @@ def test_float16_gradients_that_would_vanish():
 def test_loss_scale_errors(wrong):
     with pytest.raises(ValueError, match="smallest <= initial <= largest, a factor above 1"):
         lb.optim.dynamic_loss_scale(optax.sgd(1.0), **wrong)
+
+
+def test_fresh_states_can_be_donated():
+    """Every counter is a buffer of its own, or a donating step refuses to run."""
+    params = {"w": jnp.ones(4)}
+    for tx in (lb.optim.skip_nonfinite(optax.sgd(0.1)), lb.optim.dynamic_loss_scale(optax.sgd(0.1))):
+        step = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p), donate_argnums=1)
+        _, state = step(params, tx.init(params), params)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32)
