@@ -6,12 +6,9 @@ XLA compiles anywhere.
 """
 
 import dataclasses
-import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -58,22 +55,13 @@ def assembly(impl: str) -> bool:
 
 def call(kernel: Callable, name: str, impl: str, tile: Tile, **options: Any) -> Callable:
     """`pl.pallas_call` of the kernel body."""
-    made = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         name=name,
         interpret=impl == "interpret",
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         **options,
     )
-
-    @functools.wraps(kernel)
-    def run(*operands: jax.Array):
-        with warnings.catch_warnings():  # JAX 0.11 and later announce that Triton will leave Pallas; see README.md
-            warnings.filterwarnings("ignore", "The Pallas Triton", DeprecationWarning)
-            warnings.filterwarnings("ignore", ".*Triton.*deprecated.*", DeprecationWarning)
-            return made(*operands)
-
-    return run
 
 
 def power_of_two(n: int, low: int, high: int) -> int:

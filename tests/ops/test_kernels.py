@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import lowbit_jax as lb
 from lowbit_jax.ops import pack_rhs
@@ -102,3 +103,24 @@ def test_what_cannot_run_says_why():
     ]:
         with pytest.raises(error, match=said):
             call()
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+def test_programs_for_cuda_hold_the_kernels_and_others_do_not():
+    """The choice is made by the platform that a program is lowered for; no GPU is needed to see it."""
+    x, w = operands(k=256, free=(64,))
+    packed = to_planes(pack_rhs(w, NUMBERS, lb.quest(4)), 8)
+    product = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=lb.quest(4))
+    train = lambda x, w: jax.vjp(product, x, w)[1](jnp.ones((3, 5, 64), jnp.bfloat16))
+    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
+    for function, arguments, kernels in (
+        (product, (x, packed), ("hadamard_quantize4", "matmul_w4a8")),
+        (train, (x, w), ("hadamard_quantize4", "hadamard_backward")),
+    ):
+        here = jax.jit(function).trace(*arguments).lower().as_text()
+        with use_abstract_mesh(gpu):
+            there = (
+                jax.jit(lambda *a, f=function: f(*a)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+            )
+        for kernel in kernels:
+            assert kernel in there and kernel not in here
