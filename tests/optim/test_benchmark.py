@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import optim
 
 
+@pytest.mark.slow
 def test_report(tmp_path, monkeypatch):
     few = (optim.REFERENCE, "AdamW 8-bit", "AdamW 4-bit")
     monkeypatch.setattr(optim, "CONTENDERS", {name: optim.CONTENDERS[name] for name in few})
@@ -19,6 +22,7 @@ def test_report(tmp_path, monkeypatch):
     assert "AdamW 8-bit" in (tmp_path / "optim_cpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_losses_of_runs(monkeypatch):
     monkeypatch.setattr(optim.llama, "preset", lambda name, preset=optim.llama.preset, **k: preset("smoke", **k))
     found = optim.losses(

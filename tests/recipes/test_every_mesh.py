@@ -42,6 +42,7 @@ def test_ten_shapes():
     assert len(MESHES) == 10
 
 
+@pytest.mark.slow
 def test_a_mesh_of_all_three_axes_and_a_fully_sharded_one_with_packed_gathers_and_int8_gradients():
     """The latter: the weights of the blocks travel at 4 bits, their gradients at 8."""
     row, low = rows(bits=4, meshes=[(2, 2, 2), ((2, 4, 1), {"gather": "packed", "reduce": 8})])

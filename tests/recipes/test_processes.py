@@ -62,6 +62,7 @@ def here(folder, **options) -> None:
     one_of_processes.main(str(folder), "", 1, 0, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_curve_of_one_and_one_goes_on_from_their_checkpoint(folder, capsys):
     """Weights cut between the processes; then the same run goes on in one process of four devices, cut another way."""
     outputs = finish(launch(folder, 2, steps=4, mesh="fsdp=2"))
