@@ -89,7 +89,7 @@ def default_tile(m: int, n: int, k: int, bits: int, group: int) -> Tile:
     rows, step = planes.padded_n(n), _step(k, bits, group)
     if m > 64:
         columns = launch.dividing(rows, (128, 64, 32))
-        block = launch.power_of_two(m, 16, 64 if step > 256 else 128)
+        block = 64  # two accumulators of 128 rows spill on Ampere
         return Tile(
             rows=block, columns=columns, warps=8 if columns == 128 else 4, stages=_stages(block, columns, step, bits)
         )
