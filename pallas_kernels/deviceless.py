@@ -7,7 +7,6 @@ Import this module before anything initializes JAX: it sets where XLA dumps its 
 """
 
 import collections
-import contextlib
 import dataclasses
 import glob
 import importlib.metadata
@@ -18,55 +17,21 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 _dump = pathlib.Path(tempfile.mkdtemp(prefix="lowbit_kernels_"))
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MOSAIC_GPU_DUMP_TO"] = str(_dump)
+os.environ["JAX_TRITON_DUMP_DIR"] = str(_dump)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={_dump} --xla_dump_emitter_re=.*"
 
 import jax  # noqa: E402  the flags come first
 from jax.experimental import topologies  # noqa: E402
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Chip:
-    """A GPU as XLA's compiler sees it; bytes, and bytes a second."""
-
-    name: str
-    capability: tuple[int, int]
-    accelerated: bool  # instructions of this very architecture (wgmma) may be used
-    multiprocessors: int
-    shared_memory: int
-    shared_memory_block: int
-    l2: int
-    bandwidth: int
-    memory: int
-    lanes: int
-    ghz: float
-
-
-CHIPS = {
-    "sm_80": Chip(
-        name="NVIDIA A100-SXM4-80GB", capability=(8, 0), accelerated=False, multiprocessors=108, shared_memory=167936,
-        shared_memory_block=166912, l2=41943040, bandwidth=2039040000000, memory=85100068864, lanes=64, ghz=1.41,
-    ),
-    "sm_89": Chip(
-        name="NVIDIA L4", capability=(8, 9), accelerated=False, multiprocessors=58, shared_memory=102400,
-        shared_memory_block=101376, l2=50331648, bandwidth=300096000000, memory=23580639232, lanes=128, ghz=2.04,
-    ),
-    "sm_90": Chip(
-        name="NVIDIA H200", capability=(9, 0), accelerated=True, multiprocessors=132, shared_memory=233472,
-        shared_memory_block=232448, l2=52428800, bandwidth=4800000000000, memory=151397597184, lanes=128, ghz=1.98,
-    ),
-    "sm_100": Chip(
-        name="NVIDIA B200", capability=(10, 0), accelerated=True, multiprocessors=148, shared_memory=233472,
-        shared_memory_block=232448, l2=132644864, bandwidth=7672320000000, memory=191514411008, lanes=128, ghz=1.965,
-    ),
-}  # fmt: skip
+from pallas_kernels.chips import CHIPS, Chip, abstract_gpu  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,25 +70,15 @@ def compile_for(chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct)
         raise ValueError(f"pallas_kernels.deviceless: no chip {chip!r}; here are {', '.join(CHIPS)}.")
     if what := missing():
         raise RuntimeError(f"pallas_kernels.deviceless needs {what}.")
-    before = set(_dump.iterdir())
+    before = set(_dump.rglob("*"))
     with abstract_gpu(chip):
         sharding = SingleDeviceSharding(_topology(chip).devices[0])
         jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding)
         jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
-    made = sorted(set(_dump.iterdir()) - before)
+    made = sorted(set(_dump.rglob("*")) - before)  # jax-triton writes into folders of its own
     dynamic = _dynamic_shared_memory([p for p in made if p.name.endswith("thunk_sequence.txt")])
     reports = [_assemble(path, dynamic) for path in made if path.suffix == ".ptx" and ".target" in path.read_text()]
     return sorted(reports, key=lambda r: (not r.tensor_core, -r.instructions))
-
-
-@contextlib.contextmanager
-def abstract_gpu(chip: str) -> Iterator[None]:
-    """Inside, functions can be lowered for the chip."""
-    told = CHIPS[chip]
-    with use_abstract_mesh(
-        AbstractMesh((), (), abstract_device=AbstractDevice(told.name, told.multiprocessors, "gpu"))
-    ):
-        yield
 
 
 _topologies: dict[str, Any] = {}

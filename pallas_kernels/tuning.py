@@ -1,8 +1,9 @@
 """Which tile a kernel takes: a table by chip, kernel, width and bucket of shapes, looked up while tracing, never timed
 there.
 
-`tuned.json` beside this file is written by `python -m benchmarks.gpu`; a file of the user's own, `$LOWBIT_JAX_TUNING`
-or `~/.cache/lowbit_jax/tuning.json`, goes before it. An entry is the fields of a `launch.Tile`. Without one a kernel
+`python -m benchmarks.gpu` writes a file of the user's own, `$LOWBIT_JAX_TUNING` or `~/.cache/lowbit_jax/tuning.json`,
+and with --package also `tuned.json` beside this file, which the user's goes before. An entry is the fields of a
+`launch.Tile`. Tiles of another chip are not taken: without one for the chip that the program is traced for a kernel
 takes a tile that is known to compile without spills.
 """
 
@@ -12,8 +13,11 @@ import json
 import os
 import pathlib
 
+from pallas_kernels import chips
+
+FIELDS = {"rows", "columns", "warps", "stages", "split"}  # of a launch.Tile
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: fewer leave some idle
-_PACKAGED = pathlib.Path(__file__).with_name("tuned.json")
+PACKAGED = pathlib.Path(__file__).with_name("tuned.json")
 _chip: list[str] = []
 
 
@@ -23,13 +27,16 @@ def key(kernel: str, bits: int, m: int, n: int, k: int) -> str:
 
 
 def lookup(entry: str, chip: str | None = None) -> dict[str, int] | None:
-    """The tile tuned for the bucket on the chip (default: that of `on_chip`, else the first table), or None."""
-    chip = chip or (_chip[-1] if _chip else None)
-    for table in (_read(user_file(), _age(user_file())), _read(_PACKAGED, _age(_PACKAGED))):
-        chips = [chip] if chip else list(table)
-        for name in chips:
-            if found := table.get(name, {}).get(entry):
-                return dict(found)
+    """The tile tuned for the bucket on the chip (default: that of `on_chip`, else the one traced for), or None.
+
+    Raises: ValueError for a table or an entry that is damaged."""
+    chip = chip or (_chip[-1] if _chip else chips.traced_kind())
+    if chip is None:
+        return None
+    for path in (user_file(), PACKAGED):
+        found = _read(path, _age(path)).get(chip, {}).get(entry)
+        if found:
+            return dict(found)
     return None
 
 
@@ -78,6 +85,17 @@ def _read(path: pathlib.Path, age: int) -> dict:
         raise ValueError(
             f"pallas_kernels.tuning: {path} is not a readable table ({error}). Delete it, or run benchmarks.gpu again."
         ) from error
-    if not isinstance(table, dict):
-        raise ValueError(f"pallas_kernels.tuning: {path} holds a {type(table).__name__}, not a table. Delete it.")
+    entries = table.values() if isinstance(table, dict) else [None]
+    tiles = [tile for entry in entries for tile in (entry.values() if isinstance(entry, dict) else [None])]
+    if bad := [tile for tile in tiles if not _is_tile(tile)]:
+        raise ValueError(
+            f"pallas_kernels.tuning: {path} holds {bad[0]!r} where {{chip: {{bucket: tile}}}} belongs, a tile being"
+            f" integers under {', '.join(sorted(FIELDS))}. Delete the file, or run benchmarks.gpu again."
+        )
     return table
+
+
+def _is_tile(tile: object) -> bool:
+    return (
+        isinstance(tile, dict) and set(tile) <= FIELDS and all(type(size) is int and size > 0 for size in tile.values())
+    )

@@ -1,0 +1,79 @@
+"""The GPUs that kernels are compiled for, as XLA's compiler sees them, and the one that a program is traced for."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """A GPU as XLA's compiler sees it; bytes, and bytes a second."""
+
+    name: str
+    capability: tuple[int, int]
+    accelerated: bool  # instructions of this very architecture (wgmma) may be used
+    multiprocessors: int
+    shared_memory: int
+    shared_memory_block: int
+    l2: int
+    bandwidth: int
+    memory: int
+    lanes: int
+    ghz: float
+
+
+CHIPS = {
+    "sm_80": Chip(
+        name="NVIDIA A100-SXM4-80GB", capability=(8, 0), accelerated=False, multiprocessors=108, shared_memory=167936,
+        shared_memory_block=166912, l2=41943040, bandwidth=2039040000000, memory=85100068864, lanes=64, ghz=1.41,
+    ),
+    "sm_89": Chip(
+        name="NVIDIA L4", capability=(8, 9), accelerated=False, multiprocessors=58, shared_memory=102400,
+        shared_memory_block=101376, l2=50331648, bandwidth=300096000000, memory=23580639232, lanes=128, ghz=2.04,
+    ),
+    "sm_90": Chip(
+        name="NVIDIA H200", capability=(9, 0), accelerated=True, multiprocessors=132, shared_memory=233472,
+        shared_memory_block=232448, l2=52428800, bandwidth=4800000000000, memory=151397597184, lanes=128, ghz=1.98,
+    ),
+    "sm_100": Chip(
+        name="NVIDIA B200", capability=(10, 0), accelerated=True, multiprocessors=148, shared_memory=233472,
+        shared_memory_block=232448, l2=132644864, bandwidth=7672320000000, memory=191514411008, lanes=128, ghz=1.965,
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def abstract_gpu(chip: str) -> Iterator[None]:
+    """Inside, functions can be lowered for the chip, on any machine."""
+    told = CHIPS[chip]
+    device = AbstractDevice(told.name, told.multiprocessors, "gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+def traced_kind() -> str | None:
+    """The kind of device ("NVIDIA H200") that a program traced now is for: the abstract one, else this machine's GPU.
+
+    None where neither is there. Starts JAX's backends, so it is for tracing, not for import."""
+    told = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if told is not None:
+        return told.device_kind if told.platform == "gpu" else None
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+
+
+def abstract_capability() -> int | None:
+    """The compute capability (90 for sm_90) of the abstract device that a program is traced for; None without one.
+
+    Raises: ValueError for an abstract GPU that is not in `CHIPS`."""
+    told = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if told is None or told.platform != "gpu":
+        return None
+    for chip in CHIPS.values():
+        if chip.name == told.device_kind:
+            return 10 * chip.capability[0] + chip.capability[1]
+    raise ValueError(
+        f"pallas_kernels.chips knows no {told.device_kind!r}; here are {', '.join(c.name for c in CHIPS.values())}."
+    )
