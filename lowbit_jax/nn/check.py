@@ -1,6 +1,7 @@
 """What is checked before a layer is quantized: its shapes (the quantizers are tried on them) and its class."""
 
 import dataclasses
+import dis
 import functools
 import inspect
 from typing import Any
@@ -50,8 +51,40 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
                 )
 
 
+def check_owner(owner: type, where: str) -> None:
+    """Raises where a module that holds quantized layers multiplies by a `kernel` in a method of its own, a product that
+    the quantizers would not see (one with `recipe=`, by `lb.dot_general`, is quantized).
+
+    Code outside the module's classes is not seen; `lb.explain(model, *args).missing` is."""
+    if method := _multiplies(owner):
+        raise ValueError(
+            f"{where}: {method} multiplies by a `kernel` itself, and that product would stay in high precision. Call"
+            " the layer instead, or use lb.dot_general(..., recipe=...) there."
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiplies(owner: type) -> str | None:
+    """The method of the class, or of one above it, that takes a product with a `kernel` and no recipe."""
+    for klass in owner.__mro__:
+        if klass.__module__.partition(".")[0] in ("flax", "builtins"):
+            continue
+        for name, member in vars(klass).items():
+            used = _names_used(member)
+            if "kernel" in used and "recipe" not in used and (used & _PRODUCTS or _MATMUL in used):
+                return f"{klass.__name__}.{name}"
+    return None
+
+
+_PRODUCTS = {
+    "dot", "matmul", "einsum", "dot_general", "tensordot", "vdot", "inner", "conv", "conv_general_dilated"
+}  # fmt: skip
+_MATMUL = "@"
+
+
 def _names_used(member: Any) -> set[str]:
-    """Names and strings in the code of a function, a property, or what wraps one; its docstring is no name."""
+    """Names, strings and keywords in the code of a function, a property, or what wraps one, and "@" for a matrix
+    product; its docstring is no name."""
     member = (
         getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", None) or member
     )
@@ -60,5 +93,8 @@ def _names_used(member: Any) -> set[str]:
     while pending:
         code = pending.pop()
         names |= set(code.co_names) | {c for c in code.co_consts if isinstance(c, str)}
+        names |= {word for c in code.co_consts if isinstance(c, tuple) for word in c if isinstance(word, str)}
+        if any(i.opname == "BINARY_OP" and i.argrepr in ("@", "@=") for i in dis.get_instructions(code)):
+            names.add(_MATMUL)
         pending += [c for c in code.co_consts if inspect.iscode(c)]
     return names

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import linen
 
-from lowbit_jax.nn.check import check_subclass
+from lowbit_jax.nn.check import check_owner, check_subclass
 from lowbit_jax.nn.linen_layers import layer_base, own_call, quantized_call
 from lowbit_jax.nn.policy import Node, Policy, check_rule, unmatched
 from lowbit_jax.nn.site import called, naming
@@ -243,6 +243,9 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
         result = call(*args, **kwargs)
         if path not in run.nodes:
             run.nodes[path] = Node((path,), type(module).__name__, layer=base is not None, opaque=_opaque(module, base))
+            inside = [p for p, node in run.nodes.items() if node.layer and (not path or p.startswith(f"{path}/"))]
+            if base is None and any(run.quantization.recipe(p) is not None for p in inside):
+                check_owner(type(module), f"{WHO}: {called(path, type(module))}")
         return result
     recipe = run.quantization.recipe(path)
     run.nodes[path] = Node((path,), type(module).__name__, layer=True)

@@ -18,7 +18,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array
 
-from lowbit_jax.nn.check import check_site, check_subclass
+from lowbit_jax.nn.check import check_owner, check_site, check_subclass
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
 from lowbit_jax.nn.site import Site, called, einsum_contraction, initial_scales, needs_key, operand
@@ -141,6 +141,13 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
                     " rngs=nnx.Rngs(quantize=0); each layer then owns a stream of keys."
                 )
             products |= dict.fromkeys(paths, product)
+    for owner, paths in found:
+        if layer_type(owner) is None and any(_within(inner, paths) for inner in products):
+            check_owner(type(owner), f"{who}: {called(paths[0], type(owner))}")
+    if rngs is not None and not any(needs_key(product.recipe) for product in products.values()):
+        raise ValueError(
+            f"{who} got rngs, but no recipe here rounds stochastically, so nothing would take a key. Drop the argument."
+        )
 
     def change(layer: Any, product: Product) -> None:
         attribute = attribute_of(layer)
@@ -154,6 +161,10 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
         layer.promote_dtype = keep
 
     return edited(module, products, change)
+
+
+def _within(path: str, owners: tuple[str, ...]) -> bool:
+    return any(owner == "" or path.startswith(f"{owner}/") for owner in owners)
 
 
 def edited(module: nnx.Module, changes: dict[str, Any], change: Callable[[nnx.Module, Any], None]) -> nnx.Module:
@@ -237,7 +248,13 @@ def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
 
 def _stream(rngs: nnx.Rngs | nnx.RngStream, layer: Any, product: Product) -> nnx.RngStream:
     """A stream for this layer; one for each of a stack."""
-    source = rngs.quantize if isinstance(rngs, nnx.Rngs) else rngs
+    try:
+        source = rngs.quantize if isinstance(rngs, nnx.Rngs) else rngs
+    except AttributeError as error:
+        raise ValueError(
+            f"lb.quantize(rngs=): these Rngs have no stream 'quantize' and no default ({error})."
+            " Pass nnx.Rngs(quantize=0)."
+        ) from error
     stack = layer.kernel.get_value().shape[: layer.kernel.get_value().ndim - len(product.site.shape)]
     own = source.fork()
     return own.split(stack) if stack else own

@@ -1,0 +1,85 @@
+"""Modules that read the kernel of a quantized layer in code of their own, and keys that nothing would take."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen, nnx
+
+import lowbit_jax as lb
+
+
+class Around(nnx.Module):
+    """Multiplies by the layer's kernel itself."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(32, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return x @ self.layer.kernel[...]
+
+
+class Regularized(nnx.Module):
+    """Reads the kernel, but takes no product with it."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(32, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+    def penalty(self):
+        return jnp.sum(self.layer.kernel[...] ** 2)
+
+
+class WithRecipe(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(32, 16, rngs=rngs)
+
+    def __call__(self, x):
+        numbers = (((x.ndim - 1,), (0,)), ((), ()))
+        return lb.dot_general(x, self.layer.kernel[...], numbers, recipe=lb.quest(4))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_method_that_goes_around_its_layer_is_refused(wrapped):
+    model = Around(nnx.Rngs(0))
+    model = nnx.Sequential(model, nnx.Linear(16, 16, rngs=nnx.Rngs(1))) if wrapped else model
+    with pytest.raises(ValueError, match=r"Around\.__call__ multiplies by a `kernel` itself"):
+        lb.quantize(model, lb.quest(4))
+
+
+def test_a_layer_that_stays_in_high_precision_may_be_gone_around():
+    model = nnx.Sequential(Around(nnx.Rngs(0)), nnx.Linear(16, 16, rngs=nnx.Rngs(1)))
+    lb.quantize(model, rules=[("layers/1", lb.quest(4))])
+
+
+@pytest.mark.parametrize("kind", [Regularized, WithRecipe])
+def test_reading_a_kernel_or_a_product_by_recipe_is_no_offense(kind):
+    model = lb.quantize(kind(nnx.Rngs(0)), lb.quest(4))
+    assert model(jnp.ones((2, 32))).shape == (2, 16)
+
+
+class LinenAround(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        layer = linen.Dense(16, name="layer")
+        layer(x)
+        return jnp.dot(x, layer.variables["params"]["kernel"])
+
+
+def test_a_linen_method_that_goes_around_its_layer_is_refused():
+    model = lb.quantize(LinenAround(), lb.quest(4))
+    with pytest.raises(ValueError, match=r"LinenAround\.__call__ multiplies by a `kernel` itself"):
+        model.init(jax.random.key(0), jnp.ones((2, 32)))
+
+
+def test_keys_that_nothing_takes_are_refused():
+    layer = nnx.Linear(32, 16, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="no recipe here rounds stochastically"):
+        lb.quantize(layer, lb.quest(4), rngs=nnx.Rngs(quantize=0))
+
+
+def test_rngs_without_the_stream_say_which_one():
+    stochastic = lb.LinearRecipe(out=lb.Gemm(rhs=lb.Quantizer(rounding=lb.rounding.stochastic)))
+    with pytest.raises(ValueError, match=r"Pass nnx\.Rngs\(quantize=0\)"):
+        lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), stochastic, rngs=nnx.Rngs(params=0))
