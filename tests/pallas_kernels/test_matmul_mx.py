@@ -108,7 +108,7 @@ def test_kernel_equals_float64_in_tritons_interpreter():
     script = pathlib.Path(__file__).with_name("interpret_mx.py")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": str(script.parents[2])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [script.parents[2], *sys.path]))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     errors = [float(line.split()[-1]) for line in done.stdout.splitlines()]

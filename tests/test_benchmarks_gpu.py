@@ -1,0 +1,86 @@
+"""`benchmarks.gpu` where no GPU is: its checks interpreted, its programs lowered for one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import checks, model, speed
+from benchmarks.gpu.operands import KERNELS, Product, poisoned, relative_error
+from pallas_kernels import chips
+
+
+def test_the_cases_hold_every_width_dtype_and_kernel():
+    found = list(checks.cases(512, interpreted=False))
+    a16 = [p for p in found if p.kernel == "matmul_a16"]
+    assert {p.bits for p in a16} == {p.bits for p in found if p.kernel == "matmul_a8"} == set(range(1, 9))
+    assert {p.group for p in a16} == {None, 32, 64, 128} and {p.dtype for p in a16} == {"bfloat16", "float16"}
+    assert {p.m for p in a16} >= {1, 16, 64, 200} and any(p.zeros for p in a16)
+    assert {p.kernel for p in found} >= set(KERNELS) - {"matmul_mx"}
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "matmul_mx"])
+def test_a_product_holds_against_its_float64_reference(kernel):
+    p = Product(kernel=kernel, bits=4 if kernel in ("matmul_a16", "matmul_a8") else 8, m=3, n=64, k=128)
+    x, w = p.activation(1), p.weight(2)
+    assert relative_error(poisoned(p.run("interpret"), x, w), p.reference(x, w)) <= checks.LIMIT["bfloat16"]
+    other = p.weight(3)
+    assert relative_error(p.run("xla")(x, other), p.reference(x, w)) > 0.1  # another weight is seen
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_microscaled_operands_hold_against_their_float64_reference(bits):
+    p = Product(kernel="matmul_mx", bits=bits, m=3, n=64, k=128)
+    x, w = p.activation(1), p.weight(2)
+    assert relative_error(p.run("xla")(x, w), p.reference(x, w)) <= checks.LIMIT["bfloat16"]
+
+
+def test_an_element_that_nobody_wrote_is_not_a_number():
+    assert np.isnan(relative_error(jnp.asarray([1.0, jnp.nan]), np.ones(2)))
+    y = poisoned(lambda x: (x + 1, x.astype(jnp.int32)), jnp.ones((4,)))
+    np.testing.assert_array_equal(y[0], 2.0)
+    np.testing.assert_array_equal(y[1], 1)
+
+
+def test_candidates_begin_with_the_default_and_are_distinct():
+    for kernel, m in (("matmul_a16", 16), ("matmul_a8", 4096), ("matmul_i8", 4096), ("matmul_mx", 1)):
+        p = Product(kernel=kernel, bits=4, m=m, n=4096, k=4096)
+        tiles = speed.candidates(p)
+        assert tiles[0] == speed.default(p) and len(set(tiles)) == len(tiles) >= 5
+
+
+KERNELS_OF_A_STEP = {
+    "bfloat16": set(),
+    "quest w4a4": {"hadamard_quantize4", "matmul_i8", "hadamard_backward"},
+    "quest w8a8, int8 backward": {"hadamard_quantize8", "matmul_i8", "hadamard_backward"},
+    "quest w4a4 by XLA": set(),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS_OF_A_STEP)
+def test_the_training_steps_lower_for_a_gpu_with_their_kernels(name):
+    kind = next(k for k in model.KINDS if k.name == name)
+    with chips.abstract_gpu("sm_90"), jax.numpy_dtype_promotion("standard"):  # Flax promotes bfloat16 itself
+        step, arguments = model.training_step(kind, "smoke", 2, 32)
+        text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    found = {k for k in {"hadamard_quantize4", "hadamard_quantize8", "matmul_i8", "hadamard_backward"} if k in text}
+    assert found == KERNELS_OF_A_STEP[name]
+
+
+def test_a_machine_without_a_gpu_is_told_what_it_can_run(capsys):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    assert command.main(command.Config()) == 2 and "--smoke" in capsys.readouterr().out
+
+
+def test_the_report_shows_what_failed_and_what_was_left_out():
+    report = {"environment": {"device": "x"}, "seed": 1, "checks": [dict(kernel="w4a16", error=1e-3)],
+              "decode_error": "RuntimeError: no", "left_out": ["one_token"]}  # fmt: skip
+    text = command.markdown(report)
+    assert "| w4a16 | 0.001 |" in text and "decode failed: RuntimeError: no" in text and "one_token" in text
+
+
+@pytest.mark.slow
+def test_all_checks_hold_interpreted(tmp_path):
+    assert command.main(command.Config(smoke=True, output=tmp_path)) == 0
