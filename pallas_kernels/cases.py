@@ -27,6 +27,7 @@ SMALL = {
     "sm_100": "HMMA",
 }  # fewer rows than a warp group's product takes
 INTEGER = {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA"}
+MANY_ROWS = ((128, jnp.bfloat16), (32, jnp.bfloat16), (None, jnp.float16), (32, jnp.float16))  # spread over the widths
 _shape = jax.ShapeDtypeStruct
 
 
@@ -55,26 +56,36 @@ def a8_case(bits: int, m: int = 16) -> Case:
     return f"w{bits}a8 m{m}", functools.partial(_a8, bits=bits), (*sides, *_words(bits, 8)), INTEGER
 
 
-def quantize_case(bits: int, m: int = 4096, axis: int = 1, dtype=jnp.bfloat16) -> Case:
-    run = functools.partial(hadamard_quantize, bits=bits, alpha=0.3, trust=float(1 << (bits - 1)), axis=axis)
+def quantize_case(bits: int, m: int = 4096, axis: int = 1, dtype=jnp.bfloat16, packed: bool = False) -> Case:
+    run = functools.partial(
+        hadamard_quantize, bits=bits, alpha=0.3, trust=float(1 << (bits - 1)), axis=axis, packed=packed
+    )
     shape = (m, K) if axis == 1 else (K, m)
     expected = SMALL if m < 64 else FLOAT
-    return f"hadamard_quantize{bits} {jnp.dtype(dtype).name} m{m} axis{axis}", run, (_shape(shape, dtype),), expected
+    name = f"hadamard_quantize{bits} {jnp.dtype(dtype).name} m{m} axis{axis}" + (" packed" if packed else "")
+    return name, run, (_shape(shape, dtype),), expected
 
 
-def backward_case() -> Case:
+def backward_case(axis: int = 1) -> Case:
     arguments = (_shape((N, K), jnp.bfloat16), _shape((K // MASK_BLOCK, N, planes.COLUMNS), jnp.int8))
-    return "hadamard_backward", hadamard_backward, arguments, FLOAT
+    return f"hadamard_backward axis{axis}", functools.partial(hadamard_backward, axis=axis), arguments, FLOAT
 
 
 def all_cases() -> list[Case]:
     """Every kernel: each width where the code differs by width."""
     found = [a16_case(bits) for bits in range(1, 9)]
-    found += [a16_case(4, group=None), a16_case(4, dtype=jnp.float16), a16_case(4, m=256), a16_case(1, m=256)]
-    found += [a8_case(bits) for bits in range(1, 9)] + [a8_case(4, m=4096), a8_case(8, m=4096)]
+    found += [
+        a16_case(4, group=None),
+        a16_case(4, dtype=jnp.float16),
+        a16_case(6, group=32),
+        a16_case(3, m=1, group=32),
+    ]
+    found += [a16_case(bits, m, *MANY_ROWS[(bits + i) % 4]) for i, m in enumerate((64, 256)) for bits in range(1, 9)]
+    found += [a8_case(bits) for bits in range(1, 9)] + [a8_case(7, m=64), a8_case(4, m=4096), a8_case(8, m=4096)]
     found += [quantize_case(4), quantize_case(8), quantize_case(1, m=16), quantize_case(4, axis=0, dtype=jnp.float32)]
-    found.append(backward_case())
-    for module in ("matmul_fp8", "block_scaled", "stochastic"):
+    found += [quantize_case(4, packed=True), quantize_case(4, axis=0, dtype=jnp.float32, packed=True)]
+    found += [quantize_case(1, packed=True), backward_case(), backward_case(axis=0)]
+    for module in ("matmul_i8", "matmul_fp8", "matmul_mx", "block_scaled", "stochastic"):
         if importlib.util.find_spec(f"pallas_kernels.{module}"):
             found += importlib.import_module(f"pallas_kernels.{module}").cases()
     return found

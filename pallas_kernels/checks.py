@@ -1,10 +1,15 @@
 """What is wrong with a call, said before anything is launched: who complains, the value, the rule, the way out."""
 
+import math
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
+import numpy as np
 
 MATRIX_DTYPES = (jnp.bfloat16, jnp.float16)
+SCALE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+MOST_ELEMENTS = (1 << 31) - 1
 
 
 class NoKernel(NotImplementedError):
@@ -40,11 +45,57 @@ def check_matrix(who: str, name: str, x: Any, dtypes: tuple) -> tuple[int, int]:
 
 
 def check_shape(who: str, name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """Raises: ValueError for another shape, TypeError for another dtype."""
+    """Raises: ValueError for another shape, TypeError for another dtype (or none of them, when they are a tuple)."""
     if tuple(x.shape) != shape:
         fail(who, f"got {name} of shape {tuple(x.shape)}; it takes {shape}", "Check the sizes of the operands")
-    if x.dtype != jnp.dtype(dtype):
-        raise TypeError(f"{who} got {name} of {x.dtype}; it takes {jnp.dtype(dtype).name}. Cast it first.")
+    allowed = [jnp.dtype(d) for d in (dtype if isinstance(dtype, tuple) else (dtype,))]
+    if x.dtype not in allowed:
+        names = " or ".join(d.name for d in allowed)
+        raise TypeError(f"{who} got {name} of {x.dtype}; it takes {names}. Cast it first.")
+
+
+def check_number(who: str, name: str, value: Any) -> float:
+    """The value as a float.
+
+    Raises: TypeError for anything but a plain number, arrays and traced values among it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(
+            f"{who} got {name} of type {type(value).__name__}; it takes one plain number for the whole matrix."
+            f" Pass float({name}), known before tracing."
+        )
+    return float(value)
+
+
+def check_out_dtype(who: str, dtype: Any) -> np.dtype:
+    """Raises: TypeError unless it is one of `OUT_DTYPES`."""
+    allowed = {jnp.dtype(d).name: jnp.dtype(d) for d in OUT_DTYPES}
+    try:
+        seen = jnp.dtype(dtype).name
+    except TypeError:
+        seen = repr(dtype)
+    if seen not in allowed:
+        raise TypeError(f"{who} got out_dtype={seen}; it returns {', '.join(allowed)}.")
+    return allowed[seen]
+
+
+def check_kind(who: str, name: str, value: Any, kind: type) -> None:
+    """Raises: TypeError unless the value is a `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{who} got {name} of type {type(value).__name__}; it takes a {kind.__name__} ({kind.__name__}(**fields)"
+            " makes one of a dict)."
+        )
+
+
+def check_offsets(who: str, **shapes: tuple[int, ...]) -> None:
+    """Raises: ValueError for an array of more elements than the 32-bit offsets of these kernels reach."""
+    for name, shape in shapes.items():
+        if math.prod(shape) > MOST_ELEMENTS:
+            fail(
+                who,
+                f"got {name} of shape {tuple(shape)}, {math.prod(shape)} elements; kernels count up to {MOST_ELEMENTS}",
+                "Cut the product along its rows or output channels, or pass impl='xla'",
+            )
 
 
 def check_group(who: str, group: int | None, k: int) -> int:

@@ -77,3 +77,13 @@ def abstract_capability() -> int | None:
     raise ValueError(
         f"pallas_kernels.chips knows no {told.device_kind!r}; here are {', '.join(c.name for c in CHIPS.values())}."
     )
+
+
+def traced_capability() -> tuple[int, int]:
+    """The compute capability of the GPU that a program is traced for, abstract or real; (0, 0) where none is known."""
+    if (told := abstract_capability()) is not None:
+        return divmod(told, 10)
+    if jax.default_backend() != "gpu":
+        return 0, 0
+    major, dot, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if dot and major.isdigit() and minor.isdigit() else (0, 0)

@@ -1,7 +1,7 @@
 """The way back of `hadamard_quantize` for gradients: dx = (g masked) blockdiag(H), from the packed mask.
 
-H is symmetric and orthonormal, so the transpose of the rotation is the rotation. Each plane of 32 columns is masked by
-one bit of the same words and meets its 32 rows of H.
+H is symmetric and orthonormal, so the transpose of the rotation is the rotation. Each plane of 32 indices is masked by
+one bit of the same words. g is read once and the result written once, in the layout asked for.
 """
 
 import functools
@@ -12,9 +12,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, planes
-from pallas_kernels.checks import MATRIX_DTYPES, NoKernel, check_matrix, check_shape, fail
-from pallas_kernels.hadamard_quantize import CHUNK, MASK_BLOCK, signed_hadamard
+from pallas_kernels import launch, masks, planes
+from pallas_kernels.checks import MATRIX_DTYPES, check_matrix, check_shape, fail
+from pallas_kernels.hadamard import (
+    CHUNK,
+    MASK_BLOCK,
+    PLANES,
+    both,
+    check_block,
+    check_chunk,
+    check_size,
+    index,
+    rotated,
+    signed_hadamard,
+    spread,
+    word_index,
+)  # fmt: skip
 from pallas_kernels.launch import Tile
 
 
@@ -24,27 +37,37 @@ def hadamard_backward(
     *,
     block: int | None = 128,
     out_dtype=None,
+    axis: int = 1,
     tile: Tile | None = None,
     impl: str = "triton",
-) -> Float[Array, "m k"]:
+) -> Float[Array, "m k"] | Float[Array, "k m"]:
     """(g * mask) rotated by blocks, sums in float32; g is bfloat16 or float16, and so is the result unless `out_dtype`
     says so.
 
-    mask: the words that `hadamard_quantize(..., trust=)` gave. Reference: `impl="xla"`, equal to a rounding of the
-    result.
-    Raises: ValueError for a mask of other sizes or blocks that do not divide K, NoKernel for K that 128 does not
-    divide."""
+    mask: the words that `hadamard_quantize(..., trust=)` gave. axis: where the rotated index stands in the result; 0
+    answers [K, M], the layout of a weight whose contraction axis leads. tile.rows: rows of g in a program, 256 indices
+    of each. Reference: `impl="xla"`, equal to a rounding of the result.
+    Raises: ValueError for a mask of other sizes, blocks that do not divide K and from 2^31 elements on, NoKernel for K
+    that 128 does not divide."""
     who = "hadamard_backward"
     launch.check_impl(who, impl)
     m, k = check_matrix(who, "g", g, MATRIX_DTYPES)
     check_shape(who, "mask", mask, (-(-k // MASK_BLOCK), m, planes.COLUMNS), jnp.int8)
-    if block not in (None, 32, 64, 128) or (block is not None and k % block):
-        fail(who, f"got block={block} for K={k}", "Blocks are 32, 64 or 128 and divide K, or None")
+    if axis not in (0, 1):
+        fail(who, f"got axis={axis}", "The rotated axis of the result is 0 or 1")
+    check_block(who, block, k)
+    check_size(who, m, k)
+    dtype = jnp.dtype(out_dtype or g.dtype)
     if impl == "xla":
-        return _reference(g, mask, block).astype(out_dtype or g.dtype)
-    if k % CHUNK:
-        raise NoKernel(f"{who} works on {CHUNK} columns at once, and K={k} leaves {k % CHUNK}. Use impl='xla'.")
-    return _run(g, mask, block, out_dtype or g.dtype, tile or Tile(rows=64, columns=128, warps=4, stages=2), impl)
+        out = _reference(g, mask, block).astype(dtype)
+        return out if axis == 1 else out.T
+    check_chunk(who, k)
+    return _run(g, mask, block, dtype, axis, tile or default_tile(m), impl)
+
+
+def default_tile(m: int) -> Tile:
+    """64 rows, which a warp group's product takes, where there are as many."""
+    return Tile(rows=launch.power_of_two(m, 16, 64), stages=1)
 
 
 def _reference(g, mask, block):
@@ -58,32 +81,26 @@ def _reference(g, mask, block):
     return turned.reshape(g.shape) * block**-0.5
 
 
-def _run(g, mask, block, out_dtype, tile, impl):
+def _run(g, mask, block, out_dtype, axis, tile, impl):
     m, k = g.shape
-    padded_m, padded_k = -(-m // tile.rows) * tile.rows, -(-k // MASK_BLOCK) * MASK_BLOCK
-    gp = jnp.pad(g, ((0, padded_m - m), (0, padded_k - k)))
-    mask = jnp.pad(mask, ((0, 0), (0, padded_m - m), (0, 0)))
-    matrix = jnp.asarray(signed_hadamard(block) if block else jnp.eye(32), g.dtype)
-    kernel = functools.partial(_kernel, block=block or 32, norm=1.0 if block is None else block**-0.5)
-    out = launch.call(
-        kernel, "hadamard_backward", impl, tile, grid=(padded_m // tile.rows, padded_k // MASK_BLOCK),
-        in_specs=[
-            pl.BlockSpec((tile.rows, MASK_BLOCK), lambda i, j: (i, j)),
-            pl.BlockSpec((1, tile.rows, planes.COLUMNS), lambda i, j: (j, i, 0)),
-            pl.BlockSpec(matrix.shape, lambda i, j: (0, 0)),
-        ],
-        out_specs=pl.BlockSpec((tile.rows, MASK_BLOCK), lambda i, j: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((padded_m, padded_k), out_dtype),
-    )(gp, mask, matrix)  # fmt: skip
-    return out[:m, :k]
+    return launch.call(
+        functools.partial(_kernel, m=m, k=k, rows=tile.rows, block=block, axis=axis), "hadamard_backward", impl, tile,
+        grid=(-(-m // tile.rows), -(-k // MASK_BLOCK)),
+        out_shape=jax.ShapeDtypeStruct((m, k) if axis == 1 else (k, m), out_dtype),
+    )(g, mask, jnp.asarray(signed_hadamard(planes.COLUMNS), g.dtype))  # fmt: skip
 
 
-def _kernel(g_ref, mask_ref, h_ref, out_ref, *, block, norm):
-    word = mask_ref[0, :, :].astype(jnp.int32)
-    for start in range(0, MASK_BLOCK, block):
-        total = jnp.zeros((out_ref.shape[0], block), jnp.float32)
-        for j in range(block // 32):
-            part = g_ref[:, pl.ds(start + 32 * j, 32)]
-            kept = jnp.where((word >> (start // 32 + j)) & 1 == 1, part, jnp.zeros_like(part))
-            total = total + jnp.dot(kept, h_ref[pl.ds(32 * j, 32), :], preferred_element_type=jnp.float32)
-        out_ref[:, pl.ds(start, block)] = (total * norm).astype(out_ref.dtype)
+def _kernel(g_ref, mask_ref, matrix_ref, out_ref, *, m, k, rows, block, axis):
+    row = pl.program_id(0) * rows + lax.iota(jnp.int32, rows)
+    piece, matrix = jnp.full(rows, pl.program_id(1), jnp.int32), matrix_ref[...]
+    norm, half = 1.0 if block is None else block**-0.5, PLANES // 2
+    inside = None if m % rows == 0 else row < m
+    chunks = [both(inside, None if k % MASK_BLOCK == 0 else piece * MASK_BLOCK + at < k) for at in (0, CHUNK)]
+    word = masks.load(mask_ref.at[word_index(row, piece)], spread(inside)).astype(jnp.int32)
+    parts = [masks.load(g_ref.at[index(row, piece, j, 1)], spread(chunks[j // half])) for j in range(PLANES)]
+    kept = [jnp.where((word >> j) & 1 == 1, part, jnp.zeros_like(part)) for j, part in enumerate(parts)]
+    for first in (0, half):
+        for j, turned in enumerate(rotated(kept[first : first + half], matrix, block, False), first):
+            masks.store(
+                out_ref.at[index(row, piece, j, axis)], (turned * norm).astype(out_ref.dtype), spread(chunks[j // half])
+            )

@@ -1,33 +1,66 @@
-"""Rotate, fit, round, pack: h = x blockdiag(H), s = alpha rms(x), codes of h/s, and the trust mask.
+"""Rotate, fit, round, pack: h = x blockdiag(H), s = alpha rms(x), codes of h/s, their sums, and the trust mask.
 
-    c[m, k] = clip(round(h[m, k] / s[m] + half) - half', -2^(b-1), 2^(b-1) - 1)        value = s (c + half)
+    c[m, k] = clip(round(h[m, k] / s[m] + half) - 2 half, -2^(b-1), 2^(b-1) - 1)        value = s (c + half)
 
-half is 1/2 on a mid-rise grid and 0 on an integer one. A rotation keeps the length of a row, so the scales are a
-reduction of x itself, by XLA, and the kernel is one pass in which every block of 256 columns goes its own way. Each 32
-columns of H are a product of their own, whose result is a plane of the layout "planes/1": packing moves nothing between
-threads.
+half is 1/2 on a mid-rise grid and 0 on an integer one.
+
+One kernel. Rotation and packing treat all pieces of 256 indices alike, whatever their row, so a program with 64 pieces
+has matrix products of 64 rows from 4 rows of 4096 indices. It holds its rows in registers from the sum of squares to
+the codes: x is read once. Where a row is too long for that, or runs down the columns of a weight, the program reads its
+rows twice, the second time from the end, where the cache still has them.
 Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels import launch, planes
-from pallas_kernels.checks import NoKernel, check_bits, check_matrix, fail
+from pallas_kernels import launch, masks, planes, tuning
+from pallas_kernels.checks import check_bits, check_matrix, fail
+from pallas_kernels.hadamard import (
+    MASK_BLOCK,
+    PLANES,
+    both,
+    check_block,
+    check_chunk,
+    check_size,
+    chunk_index,
+    index,
+    joined,
+    pieces,
+    rotated,
+    signed_hadamard,
+    spread,
+    word_index,
+)
 from pallas_kernels.launch import Tile
 
-CHUNK = 128  # K is a multiple of this: whole blocks of any rotation
-MASK_BLOCK = planes.block_length(1, 8)  # contraction indices of a row of mask words
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+_ROUND = 12582912  # 1.5 * 2^23: adding it rounds a float32 to the nearest integer, ties to even, in the lowest bits
 _ROUND_BITS = 0x4B400000
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+class Quantized(NamedTuple):
+    """Rows as codes.
+
+    scales: a step of each row, in units of x. sums: of each row's codes. mask: trust bits as `planes.pack(mask, 1, 8)`
+    without its padded rows, None without `trust`. words: `planes.pack(codes + 2^(bits-1), bits, 8)`, None unless asked
+    for."""
+
+    codes: Int8[Array, "m k"]
+    scales: Float[Array, "m"]
+    sums: Int32[Array, "m"]
+    mask: Int8[Array, "blocks m 32"] | None = None
+    words: tuple[Int8[Array, "blocks rows 32"], ...] | None = None
 
 
 def hadamard_quantize(
@@ -39,48 +72,55 @@ def hadamard_quantize(
     midrise: bool = True,
     trust: float | None = None,
     axis: int = 1,
+    packed: bool = False,
     tile: Tile | None = None,
     impl: str = "triton",
-) -> tuple[Int[Array, "m k"], Float[Array, "m"], Int[Array, "blocks rows 32"] | None]:
-    """int8 codes of the rotated rows, their scales, and the packed trust mask (None without `trust`).
+) -> Quantized:
+    """int8 codes of the rotated rows, their scales and sums, the packed trust mask and the packed codes.
 
     alpha: the scale is alpha times the row's root mean square. block: rows of the Hadamard matrix, 32, 64 or 128, or
-    None for no rotation. trust: elements with |h| <= trust * scale get mask bit 1; words as `planes.pack(mask, 1, 8)`.
-    axis=0 takes x as [K, M] (a weight whose contraction axis leads) and answers as if it were transposed. A row of
-    zeros has scale 0 and codes that its values do not see. float32 is taken as the sum of two bfloat16 numbers, 16 bits
-    of mantissa. Reference: `impl="xla"`; equal but for codes at a decision point, where the order of sums decides.
-    Raises: ValueError for bits or blocks out of range, NoKernel for K that 128 does not divide, TypeError for
-    dtypes."""
+    None for no rotation. trust: elements with |h| <= trust * scale get mask bit 1. axis=0 takes x as [K, M] (a weight
+    whose contraction axis leads) and answers as if it were transposed. tile.rows: pieces of 256 indices that a program
+    holds at once; tile.columns: columns of x that it owns with axis=0.
+
+    A row of zeros has scale 0 and codes that its values do not see. In a row with NaN or infinity codes and mask mean
+    nothing, and other rows are as without it. float32 is taken as the sum of two bfloat16 numbers, 16 bits of mantissa.
+    Reference: `impl="xla"`; equal but for codes at a decision point, where the order of sums decides.
+    Raises: ValueError for bits, blocks, alpha or trust out of range and from 2^31 elements on, NoKernel for K that 128
+    does not divide, TypeError for dtypes."""
     who = "hadamard_quantize"
     launch.check_impl(who, impl)
     check_bits(who, bits)
     check_matrix(who, "x", x, _DTYPES)
     if axis not in (0, 1):
         fail(who, f"got axis={axis}", "The contraction axis of a matrix is 0 or 1")
-    k = x.shape[axis]
-    if block not in (None, 32, 64, 128) or (block is not None and k % block):
-        fail(who, f"got block={block} for K={k}", "Blocks are 32, 64 or 128 and divide K, or None")
+    m, k = x.shape[1 - axis], x.shape[axis]
+    check_block(who, block, k)
+    check_size(who, m, k)
     if not (math.isfinite(alpha) and alpha > 0):
         fail(who, f"got alpha={alpha}", "It is a positive multiple of the root mean square")
+    if trust is not None and not trust > 0:
+        fail(who, f"got trust={trust}", "It is a positive multiple of the scale, or None for no mask")
     options = dict(bits=bits, alpha=float(alpha), block=block, midrise=midrise, trust=trust)
     if impl == "xla":
-        return _reference(x if axis == 1 else x.T, **options)
-    if k % CHUNK:
-        raise NoKernel(f"{who} works on {CHUNK} columns at once, and K={k} leaves {k % CHUNK}. Use impl='xla'.")
-    return _run(x, axis, impl, tile or default_tile(x.shape[1 - axis]), **options)
+        return _reference(x if axis == 1 else x.T, packed=packed, **options)
+    check_chunk(who, k)
+    return _run(x, axis, packed, impl, tile or default_tile(m, k, axis, x.dtype, packed), **options)
 
 
-def default_tile(m: int) -> Tile:
-    """64 rows, which a warp group's product takes, where there are as many."""
-    return Tile(rows=launch.power_of_two(m, 16, 64), columns=128, warps=4, stages=2)
-
-
-def signed_hadamard(size: int) -> np.ndarray:
-    """Sylvester's matrix of +1 and -1, float32."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
+def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) -> Tile:
+    """Whole rows in registers up to K of 32768 (16384 in float32), in as many programs as a GPU runs at once;
+    runs of 64 bytes with axis=0."""
+    wide = jnp.dtype(dtype).itemsize // 2
+    if axis == 0:
+        return Tile(rows=64, columns=32 // wide, warps=8, stages=1)
+    each = launch.power_of_two(-(-k // MASK_BLOCK), 1, 1 << 30)
+    if each > 128 // wide:
+        return Tile(rows=64, warps=8, stages=1)
+    rows = max(64, each)
+    while rows > max(16, each) and m * each < tuning.PROGRAMS * rows:
+        rows //= 2
+    return Tile(rows=rows, warps=4 if rows <= 32 or packed and wide == 1 and rows == 64 else 8, stages=1)
 
 
 def grid(bits: int, midrise: bool) -> tuple[int, int, float]:
@@ -88,10 +128,10 @@ def grid(bits: int, midrise: bool) -> tuple[int, int, float]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1, 0.5 if midrise else 0.0
 
 
-def _reference(x, *, bits, alpha, block, midrise, trust):
+def _reference(x, *, bits, alpha, block, midrise, trust, packed):
     low, high, half = grid(bits, midrise)
     x = x.astype(jnp.float32)
-    scale = _scale(x, 1, alpha)
+    scale = _scale(jnp.sum(x * x, axis=1), x.shape[1], alpha)
     if block is None:
         h = x
     else:
@@ -100,77 +140,201 @@ def _reference(x, *, bits, alpha, block, midrise, trust):
         h = lax.dot_general(tiles, matrix, (((2,), (0,)), ((), ())), lax.Precision.HIGHEST).reshape(x.shape)
     v = h * _inverse(scale)[:, None]
     codes = jnp.clip(jnp.round(jnp.clip(v + half, low - 1, high + 2)) - 2 * half, low, high).astype(jnp.int8)
-    if trust is None:
-        return codes, scale, None
-    [mask] = planes.pack((jnp.abs(v) <= trust).astype(jnp.uint8), 1, 8)
-    return codes, scale, mask[:, : x.shape[0]]
+    mask, words = None, None
+    if trust is not None:
+        mask = planes.pack((jnp.abs(v) <= trust).astype(jnp.uint8), 1, 8)[0][:, : x.shape[0]]
+    if packed:
+        words = planes.pack((codes.astype(jnp.int32) - low).astype(jnp.uint8), bits, 8)
+    return Quantized(codes, scale, jnp.sum(codes.astype(jnp.int32), axis=1), mask, words)
 
 
-def _scale(x, axis, alpha):
-    x = x.astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(x * x, axis=axis) * np.float32(1 / x.shape[axis])) * np.float32(alpha)
+def _scale(squares, k, alpha):
+    return jnp.sqrt(squares * np.float32(1 / k)) * np.float32(alpha)
 
 
 def _inverse(scale):
     return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
 
 
-def _run(x, axis, impl, tile, *, bits, alpha, block, midrise, trust):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rounder:
+    """From h to codes in two multiply-adds: u = clip((h/s + offset) / n, 0, 1), then +-n u is added to a number so
+    large that it is rounded to an integer, which stands in the low byte of the sum.
+
+    Even integers win ties, and the sign is such that those are the even values of round(h/s + half): on a mid-rise grid
+    the byte is 127 - code, on an integer one code + 128."""
+
+    bits: int
+    midrise: bool
+    assembly: bool
+
+    @property
+    def top(self) -> int:
+        return (1 << self.bits) - 1
+
+    def __call__(self, h: Float[Array, "p 32"], gain: Float[Array, "p 1"]) -> Int32[Array, "p 32"]:
+        """Bits whose low byte is the code's; `gain` is 1/(s n). NaN gives a code of the width too."""
+        zero = 1 << (self.bits - 1)
+        offset = np.float32((zero - 0.5 * self.midrise) / self.top)
+        times = np.float32(-self.top if self.midrise else self.top)
+        plus = np.float32(_ROUND + 127 + zero if self.midrise else _ROUND + 128 - zero)
+        if not self.assembly:
+            u = h * gain + offset
+            u = jnp.minimum(jnp.where(u > 0, u, 0), 1)
+            return lax.bitcast_convert_type(u * times + plus, jnp.int32)
+        constant = lambda value: f"0f{value.view(np.uint32):08X}"
+        text = f"fma.rn.sat.f32 u, $1, $2, {constant(offset)}; fma.rn.f32 $0, u, {constant(times)}, {constant(plus)};"
+        return _inline(f"{{ .reg .f32 u; {text} }}", "=r,f,f", jnp.int32, h, jnp.broadcast_to(gain, h.shape))
+
+    def int8(self, found: Int32[Array, "p 32"]) -> Int8[Array, "p 32"]:
+        """The codes of bits."""
+        turn = 0x7F if self.midrise else 0x80
+        if not self.assembly:
+            return (found ^ turn).astype(jnp.int8)
+        text = "prmt.b32 t, $1, $2, 0x40; prmt.b32 u, $3, $4, 0x40; prmt.b32 t, t, u, 0x5410; "
+        text += f"xor.b32 $0, t, {turn * 0x01010101:#x};"
+        return _inline(f"{{ .reg .b32 t, u; {text} }}", "=r,r,r,r,r", jnp.int8, found, pack=4)
+
+    def sums(self, total: Int32[Array, "r"], count: int, beyond: int) -> Int32[Array, "r"]:
+        """The sum of codes of rows from that of `count` bits, `beyond` of which are of zeros behind the row's end."""
+        if self.midrise:
+            return _wrapped(count * (_ROUND_BITS + 127) + beyond) - total
+        return total - _wrapped(count * (_ROUND_BITS + 128))
+
+    def field(self, found: list[Int32[Array, "p 32"]], first: int, field: int, above: int) -> Int32[Array, "p 32"]:
+        """Planes `first` and on of a word of the fields [above, above + field) of the codes + 2^(bits-1)."""
+        zero, ones = 1 << (self.bits - 1), (1 << field) - 1
+        # 127 - code and code + 128, mod 2^bits, have these bits turned over
+        turn = (zero - 1 if self.midrise else zero) if self.bits < 8 else (255 if self.midrise else 0)
+        word = jnp.zeros_like(found[0])
+        for p, each in enumerate(found, first):
+            part, by = each & (ones << above), field * p - above
+            word = word | (part << by if by >= 0 else lax.shift_right_logical(part, -by))
+        return word ^ sum(((turn >> above) & ones) << field * p for p in range(first, first + len(found)))
+
+
+def _squares(total, part, assembly):
+    """total + part^2, in float32."""
+    if not assembly:
+        return total + part.astype(jnp.float32) ** 2
+    if part.dtype == jnp.bfloat16:
+        text = "shl.b32 t, $2, 16; and.b32 u, $2, 0xffff0000; fma.rn.f32 $0, t, t, $3; fma.rn.f32 $1, u, u, $4;"
+        return _inline(f"{{ .reg .b32 t, u; {text} }}", "=f,=f,r,f,f", jnp.float32, part, total, pack=2)
+    return _inline("fma.rn.f32 $0, $1, $1, $2;", "=f,f,f", jnp.float32, part.astype(jnp.float32), total)
+
+
+def _beyond(word, h, limit, assembly):
+    """2 word, + 1 where |h| is larger than the limit (the sign of what is left of it)."""
+    if not assembly:
+        return word << 1 | lax.shift_right_logical(lax.bitcast_convert_type(limit - jnp.abs(h), jnp.int32), 31)
+    text = "abs.f32 t, $2; sub.f32 t, $3, t; mov.b32 u, t; shf.l.wrap.b32 $0, u, $1, 1;"
+    text = f"{{ .reg .f32 t; .reg .b32 u; {text} }}"
+    return _inline(text, "=r,r,f,f", jnp.int32, word, h, jnp.broadcast_to(limit, h.shape))
+
+
+def _inline(text, constraints, dtype, *args, pack=1):
+    shape = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
+    return plgpu.elementwise_inline_asm(
+        text, args=list(args), constraints=constraints, pack=pack, result_shape_dtypes=shape
+    )[0]
+
+
+def _wrapped(n: int) -> np.int32:
+    return np.uint32(n % 2**32).astype(np.int32)
+
+
+def _run(x, axis, packed, impl, tile, *, bits, alpha, block, midrise, trust):
     m, k = x.shape[1 - axis], x.shape[axis]
-    scale = _scale(x, axis, alpha)
-    padded = [-(-m // tile.rows) * tile.rows, -(-k // MASK_BLOCK) * MASK_BLOCK]
-    sides = padded if axis == 1 else padded[::-1]
-    xp = jnp.pad(x, [(0, size - n) for size, n in zip(sides, x.shape, strict=True)])
-    parts = _halves(xp) if x.dtype == jnp.float32 else (xp,)
-    factor = jnp.pad(_inverse(scale) * np.float32(1.0 if block is None else block**-0.5), (0, padded[0] - m))
-    matrix = jnp.asarray(signed_hadamard(block) if block else np.eye(32, dtype=np.float32), parts[0].dtype)
+    own = pieces(m, k, axis, tile, planes.padded_n(m) if packed else m)
+    out_shape = [jax.ShapeDtypeStruct(*of) for of in (((m, k), jnp.int8), ((m,), jnp.float32), ((m,), jnp.int32))]
+    if trust is not None:
+        out_shape.append(jax.ShapeDtypeStruct((-(-k // MASK_BLOCK), m, planes.COLUMNS), jnp.int8))
+    if packed:
+        out_shape += [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in planes.word_shapes(m, k, bits, 8)]
     kernel = functools.partial(
-        _kernel, bits=bits, block=block or 32, midrise=midrise, trust=trust, axis=axis, parts=len(parts)
+        _kernel, own=own, alpha=alpha, block=block, trust=trust, rounder=Rounder(bits, midrise, launch.assembly(impl))
     )
-    out_shape = [jax.ShapeDtypeStruct(tuple(padded), jnp.int8)]
-    out_specs = [pl.BlockSpec((tile.rows, MASK_BLOCK), lambda i, j: (i, j))]
-    if trust is not None:
-        out_shape.append(jax.ShapeDtypeStruct((padded[1] // MASK_BLOCK, padded[0], planes.COLUMNS), jnp.int8))
-        out_specs.append(pl.BlockSpec((1, tile.rows, planes.COLUMNS), lambda i, j: (j, i, 0)))
-    if axis == 1:
-        taken = pl.BlockSpec((tile.rows, MASK_BLOCK), lambda i, j: (i, j))
-    else:
-        taken = pl.BlockSpec((MASK_BLOCK, tile.rows), lambda i, j: (j, i))
-    out = launch.call(
-        kernel, f"hadamard_quantize{bits}", impl, tile, grid=(padded[0] // tile.rows, padded[1] // MASK_BLOCK),
-        in_specs=[
-            pl.BlockSpec((tile.rows,), lambda i, j: (i,)),
-            pl.BlockSpec(matrix.shape, lambda i, j: (0, 0)),
-            *[taken for _ in parts],
-        ],
-        out_specs=tuple(out_specs), out_shape=tuple(out_shape),
-    )(factor, matrix, *parts)  # fmt: skip
-    return out[0][:m, :k], scale, out[1][:, :m] if trust is not None else None
+    codes, scales, sums, *rest = launch.call(
+        kernel, f"hadamard_quantize{bits}", impl, tile, grid=(own.programs,), out_shape=tuple(out_shape)
+    )(x, jnp.asarray(signed_hadamard(planes.COLUMNS), jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype))
+    mask = None if trust is None else rest.pop(0)
+    return Quantized(codes, scales, sums, mask, tuple(rest) if packed else None)
 
 
-def _halves(x: Float[Array, "*s"]) -> tuple[Array, Array]:
-    """Two bfloat16 numbers whose sum is the float32 one to 16 bits of mantissa."""
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+def _kernel(x_ref, matrix_ref, code_ref, scale_ref, sum_ref, *refs, own, alpha, block, trust, rounder):
+    mask_ref, word_refs = (refs[0], refs[1:]) if trust is not None else (None, refs)
+    program, matrix = pl.program_id(0), matrix_ref[...]
+    shape, half = (own.count, planes.COLUMNS), PLANES // 2
+
+    def load(turn):
+        row, piece = own.places(program, turn)
+        inside = own.chunks_inside(row, piece)
+        return [masks.load(x_ref.at[index(row, piece, j, own.axis)], spread(inside[j // half])) for j in range(PLANES)]
+
+    def squared(turn, total, parts=None):
+        for part in load(turn) if parts is None else parts:
+            total = _squares(total, part, rounder.assembly)
+        return total
+
+    parts = load(0) if own.turns == 1 else None  # held to the end
+    nothing = jnp.zeros(shape, jnp.float32)
+    squares = squared(0, nothing, parts) if parts else lax.fori_loop(0, own.turns, squared, nothing)
+    scale = _scale(own.by_row(jnp.sum(squares, axis=1)), own.k, alpha)
+    norm = 1.0 if block is None else block**-0.5
+    gain = own.of_row(_inverse(scale) * np.float32(norm / rounder.top))
+    limit = None if trust is None else own.of_row(jnp.where(scale == 0, 0.0, scale * np.float32(trust / norm)))
+
+    def finish(turn, total):
+        turn = own.turns - 1 - turn
+        row, piece = own.places(program, turn)
+        inside, held = own.chunks_inside(row, piece), parts or load(turn)
+        mask, low_words = jnp.zeros(shape, jnp.int32), {}
+        for first in (half, 0):
+            h = rotated(held[first : first + half], matrix, block, rounder.assembly)
+            if mask_ref is not None:
+                for each in reversed(h):
+                    mask = _beyond(mask, each, limit, rounder.assembly)
+            bits = [rounder(each, gain) for each in h]
+            codes, at = joined([rounder.int8(each) for each in bits]), chunk_index(row, piece, first // half)
+            masks.store(code_ref.at[at], codes, spread(inside[first // half], codes.shape))
+            for each in bits:
+                total = total + each
+            above = rounder.bits
+            for ref, field in zip(word_refs, planes.FIELDS[rounder.bits], strict=True) if word_refs else ():
+                above -= field
+                if field == 1:
+                    low_words[above] = rounder.field(bits, first, 1, above) | low_words.get(above, 0)
+                    if first == 0:
+                        _store_words(ref, low_words[above], 0, 1, own, row, piece)
+                    continue
+                each = PLANES // field
+                for b in range(0, half, each):
+                    word = rounder.field(bits[b : b + each], 0, field, above)
+                    _store_words(ref, word, (first + b) // each, field, own, row, piece)
+        if mask_ref is not None:
+            _store_words(mask_ref, ~mask, 0, 1, own, row, piece)
+        return total
+
+    none = jnp.zeros(shape, jnp.int32)
+    total = finish(0, none) if parts else lax.fori_loop(0, own.turns, finish, none)
+    count = own.steps * own.turns * MASK_BLOCK
+    sums = rounder.sums(own.by_row(jnp.sum(total, axis=1)), count, count - own.k)
+    rows = program * own.rows + lax.iota(jnp.int32, own.rows)
+    inside = own.rows_inside(rows)
+    masks.store(scale_ref.at[rows], scale, inside)
+    masks.store(sum_ref.at[rows], sums, inside)
 
 
-def _kernel(factor_ref, h_ref, *refs, bits, block, midrise, trust, axis, parts):
-    x_refs, (code_ref, *mask_refs) = refs[:parts], refs[parts:]
-    low, high, half = grid(bits, midrise)
-    factor = factor_ref[...][:, None]
-    word = jnp.zeros((factor_ref.shape[0], planes.COLUMNS), jnp.int32)
-    for j in range(MASK_BLOCK // 32):
-        start = 32 * j // block * block
-        columns, v = h_ref[:, pl.ds(32 * j % block, 32)], 0.0
-        for ref in x_refs:
-            part = ref[:, pl.ds(start, block)] if axis == 1 else ref[pl.ds(start, block), :].T
-            v = v + jnp.dot(part, columns, preferred_element_type=jnp.float32)
-        v = v * factor
-        # The clip stands between the two additions, which XLA would merge into one of 12582912.5, inexact.
-        rounded = jnp.minimum(jnp.maximum(v + half, low - 1.0), high + 2.0) + _ROUND
-        code = lax.bitcast_convert_type(rounded, jnp.int32) - (_ROUND_BITS + int(2 * half))
-        code_ref[:, pl.ds(32 * j, 32)] = jnp.minimum(jnp.maximum(code, low), high).astype(jnp.int8)
-        if trust is not None:
-            word = word | jnp.where(jnp.abs(v) <= trust, 1 << j, 0)
-    if trust is not None:
-        mask_refs[0][0, :, :] = word.astype(jnp.int8)
+def _store_words(ref, word, b, field, own, row, piece):
+    """Block b of a piece's `field`, zero where the matrix has no element, and written where the array has a word."""
+    first, second = own.chunks_inside(row, piece)
+    if first is not None and second is not None:
+        chosen = lambda inside, ones: jnp.where(inside, ones, 0)[:, None]
+        if field == 1:
+            word = word & (chosen(first, 0x0F) | chosen(second, 0xF0))
+        else:
+            word = jnp.where((second if 2 * b >= field else first)[:, None], word, 0)
+    at = piece * field + b
+    inside = None if own.steps * own.turns * field == ref.shape[0] else at < ref.shape[0]
+    rows = None if own.programs * own.rows == ref.shape[1] else row < ref.shape[1]
+    masks.store(ref.at[word_index(row, at)], word.astype(jnp.int8), spread(both(inside, rows)))

@@ -3,24 +3,39 @@
     y[m, n] = sum_g s[g, n] sum_(k in g) x[m, k] (u[n, k] - z[g, n])
 
 The weights' tile is the left operand of the tensor-core product, so that it goes from packed words to registers to the
-multiplier and only packed bytes pass through shared memory; the activations' tile is the right one.
+multiplier and only packed bytes pass through shared memory; the activations' tile is the right one. A zero point of
+2^(b-1) or (2^b - 1)/2, those of integer and of mid-rise grids, is part of the unpacking and costs nothing; others are
+made up for with the sums of x over each group.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, planes, tuning
-from pallas_kernels.checks import MATRIX_DTYPES, check_group, check_matrix, check_shape, fail
+from pallas_kernels import launch, masks, occupancy, planes, tuning
+from pallas_kernels.checks import (
+    MATRIX_DTYPES,
+    SCALE_DTYPES,
+    check_group,
+    check_kind,
+    check_matrix,
+    check_offsets,
+    check_out_dtype,
+    check_shape,
+    fail,
+)
 from pallas_kernels.launch import Tile
-from pallas_kernels.unpack import gain, offset, to_float
+from pallas_kernels.unpack import gain, held, offset, plane, to_float
 
 WORD_BITS = 16
+_SHORT = 128  # contraction indices of a turn with many rows, unless a group is longer
 
 
 def matmul_a16(
@@ -31,20 +46,25 @@ def matmul_a16(
     *,
     bits: int,
     group: int | None = None,
+    out_dtype: Any = None,
     layout: str = planes.LAYOUT,
     tile: Tile | None = None,
     impl: str = "triton",
 ) -> Float[Array, "m n"]:
-    """x times the matrix [N, K] of codes in `words`, transposed; in the dtype of x, sums in float32.
+    """x times the matrix [N, K] of codes in `words`, transposed; in `out_dtype` (default: that of x), sums in float32.
 
-    words: `planes.pack(codes, bits, 16)`. scales: float32 [K/group, N]; `group=None` is one scale an output channel.
-    zeros: the code that means zero, a number for the whole matrix (default: 2^(bits-1)) or float32 [K/group, N]; halves
-    are exact. Reference: `impl="xla"`, equal to a rounding of the result and K 2^-23 of its summands.
+    words: `planes.pack(codes, bits, 16)`. scales: float32, bfloat16 or float16 [K/group, N]; `group=None` is one scale
+    an output channel. zeros: the code that means zero, a number for the whole matrix (default: 2^(bits-1)) or an array
+    like the scales; halves are exact. An infinite x gives what the reference does, but NaN with other zeros than
+    2^(bits-1) and (2^bits - 1)/2. Reference: `impl="xla"`, equal to a rounding of the result and K 2^-23 of its
+    summands.
     Raises: ValueError for sizes, groups or layouts that do not fit, TypeError for dtypes."""
     who = "matmul_a16"
     launch.check_impl(who, impl)
     planes.check_layout(who, layout)
+    x, scales = jnp.asarray(x), jnp.asarray(scales)
     m, k = check_matrix(who, "x", x, MATRIX_DTYPES)
+    out_dtype = x.dtype if out_dtype is None else check_out_dtype(who, out_dtype)
     if scales.ndim != 2:
         fail(who, f"got scales of shape {scales.shape}", "They are [K/group, N]")
     n = scales.shape[1]
@@ -52,14 +72,21 @@ def matmul_a16(
     if word_bits != WORD_BITS:
         fail(who, "got 8-bit words", "Pack with planes.pack(codes, bits, word_bits=16) for 16-bit activations")
     length = check_group(who, group, k)
-    check_shape(who, "scales", scales, (k // length, n), jnp.float32)
-    if zeros is not None and not isinstance(zeros, int | float):
-        check_shape(who, "zeros", zeros, (k // length, n), jnp.float32)
-    zeros = float(1 << (bits - 1)) if zeros is None else zeros
+    check_shape(who, "scales", scales, (k // length, n), SCALE_DTYPES)
+    if zeros is None:
+        zeros = float(1 << (bits - 1))
+    elif isinstance(zeros, int | float | np.integer | np.floating):
+        zeros = float(zeros)
+    else:
+        zeros = jnp.asarray(zeros)
+        check_shape(who, "zeros", zeros, (k // length, n), SCALE_DTYPES)
+    if tile is not None:
+        check_kind(who, "tile", tile, Tile)
     if impl == "xla":
-        return _reference(x, words, scales, zeros, bits, length)
+        return _reference(x, words, scales, zeros, bits, length).astype(out_dtype)
     tile = default_tile(m, n, k, bits, length) if tile is None else tile
-    return _run(x, tuple(words), scales, zeros, bits, length, tile, impl)
+    check_offsets(who, x=x.shape, out=(tile.split, m, n), **{f"words[{i}]": word.shape for i, word in enumerate(words)})
+    return _run(x, tuple(words), scales, zeros, bits, length, tile, impl, out_dtype)
 
 
 def dequantize(
@@ -67,139 +94,155 @@ def dequantize(
     zeros: Float[Array, "groups n"] | float, *, bits: int, k: int,
 ) -> Float[Array, "n k"]:  # fmt: skip
     """s (u - z), float32, by XLA."""
+    scales, zeros = jnp.asarray(scales, jnp.float32), jnp.asarray(zeros, jnp.float32)
     groups, n = scales.shape
     codes = planes.unpack(words, bits, n, k).astype(jnp.float32).reshape(n, groups, k // groups)
-    column = lambda a: a.T[:, :, None] if isinstance(a, jax.Array) else a
+    column = lambda a: a.T[:, :, None] if a.ndim else a
     return ((codes - column(zeros)) * column(scales)).reshape(n, k)
 
 
 def _reference(x, words, scales, zeros, bits, length):
     w = dequantize(words, scales, zeros, bits=bits, k=x.shape[1])
-    return lax.dot_general(
-        x.astype(jnp.float32), w, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32
-    ).astype(x.dtype)
+    return lax.dot_general(x.astype(jnp.float32), w, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
 
 
 def default_tile(m: int, n: int, k: int, bits: int, group: int) -> Tile:
     """The tuned tile of this shape's bucket, or one that compiles without spills and fills a GPU's multiprocessors."""
     if found := tuning.lookup(tuning.key("matmul_a16", bits, m, n, k)):
         tile = Tile(**found)
-        if planes.padded_n(n) % tile.columns == 0 and _steps(k, bits, group) % tile.split == 0:
+        if planes.padded_n(n) % tile.columns == 0 and _steps(k, bits, group, tile.rows) % tile.split == 0:
             return tile
-    rows, step = planes.padded_n(n), _step(k, bits, group)
-    if m > 64:
-        columns = launch.dividing(rows, (128, 64, 32))
-        block = 64  # two accumulators of 128 rows spill on Ampere
-        return Tile(
-            rows=block, columns=columns, warps=8 if columns == 128 else 4, stages=_stages(block, columns, step, bits)
-        )
-    block, columns = launch.power_of_two(m, 16, 64), launch.dividing(rows, (64, 32))
-    steps, programs = _steps(k, bits, group), rows // columns * -(-m // block)
-    splits = [s for s in (1, 2, 4, 8) if steps % s == 0 and (s == 1 or steps // s >= 4)]  # turns to overlap
-    split = next((s for s in splits if s * programs >= tuning.PROGRAMS), splits[-1])
-    return Tile(rows=block, columns=columns, split=split, stages=_stages(block, columns, step, bits))
+    rows = planes.padded_n(n)
+    block = launch.power_of_two(m, 16, 64)  # two accumulators of 128 rows spill on Ampere
+    columns = launch.dividing(rows, (128, 64, 32) if m > 64 else (64, 32))
+    step, steps = _step(k, bits, group, block), _steps(k, bits, group, block)
+    programs = rows // columns * -(-m // block)
+    words = columns * step * bits // 8
+    split = 1 if m > 64 else occupancy.split(programs, steps, n * k * bits // 8, m * n)
+    stages = occupancy.stages(split * programs, words, words + 2 * block * step, step)
+    return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, split=split,
+                stages=min(stages, 3) if m > 16 else stages)  # fmt: skip
 
 
-def _stages(rows: int, columns: int, step: int, bits: int) -> int:
-    """Pipeline stages whose tiles fit the shared memory of every chip since Ampere."""
-    return max(1, min(3, launch.SHARED_MEMORY // (step * (2 * rows + columns * bits // 8))))
+def _step(k: int, bits: int, group: int, rows: int = 16) -> int:
+    """Contraction indices of one turn of the loop: whole groups, if they are scaled, and whole blocks of every field.
+
+    Where whole blocks would be too much for the registers, or, with more than 16 rows, the tile of x for shared memory,
+    equal parts of a block, whose words are then read again for each part."""
+    block, whole = planes.step_length(bits, WORD_BITS), 1 if group == k else group
+    if whole & (whole - 1) == 0:
+        if rows > 16:
+            block = min(block, _SHORT)
+        elif whole == 32 and len(planes.FIELDS[bits]) > 1:
+            block = max(block // 2, _SHORT)
+    return math.lcm(block, whole)
 
 
-def _step(k: int, bits: int, group: int) -> int:
-    """Contraction indices of one turn of the loop: whole blocks of every field and, if groups are scaled, whole
-    groups."""
-    block = planes.step_length(bits, WORD_BITS)
-    return block if group == k else math.lcm(block, group)
+def _steps(k: int, bits: int, group: int, rows: int = 16) -> int:
+    return -(-k // _step(k, bits, group, rows))
 
 
-def _steps(k: int, bits: int, group: int) -> int:
-    return -(-k // _step(k, bits, group))
-
-
-def _run(x, words, scales, zeros, bits, group, tile, impl):
-    (m, k), n = x.shape, scales.shape[1]
-    rows, step, steps = planes.padded_n(n), _step(k, bits, group), _steps(k, bits, group)
+def _run(x, words, scales, zeros, bits, group, tile, impl, out_dtype):
+    (m, k), (groups, n) = x.shape, scales.shape
+    rows, step, steps = planes.padded_n(n), _step(k, bits, group, tile.rows), _steps(k, bits, group, tile.rows)
     if rows % tile.columns:
         fail("matmul_a16", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
     if steps % tile.split:
         fail(
             "matmul_a16", f"got tile.split={tile.split}, but K={k} is {steps} steps of {step}", "Take a divisor of them"
         )
-    per_channel = group == k
-    padded_m = -(-m // tile.rows) * tile.rows
-    xp = jnp.pad(x, ((0, padded_m - m), (0, steps * step - k)))
-    # u - z = (u - offset) + (offset - z): the kernel multiplies by the first, and the second meets the sums of x.
-    groups = scales.shape[0]
-    shift = offset(bits) - zeros
-    sums = x.astype(jnp.float32).reshape(m, groups, group).sum(-1).T
-    extra = steps * step // group - groups if not per_channel else 0
-    sums = jnp.pad(sums, ((0, extra), (0, padded_m - m)))
-    scales = jnp.pad(scales, ((0, extra), (0, rows - n)))
-    shift = jnp.broadcast_to(jnp.asarray(shift, jnp.float32), (groups, n))
-    shift = jnp.pad(shift, ((0, extra), (0, rows - n)))
-    words = [
-        jnp.pad(w, ((0, steps * step // planes.block_length(f, WORD_BITS) - w.shape[0]), (0, 0), (0, 0)))
-        for w, f in zip(words, planes.FIELDS[bits], strict=True)
-    ]
+    midrise, shifted = _zero_form(bits, zeros)
+    per_group = pl.BlockSpec((groups, tile.columns), lambda n, m, s: (0, n))
+    operands = [x, scales]
+    specs = [pl.BlockSpec((tile.rows, steps * step), lambda n, m, s: (m, 0)), per_group]
+    if shifted:  # u - z = (u - offset) + (offset - z): the second meets the sums of x over each group
+        operands += [_group_sums(x, groups)] if isinstance(zeros, float) else [_group_sums(x, groups), zeros]
+        specs += [pl.BlockSpec((groups, tile.rows), lambda n, m, s: (0, m)), per_group][: len(operands) - 2]
+    words = [masks.lengthened(w, steps * step // planes.block_length(f, WORD_BITS)) for w, f in
+             zip(words, planes.FIELDS[bits], strict=True)]  # fmt: skip
     kernel = functools.partial(
-        _kernel, bits=bits, step=step, group=step if per_channel else group, steps=steps // tile.split,
-        per_channel=per_channel, split=tile.split, use_assembly=launch.assembly(impl),
+        _kernel, bits=bits, step=step, group=step if group == k else group, steps=steps // tile.split,
+        per_channel=group == k, split=tile.split, sizes=(m, n, k), midrise=midrise,
+        zero=zeros if shifted and isinstance(zeros, float) else None,
+        use_assembly=launch.assembly(impl),
     )  # fmt: skip
-    column = lambda a: pl.BlockSpec((a.shape[0], tile.columns), lambda n, m, s: (0, n))
     out = launch.call(
         kernel, f"matmul_w{bits}a16", impl, tile,
-        grid=(rows // tile.columns, padded_m // tile.rows, tile.split),
+        grid=(rows // tile.columns, -(-m // tile.rows), tile.split),
         in_specs=[
-            pl.BlockSpec((tile.rows, steps * step), lambda n, m, s: (m, 0)),
-            column(scales), column(shift),
-            pl.BlockSpec((sums.shape[0], tile.rows), lambda n, m, s: (0, m)),
+            *specs,
             *[pl.BlockSpec((w.shape[0], tile.columns, planes.COLUMNS), lambda n, m, s: (0, n, 0)) for w in words],
         ],
-        out_specs=pl.BlockSpec((1, tile.rows, tile.columns), lambda n, m, s: (s, m, n)),
-        out_shape=jax.ShapeDtypeStruct((tile.split, padded_m, rows), x.dtype if tile.split == 1 else jnp.float32),
-    )(xp, scales, shift, sums, *words)  # fmt: skip
-    y = out[0] if tile.split == 1 else out.sum(0).astype(x.dtype)
-    return y[:m, :n]
+        out_specs=pl.BlockSpec((None, tile.rows, tile.columns), lambda n, m, s: (s, m, n)),
+        out_shape=jax.ShapeDtypeStruct((tile.split, m, n), out_dtype if tile.split == 1 else jnp.float32),
+    )(*operands, *words)  # fmt: skip
+    return out[0] if tile.split == 1 else out.sum(0).astype(out_dtype)
 
 
-def _kernel(x_ref, scale_ref, shift_ref, sum_ref, *refs, bits, step, group, steps, per_channel, split, use_assembly):
-    *word_refs, out_ref = refs
-    columns, rows = out_ref.shape[2], out_ref.shape[1]
-    dtype = x_ref.dtype
-    fields = planes.FIELDS[bits]
-    blocks = [step // planes.block_length(field, WORD_BITS) for field in fields]
+def _zero_form(bits: int, zeros: Float[Array, "groups n"] | float) -> tuple[bool, bool]:
+    """(whether weights are unpacked about half a code, whether a shift by the sums of x remains)."""
+    if isinstance(zeros, float):
+        for midrise in (False, True):
+            if zeros == offset(bits, midrise):
+                return midrise, False
+    return bits == 1, True  # one bit is quickest as a sign
+
+
+def _group_sums(x, groups):
+    return x.astype(jnp.float32).reshape(x.shape[0], groups, -1).sum(-1).T
+
+
+def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, split, sizes, midrise, zero,
+            use_assembly):  # fmt: skip
+    m, n, k = sizes
+    *side_refs, out_ref = refs[: -1 - len(planes.FIELDS[bits])] + refs[-1:]  # sums of x and zeros, if there is a shift
+    word_refs = refs[len(side_refs) : -1]
+    columns, rows = out_ref.shape[1], out_ref.shape[0]
     nothing = jnp.zeros((columns, rows), jnp.float32)
     part = pl.program_id(2)
+    of_rows, of_columns = masks.of_block(pl.program_id(1), rows, m), masks.of_block(pl.program_id(0), columns, n)
+    last = None if k % step == 0 else scale_ref.shape[0] - 1  # rows of scales behind this one are not there
+
+    def line(ref, row, mask):
+        if last is not None:
+            mask = (row <= last) & (jnp.ones(ref.shape[1], jnp.bool_) if mask is None else mask)
+        at = ref.at[pl.ds(row, 1), :]
+        return masks.load(at, None if mask is None else mask[None]).reshape(-1).astype(jnp.float32)
+
+    def scaled(inner, row, share=1.0):
+        """One group's product by its scale, with what the zero point still asks for."""
+        scale = line(scale_ref, row, of_columns)
+        if not side_refs:
+            return inner * (scale * (1 / gain(midrise)))[:, None]
+        sums = line(side_refs[0], row, of_rows)[None, :] * share
+        if zero is not None:
+            shift = (offset(bits, midrise) - zero) * sums
+        else:
+            shift = offset(bits, midrise) - line(side_refs[1], row, of_columns)[:, None]
+            shift = jnp.where(shift == 0, 0, shift * sums)  # sums may be infinite
+        return (inner * (1 / gain(midrise)) + shift) * scale[:, None]
 
     def turn(i, total):
         at = part * steps + i
         words = [
-            [ref[at * count + j, :, :] for j in range(count)] for ref, count in zip(word_refs, blocks, strict=True)
+            held(ref, field, WORD_BITS, step, at, assembly=use_assembly)
+            for ref, field in zip(word_refs, planes.FIELDS[bits], strict=True)
         ]
         for g in range(step // group):
             inner = total if per_channel else nothing
             for c in range(g * group // planes.COLUMNS, (g + 1) * group // planes.COLUMNS):
-                chosen, which = [], []
-                for held, field in zip(words, fields, strict=True):
-                    count = WORD_BITS // field
-                    chosen.append(held[c // count])
-                    which.append(c % count)
-                w = to_float(chosen, bits, which, dtype, assembly=use_assembly)
-                xs = x_ref[:, pl.ds(at * step + c * planes.COLUMNS, planes.COLUMNS)]
+                chosen, which = plane(words, bits, WORD_BITS, c)
+                w = to_float(chosen, bits, which, x_ref.dtype, midrise=midrise, assembly=use_assembly)
+                start = at * step + c * planes.COLUMNS
+                of_k = None if last is None else masks.below(k, start, planes.COLUMNS)
+                xs = masks.load(
+                    x_ref.at[:, pl.ds(start, planes.COLUMNS)], masks.outer(of_rows, of_k, (rows, planes.COLUMNS))
+                )
                 inner = inner + jnp.dot(w, xs.T, preferred_element_type=jnp.float32)
-            if per_channel:
-                total = inner
-            else:
-                row = at * (step // group) + g
-                total = total + _scaled(inner, scale_ref, shift_ref, sum_ref, row, bits)
+            total = inner if per_channel else total + scaled(inner, at * (step // group) + g)
         return total
 
     total = lax.fori_loop(0, steps, turn, nothing)
     if per_channel:  # one scale for the whole row; each part adds its share of the shift
-        total = _scaled(total, scale_ref, shift_ref, sum_ref, 0, bits, 1 / split)
-    out_ref[...] = total.T.astype(out_ref.dtype)[None]
-
-
-def _scaled(inner, scale_ref, shift_ref, sum_ref, row, bits, share=1.0):
-    shift = shift_ref[row, :][:, None] * (sum_ref[row, :][None, :] * share)
-    return (inner * (1 / gain(bits)) + shift) * scale_ref[row, :][:, None]
+        total = scaled(total, 0, 1 / split)
+    masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))

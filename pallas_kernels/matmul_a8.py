@@ -3,11 +3,12 @@
     y[m, n] = s_x[m] s_w[n] sum_k (c[m, k] - z_x) (u[n, k] - z_w)
             = s_x s_w ( sum_k c (u - Z) + (Z - z_w) sum_k c - z_x sum_k (u - z_w) ),   Z = 2^(b-1), 0 for one bit
 
-The first sum is an integer of at most K 2^14, exact up to K = 2^17; zero points of half a code (mid-rise grids) enter
-only through the row sums of the codes.
+The integer sums are exact up to K = `longest(bits)`; zero points of half a code (mid-rise grids) enter only through the
+row sums of the codes. What a zero point does not ask for is not computed.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, planes, tuning
-from pallas_kernels.checks import check_matrix, check_shape, fail
+from pallas_kernels import launch, masks, occupancy, planes, tuning
+from pallas_kernels.checks import (
+    SCALE_DTYPES,
+    check_bits,
+    check_kind,
+    check_matrix,
+    check_number,
+    check_offsets,
+    check_out_dtype,
+    check_shape,
+    fail,
+)
 from pallas_kernels.launch import Tile
-from pallas_kernels.unpack import to_int8
+from pallas_kernels.unpack import held, plane, to_int8
 
 WORD_BITS = 8
-LONGEST = 1 << 17  # K above which an int32 sum of int8 products may overflow
 _TURN = 128  # contraction indices of one turn of the loop, at least: a shorter body is unrolled into thousands of lines
 
 
@@ -35,7 +45,8 @@ def matmul_a8(
     x_zero: float = 0.0,
     w_zero: float | None = None,
     w_sums: Int[Array, "n"] | None = None,
-    out_dtype=jnp.bfloat16,
+    x_sums: Int[Array, "m"] | None = None,
+    out_dtype: Any = jnp.bfloat16,
     layout: str = planes.LAYOUT,
     tile: Tile | None = None,
     impl: str = "triton",
@@ -43,43 +54,58 @@ def matmul_a8(
     """The product of int8 codes `x` with the matrix [N, K] of codes in `words`, transposed.
 
     words: `planes.pack(codes, bits, 8)`. The value of a code c of x is x_scales (c - x_zero), of a code u of the
-    weights w_scales (u - w_zero), w_zero by default 2^(bits-1). w_sums: sum of the codes of each output channel, int32;
-    needed only when x_zero is not 0, and computed then if it is not given, at the price of unpacking all words.
-    Reference: `impl="xla"`; the integers are equal, the scaling to a rounding of the result.
-    Raises: ValueError for sizes or layouts that do not fit or K above 2^17, TypeError for dtypes."""
+    weights w_scales (u - w_zero), w_zero by default 2^(bits-1); scales are float32, bfloat16 or float16. w_sums: sum of
+    the codes of each output channel, int32; needed only when x_zero is not 0, and computed then if it is not given, at
+    the price of unpacking all words. x_sums: sum of the codes of each row of x, int32; computed if it is needed and not
+    given. Reference: `impl="xla"`; the integers are equal, the scaling to a rounding of the result.
+    Raises: ValueError for sizes or layouts that do not fit or K above `longest(bits)`, TypeError for dtypes and for
+    zero points that are not plain numbers."""
     who = "matmul_a8"
     launch.check_impl(who, impl)
     planes.check_layout(who, layout)
+    check_bits(who, bits)
+    x, x_scales, w_scales = jnp.asarray(x), jnp.asarray(x_scales), jnp.asarray(w_scales)
     m, k = check_matrix(who, "x", x, (jnp.int8,))
-    if k > LONGEST:
-        fail(who, f"got K={k}", f"Sums of more than {LONGEST} products can overflow int32; split the product")
+    if k > longest(bits):
+        fail(who, f"got K={k}", f"Sums of more than {longest(bits)} products of {bits}-bit and 8-bit codes can overflow"
+             " int32; split the product")  # fmt: skip
     n = w_scales.shape[0] if w_scales.ndim == 1 else fail(who, f"got w_scales of shape {w_scales.shape}", "It is [N]")
     if planes.check_words(who, words, bits, n, k) != WORD_BITS:
         fail(who, "got 16-bit words", "Pack with planes.pack(codes, bits, word_bits=8) for int8 activations")
-    check_shape(who, "x_scales", x_scales, (m,), jnp.float32)
-    check_shape(who, "w_scales", w_scales, (n,), jnp.float32)
-    if w_sums is not None:
-        check_shape(who, "w_sums", w_sums, (n,), jnp.int32)
-    elif x_zero:
+    check_shape(who, "x_scales", x_scales, (m,), SCALE_DTYPES)
+    check_shape(who, "w_scales", w_scales, (n,), SCALE_DTYPES)
+    for name, sums, length in (("w_sums", w_sums, n), ("x_sums", x_sums, m)):
+        if sums is not None:
+            check_shape(who, name, sums, (length,), jnp.int32)
+    x_zero = check_number(who, "x_zero", x_zero)
+    w_zero = float(1 << (bits - 1)) if w_zero is None else check_number(who, "w_zero", w_zero)
+    out_dtype = check_out_dtype(who, out_dtype)
+    if tile is not None:
+        check_kind(who, "tile", tile, Tile)
+    if not x_zero:
+        w_sums = None
+    elif w_sums is None:
         w_sums = planes.unpack(tuple(words), bits, n, k).astype(jnp.int32).sum(-1)
-    w_zero = float(1 << (bits - 1)) if w_zero is None else float(w_zero)
-    row = x.astype(jnp.int32).sum(-1)
-    row_shift = (integer_zero(bits) - w_zero) * row.astype(jnp.float32)
-    column_shift = jnp.zeros((n,), jnp.float32)
-    if w_sums is not None:
-        column_shift = -x_zero * (w_sums.astype(jnp.float32) - k * w_zero)
-    sides = row, row_shift, x_scales, column_shift, w_scales
+    if not _about(bits) and integer_zero(bits) == w_zero:
+        x_sums = None
+    elif x_sums is None:
+        x_sums = x.astype(jnp.int32).sum(-1)
+    finish = functools.partial(_finished, bits=bits, w_zero=w_zero, x_zero=x_zero, k=k)
+    sides = x_scales, w_scales, x_sums, w_sums
     if impl == "xla":
-        codes = planes.unpack(tuple(words), bits, n, k).astype(jnp.int32) - integer_zero(bits)
+        codes = planes.unpack(tuple(words), bits, n, k).astype(jnp.int32) - (integer_zero(bits) - _about(bits))
         sums = lax.dot_general(x, codes.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        return _finished(sums, *sides[1:]).astype(out_dtype)
-    return _run(x, tuple(words), sides, bits, out_dtype, tile or default_tile(m, n, k, bits), impl)
+        return finish(sums, *sides).astype(out_dtype)
+    tile = default_tile(m, n, k, bits) if tile is None else tile
+    check_offsets(who, x=x.shape, out=(tile.split, m, n), **{f"words[{i}]": word.shape for i, word in enumerate(words)})
+    return _run(x, tuple(words), sides, finish, bits, out_dtype, tile, impl)
 
 
-def _finished(sums, row_shift, x_scales, column_shift, w_scales):
-    """From the integer sums about `integer_zero` to the product, float32."""
-    shifted = sums.astype(jnp.float32) + row_shift[:, None] + column_shift[None, :]
-    return shifted * x_scales[:, None] * w_scales[None, :]
+def longest(bits: int) -> int:
+    """The largest K whose int32 sums of products with int8 codes cannot overflow, whatever the codes.
+
+    A product is at most 128 (2^bits - 1), and 128^2 for 8 bits, whose codes are taken about 128."""
+    return ((1 << 31) - 1) // (128 * (128 if bits == 8 else (1 << bits) - 1))
 
 
 def integer_zero(bits: int) -> int:
@@ -87,104 +113,123 @@ def integer_zero(bits: int) -> int:
     return 0 if bits == 1 else 1 << (bits - 1)
 
 
+def _about(bits: int) -> int:
+    """What is still to be taken off the codes that `to_int8` gives to have them about `integer_zero`."""
+    return 0 if bits == 8 else integer_zero(bits)
+
+
+def _finished(sums, x_scales, w_scales, x_sums, w_sums, *, bits, w_zero, x_zero, k, across=False):
+    """From sums of x's codes and those of `to_int8` to the product, float32; [N, M] with `across`."""
+    row = (lambda a: a[None, :]) if across else (lambda a: a[:, None])
+    column = (lambda a: a[:, None]) if across else (lambda a: a[None, :])
+    if _about(bits):
+        sums = sums - _about(bits) * row(x_sums)
+    y = sums.astype(jnp.float32)
+    if integer_zero(bits) != w_zero:
+        y = y + row((integer_zero(bits) - w_zero) * x_sums.astype(jnp.float32))
+    if w_sums is not None:
+        y = y - column(x_zero * (w_sums.astype(jnp.float32) - k * w_zero))
+    return y * (row(x_scales.astype(jnp.float32)) * column(w_scales.astype(jnp.float32)))
+
+
 def default_tile(m: int, n: int, k: int, bits: int) -> Tile:
     """The tuned tile of this shape's bucket, or one that compiles without spills and fills a GPU's multiprocessors."""
-    rows, steps = planes.padded_n(n), _steps(k, bits)
+    rows = planes.padded_n(n)
     if found := tuning.lookup(tuning.key("matmul_a8", bits, m, n, k)):
         tile = Tile(**found)
-        if rows % tile.columns == 0 and steps % tile.split == 0:
+        if rows % tile.columns == 0 and _steps(k, bits, tile.rows) % tile.split == 0:
             return tile
-    if m > 64:
-        columns = launch.dividing(rows, (128, 64, 32))
-        block = launch.power_of_two(m, 16, 128)
-        stages = max(1, min(3, launch.SHARED_MEMORY // (_step(bits) * (block + columns * bits // 8))))
-        return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, stages=stages)
-    block, columns = launch.power_of_two(m, 16, 64), launch.dividing(rows, (64, 32))
-    programs = rows // columns * -(-m // block)
-    splits = [s for s in (1, 2, 4, 8) if steps % s == 0 and (s == 1 or steps // s >= 4)]  # turns to overlap
-    return Tile(
-        rows=block, columns=columns, split=next((s for s in splits if s * programs >= tuning.PROGRAMS), splits[-1])
-    )
+    block = launch.power_of_two(m, 16, 128 if m > 64 else 64)
+    columns = launch.dividing(rows, (128, 64, 32) if m > 64 else (64, 32))
+    step, steps = _step(k, bits, block), _steps(k, bits, block)
+    programs, words = rows // columns * -(-m // block), columns * step * bits // 8
+    split = 1 if m > 64 else occupancy.split(programs, steps, n * k * bits // 8, m * n)
+    stages = occupancy.stages(split * programs, words, words + block * step, step)
+    return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, split=split,
+                stages=min(stages, 3) if m > 16 else stages)  # fmt: skip
 
 
-def _step(bits: int) -> int:
-    return max(planes.step_length(bits, WORD_BITS), _TURN)
+def _step(k: int, bits: int, rows: int = 16) -> int:
+    """Contraction indices of one turn of the loop: whole blocks of every field, two where that is few bytes and the
+    words as stored have so many; with more than 16 rows, whose tile of x would fill shared memory, parts of a block."""
+    block = planes.step_length(bits, WORD_BITS)
+    if rows > 16:
+        return _TURN
+    if bits <= 2 and planes.padded_k(k, bits, WORD_BITS) % (2 * block) == 0:
+        return 2 * block
+    return max(block, _TURN)
 
 
-def _steps(k: int, bits: int) -> int:
-    return -(-k // _step(bits))
+def _steps(k: int, bits: int, rows: int = 16) -> int:
+    return -(-k // _step(k, bits, rows))
 
 
-def _run(x, words, sides, bits, out_dtype, tile, impl):
-    (m, k), n = x.shape, sides[-1].shape[0]
-    rows, step, steps = planes.padded_n(n), _step(bits), _steps(k, bits)
+def _run(x, words, sides, finish, bits, out_dtype, tile, impl):
+    (m, k), n = x.shape, sides[1].shape[0]
+    rows, step, steps = planes.padded_n(n), _step(k, bits, tile.rows), _steps(k, bits, tile.rows)
     if rows % tile.columns:
         fail("matmul_a8", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
     if steps % tile.split:
         fail(
             "matmul_a8", f"got tile.split={tile.split}, but K={k} is {steps} steps of {step}", "Take a divisor of them"
         )
-    padded_m = -(-m // tile.rows) * tile.rows
-    xp = jnp.pad(x, ((0, padded_m - m), (0, steps * step - k)))
-    of_rows = [jnp.pad(a, (0, padded_m - m)) for a in sides[:3]]
-    of_columns = [jnp.pad(a, (0, rows - n)) for a in sides[3:]]
-    words = [
-        jnp.pad(w, ((0, steps * step // planes.block_length(f, WORD_BITS) - w.shape[0]), (0, 0), (0, 0)))
-        for w, f in zip(words, planes.FIELDS[bits], strict=True)
-    ]
-    finish = tile.split == 1  # else the parts' integers are added first
-    kernel = functools.partial(
-        _kernel, bits=bits, step=step, steps=steps // tile.split, finish=finish, use_assembly=launch.assembly(impl)
+    whole = tile.split == 1  # else the parts' integers are added before they are scaled
+    of_row, of_column = (
+        pl.BlockSpec((tile.rows,), lambda n, m, s: (m,)),
+        pl.BlockSpec((tile.columns,), lambda n, m, s: (n,)),
     )
+    given = [(a, spec) for a, spec in zip(sides, (of_row, of_column) * 2, strict=True) if whole and a is not None]
+    words = [masks.lengthened(w, steps * step // planes.block_length(f, WORD_BITS)) for w, f in
+             zip(words, planes.FIELDS[bits], strict=True)]  # fmt: skip
+    kernel = functools.partial(
+        _kernel, bits=bits, step=step, steps=steps // tile.split, sizes=(m, n, k), finish=finish if whole else None,
+        present=[a is not None for a in sides], use_assembly=launch.assembly(impl),
+    )  # fmt: skip
     out = launch.call(
         kernel, f"matmul_w{bits}a8", impl, tile,
-        grid=(rows // tile.columns, padded_m // tile.rows, tile.split),
+        grid=(rows // tile.columns, -(-m // tile.rows), tile.split),
         in_specs=[
             pl.BlockSpec((tile.rows, steps * step), lambda n, m, s: (m, 0)),
-            *[pl.BlockSpec((tile.rows,), lambda n, m, s: (m,)) for _ in of_rows],
-            *[pl.BlockSpec((tile.columns,), lambda n, m, s: (n,)) for _ in of_columns],
+            *[spec for _, spec in given],
             *[pl.BlockSpec((w.shape[0], tile.columns, planes.COLUMNS), lambda n, m, s: (0, n, 0)) for w in words],
         ],
-        out_specs=pl.BlockSpec((1, tile.rows, tile.columns), lambda n, m, s: (s, m, n)),
-        out_shape=jax.ShapeDtypeStruct((tile.split, padded_m, rows), out_dtype if finish else jnp.int32),
-    )(xp, *of_rows, *of_columns, *words)  # fmt: skip
-    if finish:
-        return out[0, :m, :n]
-    about = 0 if bits == 8 else integer_zero(bits)
-    return _finished(out.sum(0)[:m, :n] - about * sides[0][:, None], *sides[1:]).astype(out_dtype)
+        out_specs=pl.BlockSpec((None, tile.rows, tile.columns), lambda n, m, s: (s, m, n)),
+        out_shape=jax.ShapeDtypeStruct((tile.split, m, n), out_dtype if whole else jnp.int32),
+    )(x, *[a for a, _ in given], *words)  # fmt: skip
+    return out[0] if whole else finish(out.sum(0), *sides).astype(out_dtype)
 
 
-def _kernel(x_ref, row_ref, row_shift_ref, x_scale_ref, column_shift_ref, w_scale_ref, *refs, bits, step, steps, finish,
-            use_assembly):  # fmt: skip
-    *word_refs, out_ref = refs
-    columns, rows = out_ref.shape[2], out_ref.shape[1]
+def _kernel(x_ref, *refs, bits, step, steps, sizes, finish, present, use_assembly):
+    m, n, k = sizes
     fields = planes.FIELDS[bits]
-    blocks = [step // planes.block_length(field, WORD_BITS) for field in fields]
+    *side_refs, out_ref = refs[: -1 - len(fields)] + refs[-1:]
+    word_refs = refs[-1 - len(fields) : -1]
+    rows, columns = out_ref.shape
+    of_rows, of_columns = masks.of_block(pl.program_id(1), rows, m), masks.of_block(pl.program_id(0), columns, n)
     part = pl.program_id(2)
 
     def turn(i, total):
         at = part * steps + i
         words = [
-            [ref[at * count + j, :, :] for j in range(count)] for ref, count in zip(word_refs, blocks, strict=True)
+            held(ref, field, WORD_BITS, step, at, assembly=use_assembly)
+            for ref, field in zip(word_refs, fields, strict=True)
         ]
         for c in range(step // planes.COLUMNS):
-            chosen, which = [], []
-            for held, field in zip(words, fields, strict=True):
-                count = WORD_BITS // field
-                chosen.append(held[c // count])
-                which.append(c % count)
+            chosen, which = plane(words, bits, WORD_BITS, c)
             w = to_int8(chosen, bits, which, assembly=use_assembly)
-            xs = x_ref[:, pl.ds(at * step + c * planes.COLUMNS, planes.COLUMNS)]
+            start = at * step + c * planes.COLUMNS
+            of_k = None if k % step == 0 else masks.below(k, start, planes.COLUMNS)
+            mask = masks.outer(of_rows, of_k, (rows, planes.COLUMNS))
+            xs = masks.load(x_ref.at[:, pl.ds(start, planes.COLUMNS)], mask)
             total = total + jnp.dot(w, xs.T, preferred_element_type=jnp.int32)
         return total
 
     total = lax.fori_loop(0, steps, turn, jnp.zeros((columns, rows), jnp.int32))
-    about = 0 if bits == 8 else integer_zero(bits)  # 8-bit codes come out of `to_int8` about their zero already
-    if not finish:
-        out_ref[...] = total.T[None]
-        return
-    if about:
-        total = total - about * row_ref[...][None, :]
-    shifted = total.astype(jnp.float32) + row_shift_ref[...][None, :] + column_shift_ref[...][:, None]
-    y = shifted * (x_scale_ref[...][None, :] * w_scale_ref[...][:, None])
-    out_ref[...] = y.T.astype(out_ref.dtype)[None]
+    if finish is not None:
+        left = iter(side_refs)
+        sides = [
+            masks.load(next(left).at[:], mask) if there else None
+            for there, mask in zip(present, (of_rows, of_columns) * 2, strict=True)
+        ]
+        total = finish(total, *sides, across=True)
+    masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))

@@ -12,6 +12,7 @@ K is padded with code 0 to whole blocks of the widest field's partner, N to a mu
 
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Int, UInt8
 
 from pallas_kernels.checks import check_bits, fail
@@ -53,10 +54,10 @@ def word_shapes(n: int, k: int, bits: int, word_bits: int = 16) -> tuple[tuple[i
 
 
 def pack(codes: UInt8[Array, "n k"], bits: int, word_bits: int = 16) -> tuple[Int[Array, "blocks rows 32"], ...]:
-    """The word arrays of codes, one a field.
+    """The word arrays of codes, one a field. Under `jit` a code of 2^bits or more loses its upper bits unseen.
 
-    Raises: ValueError for widths that are not 1 to 8, words that are not 8 or 16 bits, or arrays that are not
-    matrices; TypeError for codes that are not uint8."""
+    Raises: ValueError for widths that are not 1 to 8, words that are not 8 or 16 bits, arrays that are not matrices,
+    or codes of 2^bits or more, where their values are known (not traced); TypeError for codes that are not uint8."""
     check_bits("planes.pack", bits)
     _check_word_bits("planes.pack", word_bits)
     if codes.dtype != jnp.uint8:
@@ -65,6 +66,7 @@ def pack(codes: UInt8[Array, "n k"], bits: int, word_bits: int = 16) -> tuple[In
         raise ValueError(
             f"planes.pack got codes of shape {codes.shape}; it packs a matrix [N, K]. Use vmap for stacks."
         )
+    _check_range(codes, bits)
     n, k = codes.shape
     codes = jnp.pad(codes, ((0, padded_n(n) - n), (0, padded_k(k, bits, word_bits) - k)))
     words, above = [], bits
@@ -119,6 +121,14 @@ def check_layout(who: str, layout: str) -> None:
     if layout != LAYOUT:
         fail(who, f"got words of layout {layout!r}; these kernels read {LAYOUT!r}",
              "Unpack with the code that wrote them and pack again")  # fmt: skip
+
+
+def _check_range(codes: UInt8[Array, "n k"], bits: int) -> None:
+    if bits == 8 or codes.size == 0 or isinstance(codes, Tracer):
+        return
+    if (largest := int(jnp.max(codes))) >= 1 << bits:
+        fail("planes.pack", f"got a code {largest}; codes of {bits} bits are 0 to {(1 << bits) - 1}",
+             "Encode with the width that is packed, or pack with more bits")  # fmt: skip
 
 
 def _check_word_bits(who: str, word_bits: int) -> None:

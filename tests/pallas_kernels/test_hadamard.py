@@ -1,15 +1,25 @@
 """The fused rotation, fit, rounding and packing, and its way back, against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import triton as plgpu
 from scipy.linalg import hadamard
 
+from pallas_kernels import hadamard as parts
+from pallas_kernels import hadamard_quantize as kernel
 from pallas_kernels import planes
 from pallas_kernels.checks import NoKernel
 from pallas_kernels.hadamard_backward import hadamard_backward
-from pallas_kernels.hadamard_quantize import hadamard_quantize
+from pallas_kernels.hadamard_quantize import Rounder, hadamard_quantize
+from pallas_kernels.launch import Tile
+from tests.pallas_kernels import ptx_scalar
+
+SMALL = Tile(rows=16, columns=16, warps=1, stages=1)
+ALPHA = 0.6
 
 
 def rotated(x, block):
@@ -23,55 +33,173 @@ def bits_of(mask, m, k):
     return np.asarray(planes.unpack((padded,), 1, m, k))
 
 
-@pytest.mark.parametrize(
-    ("bits", "m", "k", "block", "dtype", "axis", "midrise"),
-    [
-        (4, 20, 384, 128, jnp.bfloat16, 1, True),
-        (1, 16, 256, 64, jnp.float16, 1, True),
-        (8, 16, 256, None, jnp.bfloat16, 1, False),
-        (3, 16, 512, 32, jnp.float32, 0, True),
-    ],
-)
-def test_codes_scales_and_masks(bits, m, k, block, dtype, axis, midrise):
+def quantize(x, axis, **options):
+    return jax.jit(functools.partial(hadamard_quantize, axis=axis, **options))(x if axis == 1 else x.T)
+
+
+def error_of_v(bits, k, dtype):
+    """How far h/s may be from its exact value within the grid, in steps.
+
+    h: products by +-1 are exact, 32 + 4 additions each within 2^-24 of the sum of |x| over a block, which is at most
+    sqrt(block K) rms, and h has 1/sqrt(block) of it; float32 in two halves adds 2^-17 of the same. s: a sum of squares
+    in some order of K terms whose partial sums grow (20 roundings of the last ones), a square root, an inverse, three
+    products: 30 x 2^-24 of |v| <= 2^(b-1). Rounding: two multiply-adds of numbers up to 2^b."""
+    length = np.sqrt(k) / ALPHA
+    halves = 2.0**-17 * length if dtype == jnp.float32 else 0.0
+    return 2.0**-24 * (36 * length + 30 * 2.0 ** (bits - 1) + 2 * 2.0**bits) + halves
+
+
+CASES = [  # one piece and several, whole ones and halves, several rows a program and parts of a row
+    (1, 5, 384, 128, jnp.bfloat16, 1, True),
+    (2, 20, 256, 64, jnp.float16, 1, True),
+    (3, 7, 640, 32, jnp.float32, 1, True),
+    (4, 33, 384, 128, jnp.bfloat16, 1, False),
+    (5, 18, 128, None, jnp.float32, 0, True),
+    (6, 18, 256, 64, jnp.float32, 0, False),
+    (7, 5, 384, 128, jnp.bfloat16, 0, True),
+    (8, 20, 256, None, jnp.bfloat16, 1, False),
+    (8, 17, 512, 32, jnp.float32, 0, True),
+    (4, 2, 33 * 128, 128, jnp.bfloat16, 1, True),  # 17 pieces of which a program of 16 holds a part
+]
+
+
+@pytest.mark.parametrize("impl", ["interpret", "xla"])
+@pytest.mark.parametrize(("bits", "m", "k", "block", "dtype", "axis", "midrise"), CASES)
+def test_codes_scales_sums_masks_and_words(bits, m, k, block, dtype, axis, midrise, impl):
     random = np.random.default_rng(bits)
     x = jnp.asarray(random.standard_normal((m, k)) * np.exp(random.standard_normal((m, 1))), dtype).at[1].set(0)
-    alpha, trust, half = 0.6, 2.0 ** (bits - 1), 0.5 if midrise else 0.0
+    trust, half, low = 0.7 * 2.0 ** (bits - 1), 0.5 if midrise else 0.0, -(1 << bits - 1)
     exact = np.asarray(x, np.float64)
-    scale = np.sqrt((exact**2).mean(1)) * alpha
+    scale = np.sqrt((exact**2).mean(1)) * ALPHA
     v = rotated(exact, block) / np.where(scale == 0, 1, scale)[:, None]
-    codes = np.clip(np.round(v + half) - 2 * half, -(1 << bits - 1), (1 << bits - 1) - 1)
-    at_tie = np.abs(v + half - np.floor(v + half) - 0.5) < 2e-4  # the order of sums decides there
-    at_limit = np.abs(np.abs(v) - trust) < 2e-4
-    assert at_tie.mean() < 0.1 and len(np.unique(codes[2:])) > 1
+    codes = np.clip(np.round(v + half) - 2 * half, low, -low - 1)
+    error = error_of_v(bits, k, dtype)
+    at_tie = (np.abs(v + half - np.floor(v + half) - 0.5) < error) & (v != 0)  # zeros are exact, and so is their tie
+    at_limit = np.abs(np.abs(v) - trust) < error
+    assert at_tie.mean() < 0.02 and at_limit.mean() < 0.02 and len(np.unique(codes[2:] if m > 2 else codes)) > 1
+
+    options = dict(bits=bits, alpha=ALPHA, block=block, midrise=midrise, trust=trust)
+    got = quantize(x, axis, packed=True, impl=impl, tile=SMALL, **options)
+    np.testing.assert_allclose(got.scales, scale, rtol=1e-6)
+    np.testing.assert_array_equal(np.where(at_tie, codes, got.codes), codes)
+    assert np.abs(np.asarray(got.codes) - codes).max() <= 1
+    np.testing.assert_array_equal(got.sums, np.asarray(got.codes, np.int64).sum(1))
+    np.testing.assert_array_equal(
+        np.where(at_limit, 0, bits_of(got.mask, m, k)), np.where(at_limit, 0, np.abs(v) <= trust)
+    )
+    expected = planes.pack(jnp.asarray(np.asarray(got.codes, np.int32) - low, jnp.uint8), bits, 8)
+    for words, wanted in zip(got.words, expected, strict=True):
+        np.testing.assert_array_equal(words, wanted)
+    padding = planes.pack(jnp.asarray(bits_of(got.mask, m, k)), 1, 8)[0][:, :m]
+    np.testing.assert_array_equal(got.mask, padding)  # bits behind the end of a row are 0
+    assert not ((np.asarray(got.codes[1], np.float32) + half) * np.asarray(got.scales[1])).any()  # zeros stay zeros
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_row_that_is_not_finite_leaves_the_others_alone(axis):
+    m, k = 20, 384
+    x = np.random.default_rng(0).standard_normal((m, k)).astype(np.float32)
+    broken = x.copy()
+    broken[3, 7], broken[11, 300] = np.nan, np.inf
+    others = np.delete(np.arange(m), [3, 11])
+    run = lambda x: quantize(
+        jnp.asarray(x), axis, bits=3, alpha=ALPHA, trust=2.0, packed=True, impl="interpret", tile=SMALL
+    )
+    whole, got = run(x), run(broken)
+    for a, b in ((whole.codes, got.codes), (whole.scales, got.scales), (whole.sums, got.sums)):
+        np.testing.assert_array_equal(a[others], b[others])
+    for a, b in zip((whole.mask, *whole.words), (got.mask, *got.words), strict=True):
+        np.testing.assert_array_equal(a[:, others], b[:, others])
+    assert not np.isfinite(got.scales[np.asarray([3, 11])]).any()
+
+
+def test_without_trust_and_packing_there_is_neither():
+    x = jnp.ones((3, 256), jnp.bfloat16)
     for impl in ("interpret", "xla"):
-        got, got_scale, mask = hadamard_quantize(
-            x if axis == 1 else x.T, bits=bits, alpha=alpha, block=block, midrise=midrise, trust=trust, axis=axis,
-            impl=impl,
-        )  # fmt: skip
-        np.testing.assert_allclose(got_scale, scale, rtol=1e-6)
-        np.testing.assert_array_equal(np.where(at_tie, codes, got), codes)
-        np.testing.assert_array_equal(
-            np.where(at_limit, 0, bits_of(mask, m, k)), np.where(at_limit, 0, np.abs(v) <= trust)
-        )
-        assert not (
-            (np.asarray(got[1], np.float32) + half) * np.asarray(got_scale[1])
-        ).any()  # a row of zeros comes back as zeros
+        got = quantize(x, 1, bits=4, alpha=ALPHA, impl=impl)
+        assert got.mask is None and got.words is None
 
 
-@pytest.mark.parametrize(("block", "dtype"), [(128, jnp.bfloat16), (32, jnp.float16), (None, jnp.bfloat16)])
-def test_gradients_are_masked_and_rotated_back(block, dtype):
+@pytest.mark.parametrize(
+    ("block", "dtype", "axis"),
+    [(128, jnp.bfloat16, 1), (32, jnp.float16, 0), (64, jnp.bfloat16, 0), (None, jnp.bfloat16, 1)],
+)
+def test_gradients_are_masked_and_rotated_back(block, dtype, axis):
     m, k = 20, 384
     random = np.random.default_rng(0)
     g = jnp.asarray(random.standard_normal((m, k)), dtype)
     kept = random.integers(0, 2, (m, k)).astype(np.uint8)
-    [words] = planes.pack(jnp.asarray(kept), 1, 8)
+    words = planes.pack(jnp.asarray(kept), 1, 8)[0][:, :m]
     expected = rotated(np.asarray(g, np.float64) * kept, block)
+    largest = np.abs(np.asarray(g, np.float64)).reshape(m, -1, block or 1).sum(2).max() / np.sqrt(block or 1)
     for impl in ("interpret", "xla"):
-        dx = hadamard_backward(g, words[:, :m], block=block, impl=impl)
-        assert dx.dtype == dtype
-        np.testing.assert_allclose(np.asarray(dx, np.float64), expected, atol=float(jnp.finfo(dtype).eps) * 6)
-        exact = hadamard_backward(g, words[:, :m], block=block, out_dtype=jnp.float32, impl=impl)
-        np.testing.assert_allclose(exact, expected, atol=1e-5)
+        run = lambda out_dtype, impl=impl: jax.jit(
+            functools.partial(hadamard_backward, block=block, axis=axis, out_dtype=out_dtype, tile=SMALL, impl=impl)
+        )(g, words)
+        exact, dx = run(jnp.float32), run(None)
+        exact = exact if axis == 1 else exact.T
+        assert dx.dtype == dtype and dx.shape == ((m, k) if axis == 1 else (k, m))
+        np.testing.assert_allclose(exact, expected, rtol=0, atol=largest * 130 * 2.0**-24)  # so many additions
+        np.testing.assert_array_equal(dx if axis == 1 else dx.T, exact.astype(dtype))
+
+
+class TestAssembly:
+    """The assembly and its twins, run in NumPy, on numbers that settle where they differ."""
+
+    @pytest.fixture(autouse=True)
+    def assembly_on_cpu(self, monkeypatch):
+        monkeypatch.setattr(plgpu, "elementwise_inline_asm", ptx_scalar.run)
+
+    @pytest.mark.parametrize("bits", range(1, 9))
+    @pytest.mark.parametrize("midrise", [True, False])
+    def test_codes(self, bits, midrise):
+        """Every eighth of a step over twice the grid: steps, the tie at zero, what is beyond, what is not finite."""
+        top = 1 << bits
+        h = np.concatenate([np.arange(-8 * top, 8 * top) / 8, [0.0, np.nan, np.inf, -np.inf]]).astype(np.float32)
+        h, gain = h[None], np.full((1, 1), 1 / (top - 1), np.float32)
+        by_hand, twin = Rounder(bits, midrise, True), Rounder(bits, midrise, False)
+        half = 0.5 if midrise else 0.0
+        expected = np.clip(np.round(h + half) - 2 * half, -top // 2, top // 2 - 1)
+        with np.errstate(invalid="ignore"):
+            near = ((h + half) % 1 == 0.5) & (h != 0) | ~np.isfinite(
+                h
+            )  # the gain is rounded, and ties but that of 0 with it
+        for rounder in (by_hand, twin):
+            found = np.asarray(rounder(h, gain))
+            codes = np.asarray(rounder.int8(found), np.int64)
+            np.testing.assert_array_equal(np.where(near, 0, codes), np.where(near, 0, expected))
+            assert codes.min() >= -top // 2 and codes.max() < top // 2  # NaN too: it does not spill into other fields
+            np.testing.assert_array_equal(codes[0, -2:], [top // 2 - 1, -top // 2])
+            sums = rounder.sums(jnp.asarray(found.astype(np.int64).sum(1).astype(np.uint32).view(np.int32)), h.size, 0)
+            np.testing.assert_array_equal(sums, codes.sum(1))
+            above = bits
+            for field in planes.FIELDS[bits]:
+                above -= field
+                [word] = np.asarray(rounder.field([jnp.asarray(found)], 0, field, above))
+                np.testing.assert_array_equal(word & 255, ((codes[0] + top // 2) >> above) & ((1 << field) - 1))
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+    def test_squares(self, dtype):
+        part = jnp.asarray(np.arange(-32, 32).reshape(2, 32) / 8, dtype)
+        total = np.arange(64, dtype=np.float32).reshape(2, 32)
+        for assembly in (True, False):
+            np.testing.assert_array_equal(
+                kernel._squares(total, part, assembly), total + np.asarray(part, np.float32) ** 2
+            )
+
+    def test_beyond_the_limit(self):
+        h = np.float32([[-3, -2, -1, -0.0, 0, 1, 2, 3]])
+        word = np.arange(8, dtype=np.int32)[None]
+        for assembly in (True, False):
+            found = kernel._beyond(word, h, np.float32([[2]]), assembly)
+            np.testing.assert_array_equal(found, 2 * word + (np.abs(h) > 2))
+
+    def test_halves(self):
+        x = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+        high, low = parts.halves(x, True)
+        for a, b in zip((high, low), parts.halves(jnp.asarray(x), False), strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        assert (np.abs(np.asarray(high, np.float64) + np.asarray(low, np.float64) - x) <= 2.0**-17 * np.abs(x)).all()
 
 
 def test_no_kernel_and_bad_calls_say_why():
@@ -84,8 +212,20 @@ def test_no_kernel_and_bad_calls_say_why():
         (dict(bits=4, alpha=0.3, block=128), "block=128"),
         (dict(bits=4, alpha=0.0, block=32), "alpha=0.0"),
         (dict(bits=4, alpha=0.3, block=32, axis=2), "axis=2"),
+        (dict(bits=4, alpha=0.3, block=32, trust=0.0), "trust=0.0"),
+        (dict(bits=4, alpha=0.3, block=32, trust=-1.0), "trust=-1.0"),
+        (dict(bits=4, alpha=0.3, block=32, trust=float("nan")), "trust=nan"),
     ]:
         with pytest.raises(ValueError, match=said):
             hadamard_quantize(x, impl="xla", **options)
     with pytest.raises(ValueError, match="mask of shape"):
         jax.eval_shape(hadamard_backward, shape((4, 256), jnp.bfloat16), shape((2, 4, 32), jnp.int8))
+    with pytest.raises(ValueError, match="axis=2"):
+        jax.eval_shape(
+            functools.partial(hadamard_backward, axis=2), shape((4, 256), jnp.bfloat16), shape((1, 4, 32), jnp.int8)
+        )
+    large = shape((1 << 23, 256), jnp.bfloat16)
+    with pytest.raises(ValueError, match="32 bits"):
+        jax.eval_shape(functools.partial(hadamard_quantize, bits=4, alpha=0.3), large)
+    with pytest.raises(ValueError, match="32 bits"):
+        jax.eval_shape(hadamard_backward, large, shape((1, 1 << 23, 32), jnp.int8))

@@ -1,5 +1,6 @@
 """The layout "planes/1" against its definition, index by index."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,3 +43,14 @@ def test_wrong_words_are_named():
     ]:
         with pytest.raises(error, match=said):
             call()
+
+
+def test_codes_out_of_range_are_named():
+    codes = np.zeros((32, 512), np.uint8)
+    codes[3, 5] = 13
+    for given in (codes, jnp.asarray(codes)):
+        with pytest.raises(ValueError, match="code 13; codes of 3 bits are 0 to 7"):
+            planes.pack(given, 3)
+    planes.pack(jnp.asarray(codes), 4)
+    traced = jax.jit(lambda c: planes.pack(c, 3))(jnp.asarray(codes))  # values are not known: the low bits are kept
+    assert planes.unpack(traced, 3, 32, 512)[3, 5] == 13 & 7

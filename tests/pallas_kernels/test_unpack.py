@@ -40,16 +40,38 @@ def all_planes(bits, word_bits):
     return [[c % (word_bits // field) for field in FIELDS[bits]] for c in range(finest)]
 
 
+@pytest.mark.parametrize("midrise", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_planes_to_floats(bits, dtype, assembly_on_cpu):
+def test_planes_to_floats(bits, dtype, midrise, assembly_on_cpu):
     words = every_word(bits, 16)
+    zero = ((1 << bits) - 1) / 2 if midrise else 1 << (bits - 1)
+    assert unpack.offset(bits, midrise) == zero
     for planes in all_planes(bits, 16):
-        expected = unpack.gain(bits) * (codes(words, bits, planes, 16) - unpack.offset(bits))
-        by_assembly = unpack.to_float(words, bits, planes, dtype, assembly=True)
-        twin = unpack.to_float([jnp.asarray(w) for w in words], bits, planes, dtype, assembly=False)
-        np.testing.assert_array_equal(np.asarray(by_assembly, np.float64), expected)
-        np.testing.assert_array_equal(np.asarray(twin, np.float64), expected)
+        expected = unpack.gain(midrise) * (codes(words, bits, planes, 16) - zero)
+        run = lambda words, assembly, planes=planes: unpack.to_float(
+            words, bits, planes, dtype, midrise=midrise, assembly=assembly
+        )
+        np.testing.assert_array_equal(np.asarray(run(words, True), np.float64), expected)
+        np.testing.assert_array_equal(np.asarray(run([jnp.asarray(w) for w in words], False), np.float64), expected)
+
+
+@pytest.mark.parametrize("word_bits", [8, 16])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_part_of_a_block_is_its_planes(bits, word_bits, assembly_on_cpu):
+    """Words moved down by whole planes show the planes above as the lowest, whatever is left on top."""
+    words, step = every_word(bits, word_bits), 32 * word_bits // 8  # the shortest block of any field
+    unsigned = np.uint16 if word_bits == 16 else np.uint8
+    for i, field in enumerate(FIELDS[bits]):
+        per_turn = step // 32
+        for turn in range(word_bits // field // per_turn):
+            expected = [words[i].view(unsigned) >> field * (turn * per_turn + p) & (1 << field) - 1
+                        for p in range(per_turn)]  # fmt: skip
+            for assembly in (True, False):
+                moved = unpack.moved_down(words[i] if assembly else jnp.asarray(words[i]), turn * per_turn * field,
+                                          assembly=assembly)  # fmt: skip
+                got = [np.asarray(moved).view(unsigned) >> field * p & (1 << field) - 1 for p in range(per_turn)]
+                np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
