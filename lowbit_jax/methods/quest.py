@@ -1,12 +1,12 @@
 """QuEST: Hadamard normalization, a Gaussian MSE-optimal fit for each row, and the trust estimator."""
 
-from lowbit_jax.estimators import Trust
+from lowbit_jax.estimators import StraightThrough, Trust
 from lowbit_jax.formats.base import BlockFormat, Format
-from lowbit_jax.formats.catalogue import E2M1, get
-from lowbit_jax.ops.recipe import Gemm, LinearRecipe
+from lowbit_jax.formats.catalogue import E2M1, INT8, get
+from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.rotation import Hadamard
-from lowbit_jax.scaling import PerRow, rms_optimal
+from lowbit_jax.scaling import PerRow, absmax, rms_optimal
 from lowbit_jax.sparsity import NofM, PairsNofM, Support
 
 SUPPORTS: dict[str, Support] = {"4:8": PairsNofM(2, 4), "2:4": NofM(2, 4)}
@@ -56,14 +56,18 @@ def quest(
     signs: int | None = None,
     sparsity: Support | str | None = None,
     format: Format | None = None,
+    backward: int | None = None,
 ) -> LinearRecipe:
     """QuEST for a linear layer: both operands by `quest_quantizer`, backward products of the cotangent with the
     quantized operands. `weights=False` or `activations=False` keeps that operand in high precision (the other is then
-    un-rotated explicitly); `sparsity` is of the weights only.
+    un-rotated explicitly); `sparsity` is of the weights only. `backward=8` rounds the cotangent to int8, one scale a
+    row of each backward product, after the other operand's scales went into it (`Gemm.fold`), so that all three
+    products multiply integers; the paper keeps it in 16 bits.
 
     Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
-    Raises: ValueError as `quest_quantizer`, when nothing is left to quantize, or when sparse weights are asked for
-    together with `weights=False`."""
+    Raises: ValueError as `quest_quantizer`, when nothing is left to quantize, when sparse weights are asked for
+    together with `weights=False`, and for a backward width that is not 8 or whose products have an operand in high
+    precision."""
     if not weights and not activations:
         raise ValueError(
             "quest(weights=False, activations=False) quantizes nothing. Leave the layer out by a rule instead."
@@ -76,10 +80,28 @@ def quest(
     lhs = quest_quantizer(bits, **common) if activations else None
     rhs = quest_quantizer(bits, **common, sparsity=sparsity) if weights else None
     label = bits if format is None else format.name
-    name = f"quest W{label if weights else 16}A{label if activations else 16}"
+    name = f"quest W{label if weights else 16}A{label if activations else 16}" + (f"G{backward}" if backward else "")
+    cotangent = _cotangent(backward, weights and activations)
     return LinearRecipe(
-        out=Gemm(lhs=lhs, rhs=rhs), name=name + (f" {rhs.sparsity.describe()}" if rhs and rhs.sparsity else "")
+        out=Gemm(lhs=lhs, rhs=rhs),
+        grad_lhs=Gemm(lhs=cotangent, rhs=FORWARD, fold=cotangent is not None),
+        grad_rhs=Gemm(lhs=FORWARD, rhs=cotangent, fold=cotangent is not None),
+        name=name + (f" {rhs.sparsity.describe()}" if rhs and rhs.sparsity else ""),
     )
+
+
+def _cotangent(bits: int | None, both: bool) -> Quantizer | None:
+    """The cotangent's quantizer in both backward products."""
+    if bits is None:
+        return None
+    if bits != 8 or isinstance(bits, bool):
+        raise ValueError(f"quest(backward={bits!r}): the cotangent is 8 bits wide, or in high precision with None.")
+    if not both:
+        raise ValueError(
+            "quest(backward=8): an integer product needs both operands quantized. Keep weights=True and"
+            " activations=True, or leave out backward."
+        )
+    return Quantizer(format=INT8, tiling=PerRow(), fit=absmax, estimator=StraightThrough())
 
 
 def _grid(bits: int | str) -> Format:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.ops.dot_general import checked_scales
 from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.ops.varying import vary_alike
 from lowbit_jax.rotation import Hadamard, largest_block
 
 
@@ -56,6 +57,7 @@ def conv_general_dilated(
             " would not cancel. Use Hadamard(signs=None) for grouped convolutions."
         )
     scales = checked_scales(recipe, scales, packed=False)
+    lhs, rhs, scales = vary_alike(lhs, rhs, dict(scales))
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     lhs_key, rhs_key = (None, None) if key is None else jax.random.split(key)
     lhs_channel, rhs_channel = numbers.lhs_spec[1], numbers.rhs_spec[1]

@@ -5,6 +5,7 @@ one first. Two operands rotated alike meet in the rotated space and skip the way
 un-rotated first (or, for packed weights, the activation follows it into the rotated space, which is exact too).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit_jax.ops import backend, integer_product
-from lowbit_jax.ops.packed_product import PackedProduct
+from lowbit_jax.ops.packed_product import PackedProduct, has_kernel
 from lowbit_jax.ops.plane_tensor import PlaneTensor
-from lowbit_jax.ops.product import Dims, Forward, original_operands, plain_product, product
+from lowbit_jax.ops.product import Dims, Forward, backward_operands, plain_product, product
 from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.ops.varying import vary_alike
 from lowbit_jax.qtensor import QTensor
 
 DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
@@ -51,16 +53,18 @@ def dot_general(
     lhs_key, rhs_key, backward_key = (None, None, None) if key is None else jax.random.split(key, 3)
     rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
     forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
+    lhs, rhs, scales = vary_alike(lhs, rhs, dict(scales))
+    by_name = recipe.implementation in ("kernel", "interpret")
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
-        if isinstance(rhs, PlaneTensor):
-            return packed(lhs, rhs, lhs_key, scales.get("lhs"))
-        return _packed_by_xla(packed, lhs, rhs, lhs_key, scales.get("lhs"))
-    if recipe.implementation in ("kernel", "interpret") or (recipe.implementation == "auto" and backend.sees_gpu()):
+        by_kernel = by_name or (recipe.implementation == "auto" and has_kernel(rhs) and backend.takes_kernel(lhs, rhs))
+        product_of = packed if by_kernel or isinstance(rhs, PlaneTensor) else functools.partial(_packed_by_xla, packed)
+        return product_of(lhs, rhs, lhs_key, scales.get("lhs"))
+    if by_name or (recipe.implementation == "auto" and backend.takes_kernel(lhs, rhs)):
         reason = integer_product.why_not(recipe, forward, lhs, rhs)
-        if reason is None and backend.available():
+        if reason is None:
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs)
-        if recipe.implementation != "auto":
+        if by_name:
             raise NotImplementedError(f"lb.dot_general: no integer product for this recipe: {reason}.")
     lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, scales.get("lhs"))
     if recipe.rhs_ready:
@@ -70,8 +74,8 @@ def dot_general(
     lhs_hat, rhs_hat = lhs_hat.astype(lhs.dtype), rhs_hat.astype(lhs.dtype)
     if recipe.plain_backward:
         return plain_product(forward, lhs_hat, rhs_hat)
-    originals = original_operands(lhs, rhs, dims, recipe, rotated)
-    return product(forward, recipe, lhs_hat, rhs_hat, originals, backward_key)
+    others = backward_operands(lhs, rhs, dims, recipe, rotated, (lhs_key, rhs_key), scales)
+    return product(forward, recipe, lhs_hat, rhs_hat, others, backward_key)
 
 
 def _packed_by_xla(product: PackedProduct, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:
@@ -145,6 +149,17 @@ def checked_scales(recipe: LinearRecipe, scales: Mapping[str, Array] | None, pac
     return scales
 
 
+def _checked_axes(side: str, contract: Any, batch: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Non-negative contraction and batch axes of one operand."""
+    axes = (*contract, *batch)
+    if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) != len(axes):
+        raise ValueError(
+            f"lb.dot_general: {side} has {ndim} axes, and dimension_numbers name {tuple(contract)} to contract and"
+            f" {tuple(batch)} as batch. Name each axis from {-ndim} to {ndim - 1} at most once."
+        )
+    return tuple(a % ndim for a in contract), tuple(a % ndim for a in batch)
+
+
 def _contraction(dimension_numbers, side, ndim):
     return tuple(a % ndim for a in dimension_numbers[0][side])
 
@@ -178,21 +193,27 @@ def _one_contraction(lhs, rhs, dimension_numbers):
     for name, x in (("lhs", lhs), ("rhs", rhs)):
         if not isinstance(x, QTensor) and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"lb.dot_general got {name} of {x.dtype}; it quantizes floating arrays. Cast it first.")
+    packed = isinstance(rhs, QTensor)
     (lc, rc), (lb, rb) = dimension_numbers
-    lhs_axes, lhs_batch = tuple(a % lhs.ndim for a in lc), tuple(a % lhs.ndim for a in lb)
+    lhs_axes, lhs_batch = _checked_axes("lhs", lc, lb, lhs.ndim)
     if not lhs_axes:
         raise ValueError(
             "lb.dot_general: no contraction axes, so there is no axis to quantize along. Multiply instead."
         )
-    packed = isinstance(rhs, QTensor)
+    if (len(lc), len(lb)) != (len(rc), len(rb)):
+        raise ValueError(
+            f"lb.dot_general got dimension_numbers {dimension_numbers}: lhs and rhs name different numbers of"
+            " contraction or batch axes. Name as many on each side."
+        )
     rhs_ndim = rhs.ndim + (len(lhs_axes) - 1 if packed else 0)
-    rhs_axes, rhs_batch = tuple(a % rhs_ndim for a in rc), tuple(a % rhs_ndim for a in rb)
+    rhs_axes, rhs_batch = _checked_axes("rhs", rc, rb, rhs_ndim)
     if not packed:
         sizes = [(lhs.shape[a], rhs.shape[b]) for a, b in zip(lhs_axes, rhs_axes, strict=True)]
         if any(a != b for a, b in sizes):
             raise ValueError(
                 f"lb.dot_general: contraction axes {lhs_axes} of lhs {lhs.shape} against {rhs_axes} of rhs {rhs.shape}"
-                " differ in length. Check dimension_numbers."
+                f" differ in length: {', '.join(f'{a} and {b}' for a, b in sizes if a != b)}. Check dimension_numbers,"
+                " or in a layer the size of its input."
             )
     lhs, lhs_axis, _ = _merge(lhs, lhs_axes)
     lhs_batch = _merged_batch(lhs_batch, lhs_axes, lhs.ndim + len(lhs_axes) - 1)

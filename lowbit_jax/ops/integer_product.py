@@ -1,32 +1,41 @@
 """QuEST's training product on the integer tensor cores: a fused kernel quantizes each operand, codes are multiplied.
 
-    y = s_x s_w sum_k (c_x + o)(c_w + o) = s_x s_w ( sum c_x c_w + o sum c_x + o sum c_w + K o^2 )
-
-o is 1/2 on mid-rise grids and 0 on integer ones.
+    y = s_x s_w sum_k (c_x + o)(c_w + o)      o is 1/2 on mid-rise grids and 0 on integer ones
 
 The sums are exact. What is kept for the backward are the codes (packed when they have 4 bits or fewer), the scales and
 one bit an element that says whether its gradient passes: a quarter to a half of what 16-bit operands take. The backward
-products multiply the cotangent by the codes' values in 16 bits, mask, and rotate back.
+products multiply the cotangent by the codes' values in 16 bits or, where the recipe folds the codes' scales into a
+quantized cotangent, codes by codes again; then mask and rotate back.
+
+A weight that came quantized (`rhs_ready`) brings no codes: then the activation alone goes through the kernels, and the
+products are XLA's, in 16 bits.
 """
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int8
 
+from lowbit_jax import rounding
 from lowbit_jax.estimators import Trust
-from lowbit_jax.formats.base import MidRiseFormat
+from lowbit_jax.formats.base import IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend
 from lowbit_jax.ops.packed_product import fused_options
 from lowbit_jax.ops.product import Forward
-from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling import FLOAT32, PerRow
 
 _PACK_UP_TO = 4  # bits; wider codes are kept as int8
+_TERMS = (2**31 - 1) // 2**14  # of a sum of int8 products that cannot overflow int32
+_MOST = 2**31 - 1  # elements that a kernel's 32-bit offsets reach
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,26 +52,57 @@ class IntegerProduct:
 def why_not(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array) -> str | None:
     """Why the fused kernels do not do this product; None when they do."""
     q_lhs, q_rhs = recipe.out.lhs, recipe.out.rhs
-    if recipe.rhs_ready:
-        return "the weight was quantized before"
+    if not backend.available():
+        return "the package pallas_kernels is not installed"
     if not isinstance(q_lhs, Quantizer) or not isinstance(q_rhs, Quantizer):
         return "one operand is in high precision"
     if q_lhs.rotation != q_rhs.rotation:
         return "the operands are rotated differently"
-    for q, x, axis in ((q_lhs, lhs, forward.dims.lhs), (q_rhs, rhs, forward.dims.rhs)):
+    sides = [(q_lhs, lhs, forward.dims.lhs), (q_rhs, rhs, forward.dims.rhs)]
+    for q, x, axis in sides[:1] if recipe.rhs_ready else sides:
         if fused_options(q, x.shape[axis]) is None:
             return f"the kernel quantizes to uniform grids by rms for rows of a multiple of 128, not {q.explain()}"
         if not isinstance(q.estimator, Trust) or q.estimator.limits(q.format)[0] != -q.estimator.limits(q.format)[1]:
             return "its gradients are not by the trust estimator with one limit for both signs"
-    if not recipe.plain_backward:
-        return "its backward products are quantized"
+    if recipe.rhs_ready and not recipe.plain_backward:
+        return "its backward products are quantized, and the weight was before, so that its codes are not at hand"
+    for gemm, plain in ((recipe.grad_lhs, Gemm(rhs=FORWARD)), (recipe.grad_rhs, Gemm(lhs=FORWARD))):
+        if gemm != plain and not (gemm.fold and _to_int8(gemm.folded)):
+            return "its backward products are quantized, and not by rows of int8 with the other scales folded in"
     if forward.dims.lhs_batch or forward.dims.rhs_batch:
         return "it has batch axes"
     if forward.out_sharding is not None:
         return "it asks for an output sharding"
     if lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the activation is {lhs.dtype}, and integer products serve bfloat16 and float16"
-    return "an operand is empty" if not lhs.size or not rhs.size else None
+    if not lhs.size or not rhs.size:
+        return "an operand is empty"
+    return _too_large(lhs.shape[forward.dims.lhs], lhs, rhs)
+
+
+def _too_large(length: int, lhs: Array, rhs: Array) -> str | None:
+    rows, columns = lhs.size // length, rhs.size // length
+    if length > _TERMS:
+        return f"a sum of {length} products of int8 could overflow int32"
+    most = max(rows * columns, max(rows, columns) * -(-length // 256) * 256)
+    return f"a matrix has {most} elements, and the kernels count up to {_MOST}" if most > _MOST else None
+
+
+def _to_int8(quantizer: Any) -> bool:
+    """Whether a cotangent through this quantizer is int8 codes with one scale a row, decided without a key."""
+    if not isinstance(quantizer, Quantizer) or not isinstance(quantizer.format, IntFormat):
+        return False
+    whole_rows = isinstance(quantizer.tiling, PerRow) and quantizer.rotation is None and quantizer.sparsity is None
+    plain = quantizer.scale_format == FLOAT32 and quantizer.rounding is rounding.nearest and not quantizer.learned
+    return whole_rows and plain and -128 <= quantizer.format.low and quantizer.format.high <= 127
+
+
+class _Kept(NamedTuple):
+    """An operand in the backward. codes: words up to 4 bits, else int8; both [rows, length]. mask: trust bits."""
+
+    codes: Any
+    scales: Float[Array, "rows"]
+    mask: Int8[Array, "blocks rows 32"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,85 +111,146 @@ def _through(product, lhs, rhs):
 
 
 def _forward(product, lhs, rhs):
-    dims, out = product.forward.dims, product.recipe.out
-    rows = jnp.moveaxis(lhs, dims.lhs, -1).reshape(-1, lhs.shape[dims.lhs])
-    columns = jnp.moveaxis(rhs, dims.rhs, 0).reshape(rhs.shape[dims.rhs], -1)
-    x, x_scale, x_mask = _quantized(product.recipe, out.lhs, rows, axis=1)
-    w, w_scale, w_mask = _quantized(product.recipe, out.rhs, columns, axis=0)
-    sums = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32).astype(jnp.float32)
-    x_offset, w_offset = _offset(out.lhs), _offset(out.rhs)
-    side = lambda codes, offset: codes.astype(jnp.int32).sum(-1).astype(jnp.float32) * offset
-    sums += side(x, w_offset)[:, None] + side(w, x_offset)[None, :] + x.shape[1] * x_offset * w_offset
-    y = (sums * x_scale[:, None] * w_scale[None, :]).astype(product.forward.out_dtype)
+    dims, out, out_dtype = product.forward.dims, product.recipe.out, product.forward.out_dtype
+    x, x_kept = _quantized(product.recipe, out.lhs, *_matrix(lhs, dims.lhs))
+    if product.recipe.rhs_ready:
+        w, w_kept = None, rhs.astype(lhs.dtype)
+        x_hat = _values(x_kept, out.lhs, x.codes.shape, lhs.dtype)
+        lhs_hat = _array(x_hat, lhs.shape, dims.lhs, 1)
+        y = product.forward(lhs_hat, w_kept)
+    else:
+        w, w_kept = _quantized(product.recipe, out.rhs, *_matrix(rhs, dims.rhs))
+        multiply = functools.partial(
+            backend.matmul_i8, x_offset=_offset(out.lhs), w_offset=_offset(out.rhs), out_dtype=out_dtype
+        )
+        y = _run(product.recipe, multiply, x.codes, w.codes, x.scales, w.scales, x.sums, w.sums)
     free = [lhs.shape[a] for a in dims.free("lhs", lhs.ndim)] + [rhs.shape[a] for a in dims.free("rhs", rhs.ndim)]
-    kept = (_kept(x, out.lhs.format.bits), x_scale, x_mask), (_kept(w, out.rhs.format.bits), w_scale, w_mask)
     like = jnp.zeros((0, *lhs.shape), lhs.dtype), jnp.zeros((0, *rhs.shape), rhs.dtype)  # shapes and dtypes, no bytes
-    return y.reshape(free), (kept, like)
+    return y.reshape(free), (x_kept, w_kept, like)
 
 
 def _backward(product, saved, g):
-    (x_kept, w_kept), (lhs, rhs) = saved
-    dims, out = product.forward.dims, product.recipe.out
+    x, w, (lhs, rhs) = saved
+    dims, recipe, dtype = product.forward.dims, product.recipe, lhs.dtype
     lhs_shape, rhs_shape = lhs.shape[1:], rhs.shape[1:]
     length = lhs_shape[dims.lhs]
-    m, n = _count(lhs_shape, dims.lhs), _count(rhs_shape, dims.rhs)
-    g = g.reshape(m, n).astype(lhs.dtype)
-    x = _values(x_kept, out.lhs, m, length, lhs.dtype)
-    w = _values(w_kept, out.rhs, n, length, lhs.dtype)
-    precision = product.forward.precision
-    dx = _returned(product.recipe, out.lhs, lax.dot(g, w, precision=precision), x_kept[2], lhs.dtype)
-    dw = lax.dot_general(g, x, (((0,), (0,)), ((), ())), precision)
-    dw = _returned(product.recipe, out.rhs, dw, w_kept[2], rhs.dtype)
-    lhs_free = [n for a, n in enumerate(lhs_shape) if a != dims.lhs]
-    rhs_free = [n for a, n in enumerate(rhs_shape) if a != dims.rhs]
-    dlhs = jnp.moveaxis(dx.reshape(*lhs_free, length), -1, dims.lhs)
-    return dlhs, jnp.moveaxis(dw.reshape(*rhs_free, length), -1, dims.rhs)
+    m, n = math.prod(lhs_shape) // length, math.prod(rhs_shape) // length
+    g = g.reshape(m, n)
+    exact = functools.partial(lax.dot_general, precision=product.forward.precision)
+    if recipe.rhs_ready:
+        w_hat = jnp.moveaxis(w, dims.rhs, -1).reshape(n, length)
+        dx = exact(g.astype(dtype), w_hat, (((1,), (0,)), ((), ())))
+    elif recipe.grad_lhs.fold:
+        codes, scales = _int8(recipe.grad_lhs, g.astype(jnp.float32) * w.scales[None, :], axis=1)
+        dx = _folded(recipe, codes, scales, w, recipe.out.rhs, (n, length), dtype)
+    else:
+        dx = exact(g.astype(dtype), _values(w, recipe.out.rhs, (n, length), dtype), (((1,), (0,)), ((), ())))
+    if recipe.grad_rhs.fold:
+        codes, scales = _int8(recipe.grad_rhs, g.astype(jnp.float32) * x.scales[:, None], axis=0)
+        dw = _folded(recipe, codes.T, scales, x, recipe.out.lhs, (m, length), dtype)
+    else:
+        dw = exact(g.astype(dtype), _values(x, recipe.out.lhs, (m, length), dtype), (((0,), (0,)), ((), ())))
+    at = _leads(lhs_shape, dims.lhs)
+    dlhs = _array(_returned(recipe, recipe.out.lhs, dx, x.mask, dtype, at), lhs_shape, dims.lhs, at)
+    if recipe.rhs_ready:
+        return dlhs, _array(dw.astype(rhs.dtype), rhs_shape, dims.rhs, 1)
+    at = _leads(rhs_shape, dims.rhs)
+    return dlhs, _array(_returned(recipe, recipe.out.rhs, dw, w.mask, rhs.dtype, at), rhs_shape, dims.rhs, at)
 
 
 _through.defvjp(_forward, _backward)
 
 
-def _run(recipe: LinearRecipe, function: Any, *operands: Array) -> Any:
+def _run(recipe: LinearRecipe, function: Any, *operands: Any) -> Any:
     return backend.choose(
         function, functools.partial(function, "xla"), *operands, implementation=recipe.implementation, why_not=None,
         who="lb.dot_general",
     )  # fmt: skip
 
 
-def _quantized(recipe: LinearRecipe, quantizer: Quantizer, x: Array, axis: int) -> tuple[Array, Array, Array]:
+def _quantized(recipe: LinearRecipe, quantizer: Quantizer, x: Array, axis: int) -> tuple[Any, _Kept]:
+    """What the fused kernel makes of the rows of a matrix along `axis`, and what of it is kept."""
     options = fused_options(quantizer, x.shape[axis])
     assert options is not None and isinstance(quantizer.estimator, Trust)
+    packed = options["bits"] <= _PACK_UP_TO
     trust = quantizer.estimator.limits(quantizer.format)[1]
-    return _run(recipe, functools.partial(backend.hadamard_quantize, **options, trust=trust, axis=axis), x)
+    kernel = functools.partial(backend.hadamard_quantize, **options, trust=trust, axis=axis, packed=packed)
+    made = _run(recipe, kernel, x)
+    return made, _Kept(made.words if packed else made.codes, made.scales, made.mask)
 
 
-def _returned(recipe: LinearRecipe, quantizer: Quantizer, g: Array, mask: Array, dtype: Any) -> Array:
+def _returned(recipe: LinearRecipe, quantizer: Quantizer, g: Array, mask: Array, dtype: Any, axis: int) -> Array:
     options = fused_options(quantizer, g.shape[1])
     assert options is not None
-    return _run(recipe, functools.partial(backend.hadamard_backward, block=options["block"], out_dtype=dtype), g, mask)
+    kernel = functools.partial(backend.hadamard_backward, block=options["block"], out_dtype=dtype, axis=axis)
+    return _run(recipe, kernel, g, mask)
 
 
-def _kept(codes: Array, bits: int) -> Any:
-    """What the backward keeps of the codes: packed words, or int8."""
-    if bits > _PACK_UP_TO:
-        return codes
-    return backend.pack_planes((codes + jnp.int8(1 << (bits - 1))).astype(jnp.uint8), bits, 8)
+def _int8(gemm: Gemm, g: Array, axis: int) -> tuple[Int8[Array, "m n"], Float[Array, "rows"]]:
+    """Codes and scales of the cotangent. The codes lie as `g` does: XLA would rather transpose `g`, in float32."""
+    assert isinstance(gemm.folded, Quantizer)
+    values, scales = gemm.folded.elements(g, axis=axis)
+    return with_layout_constraint(values.astype(jnp.int8), Layout(major_to_minor=(0, 1))), scales.reshape(-1)
 
 
-def _values(kept: tuple, quantizer: Quantizer, rows: int, length: int, dtype: Any) -> Array:
-    codes, scale, _ = kept
+def _folded(recipe, codes, scales, kept: _Kept, quantizer: Quantizer, shape: tuple[int, int], dtype: Any) -> Array:
+    """scales[i] sum_j codes[i, j] e[j, k], e the grid values of the kept operand [J, K], in parts that int32 holds."""
+    e, step, offset = _integers(kept, quantizer, shape)
+    e = e.T  # the contraction is last on both sides, as the tensor cores take 8-bit operands
+    steps = jnp.full((shape[1],), step, jnp.float32)
+    multiply = functools.partial(backend.matmul_i8, x_offset=0.0, w_offset=offset)
+    parts = -(-shape[0] // _TERMS)
+    edges = np.linspace(0, shape[0], parts + 1).astype(int)
+    total = None
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        c, part = codes[:, start:stop], functools.partial(multiply, out_dtype=dtype if parts == 1 else jnp.float32)
+        sums = jnp.sum(c.astype(jnp.int32), axis=1) if offset else None
+        y = _run(recipe, part, c, e[:, start:stop], scales, steps, sums, None)
+        total = y if total is None else total + y
+    assert total is not None
+    return total.astype(dtype)
+
+
+def _integers(kept: _Kept, quantizer: Quantizer, shape: tuple[int, int]) -> tuple[Array, float, float]:
+    """(integers, step, offset) with step * (integer + offset) on the grid. Halves are doubled away where int8 has room,
+    so that no sum of codes is needed."""
+    codes, offset = _codes(kept, quantizer, shape), _offset(quantizer)
+    if offset and quantizer.format.bits < 8:
+        return codes * jnp.int8(2) + jnp.int8(1), 0.5, 0.0
+    return codes, 1.0, offset
+
+
+def _codes(kept: _Kept, quantizer: Quantizer, shape: tuple[int, int]) -> Int8[Array, "rows length"]:
     bits = quantizer.format.bits
-    if bits <= _PACK_UP_TO:
-        codes = backend.unpack_planes(codes, bits, rows, length).astype(jnp.int8) - jnp.int8(1 << (bits - 1))
-    return ((codes.astype(jnp.float32) + _offset(quantizer)) * scale[:, None]).astype(dtype)
+    if bits > _PACK_UP_TO:
+        return kept.codes
+    return backend.unpack_planes(kept.codes, bits, *shape).astype(jnp.int8) - jnp.int8(1 << (bits - 1))
+
+
+def _values(kept: _Kept, quantizer: Quantizer, shape: tuple[int, int], dtype: Any) -> Array:
+    codes = _codes(kept, quantizer, shape).astype(jnp.float32)
+    return ((codes + _offset(quantizer)) * kept.scales[:, None]).astype(dtype)
 
 
 def _offset(quantizer: Quantizer) -> float:
     return 0.5 if isinstance(quantizer.format, MidRiseFormat) else 0.0
 
 
-def _count(shape: tuple[int, ...], contracted: int) -> int:
-    total = 1
-    for axis, size in enumerate(shape):
-        total *= 1 if axis == contracted else size
-    return total
+def _leads(shape: tuple[int, ...], axis: int) -> int:
+    """Where `_matrix` puts the contraction axis: 0 when it leads, so that nothing is moved, else 1."""
+    return 0 if axis == 0 and len(shape) > 1 else 1
+
+
+def _matrix(x: Array, axis: int) -> tuple[Array, int]:
+    """The array as a matrix, and where its contraction axis is there."""
+    at = _leads(x.shape, axis)
+    length = x.shape[axis]
+    return (x.reshape(length, -1) if at == 0 else jnp.moveaxis(x, axis, -1).reshape(-1, length)), at
+
+
+def _array(matrix: Array, shape: tuple[int, ...], axis: int, at: int) -> Array:
+    """The way back from a matrix whose contraction axis is `at`."""
+    if at == 0:
+        return matrix.reshape(shape)
+    free = [n for a, n in enumerate(shape) if a != axis]
+    return jnp.moveaxis(matrix.reshape(*free, shape[axis]), -1, axis)

@@ -1,4 +1,7 @@
-"""The product with a weight in the kernels' layout: of int8 codes when the activation is quantized, else of 16 bits."""
+"""The product with a packed weight by a kernel or by XLA.
+
+Weights in the layout "planes/1": of int8 codes when the activation is quantized, else of 16 bits. Weights in a
+microscaling format: as they are stored (`mx_product`)."""
 
 import dataclasses
 import functools
@@ -12,28 +15,46 @@ from jaxtyping import Array, Float, Int8
 
 from lowbit_jax import rounding
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
-from lowbit_jax.ops import backend
+from lowbit_jax.ops import backend, mx_product
 from lowbit_jax.ops.plane_tensor import PlaneTensor, affine_zero
 from lowbit_jax.ops.product import Forward
 from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import FLOAT32, PerRow, PerTensor, rms_optimal
 from lowbit_jax.scaling.gaussian import optimal_scale
 
+MOST_ELEMENTS = (1 << 31) - 1
 LARGEST_A16 = 256  # rows above which XLA multiplies by the dequantized weight: 16-bit products gain nothing there
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedProduct:
-    """One product with a `PlaneTensor`; hashable. reference: `(self, lhs, rhs, key, scale) -> out` by XLA."""
+    """One product with a packed weight that a kernel may read; hashable. reference: `(self, lhs, rhs, key, scale) ->
+    out` by XLA."""
 
     forward: Forward
     recipe: LinearRecipe
     rotated: bool  # both operands are rotated alike
     reference: Callable[..., Array]
 
-    def __call__(self, lhs: Array, rhs: PlaneTensor, key: Array | None, scale: Array | None) -> Array:
+    def __call__(self, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:
+        if isinstance(rhs, PlaneTensor):
+            rhs.check_layout()
         return _through(self, lhs, rhs, key, scale)
+
+    def why_not(self, lhs: Any, rhs: QTensor) -> str | None:
+        """Why no kernel computes this product (lhs may be a shape and dtype); None when one does, on a GPU."""
+        if isinstance(rhs, PlaneTensor):
+            return _why_not(self, lhs, rhs)
+        if mx_product.mx_format(rhs.quantizer):
+            return mx_product.why_not(self, lhs, rhs)
+        return f"no kernel reads weights of {rhs.quantizer.format.name} in the layout {rhs.layout!r}"
+
+
+def has_kernel(rhs: QTensor) -> bool:
+    """Whether some kernel reads a weight stored like this one."""
+    return isinstance(rhs, PlaneTensor) or mx_product.mx_format(rhs.quantizer) is not None
 
 
 def uses_int8(quantizer: Any) -> TypeGuard[Quantizer]:
@@ -51,10 +72,17 @@ def word_bits(quantizer: Any) -> int:
     return 8 if uses_int8(quantizer) else 16
 
 
-def kernel_name(recipe: LinearRecipe, rhs: PlaneTensor) -> str:
+def kernel_name(recipe: LinearRecipe, rhs: QTensor) -> str:
     """What computes the product where a GPU is, as `lb.explain` says it."""
+    if not isinstance(rhs, PlaneTensor):
+        return mx_product.kernel_name(recipe, rhs)
     bits = rhs.quantizer.format.bits
     return f"matmul_w{bits}a{8 if uses_int8(recipe.out.lhs) else 16}"
+
+
+def _longest_a8(bits: int) -> int:
+    """The longest contraction whose sums of products of such codes with int8 ones stay inside int32."""
+    return ((1 << 31) - 1) // (128 * (128 if bits == 8 else (1 << bits) - 1))
 
 
 def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None:
@@ -67,7 +95,12 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
         return "it asks for an output sharding"
     if lhs.size == 0:
         return "the activation is empty"
+    results = lhs.size // lhs.shape[dims.lhs] * rhs.rows
+    if max(lhs.size, results, *(word.size for word in rhs.words)) > MOST_ELEMENTS:
+        return f"an array has more than {MOST_ELEMENTS} elements, which the kernels count in 32 bits"
     if uses_int8(quantizer):
+        if rhs.length > (longest := _longest_a8(rhs.quantizer.format.bits)):
+            return f"int32 sums of {rhs.length} products can overflow ({longest} cannot)"
         if not product.rotated and (quantizer.rotation or rhs.quantizer.rotation):
             return "only one operand is rotated"
         if rhs.groups != 1:
@@ -85,9 +118,15 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _through(product, lhs, rhs, key, scale):
+    planes = isinstance(rhs, PlaneTensor)
+    implementation = rhs.implementation if planes else product.recipe.implementation
+    why_not = None if implementation == "reference" else product.why_not(lhs, rhs)
+    if not planes and implementation == "interpret" and why_not is None:
+        why_not = "raw Triton has no interpretation under JAX"
     return backend.choose(
-        functools.partial(_kernel, product), functools.partial(product.reference, product), lhs, rhs, key, scale,
-        implementation=rhs.implementation, why_not=_why_not(product, lhs, rhs), who="lb.dot_general",
+        functools.partial(_kernel if planes else mx_product.kernel, product),
+        functools.partial(product.reference, product), lhs, rhs, key, scale,
+        implementation=implementation, why_not=why_not, who="lb.dot_general",
     )  # fmt: skip
 
 
@@ -114,31 +153,32 @@ def _kernel(
     free = [lhs.shape[a] for a in dims.free("lhs", lhs.ndim)]
     out_dtype = product.forward.out_dtype
     if uses_int8(quantizer):
-        rows, each, offset = int8_rows(impl, quantizer, lhs, dims.lhs, key, scale)
+        rows, each, sums, offset = int8_rows(impl, quantizer, lhs, dims.lhs, key, scale)
         table = rhs.scale_table()[0]
-        y = backend.matmul_a8(impl, rows, each, offset, rhs.words, table, zero, rhs.sums, bits, out_dtype)
+        y = backend.matmul_a8(impl, rows, each, sums, offset, rhs.words, table, zero, rhs.sums, bits, out_dtype)
     else:
         x = lhs if quantizer is None else quantizer(lhs, axis=dims.lhs, key=key, scale=scale)
         if rhs.quantizer.rotation is not None:
             x = rhs.quantizer.rotation.apply(x, dims.lhs)
         rows = jnp.moveaxis(x.astype(lhs.dtype), dims.lhs, -1).reshape(-1, lhs.shape[dims.lhs])
-        y = backend.matmul_a16(impl, rows, rhs.words, rhs.scale_table(), zero, bits).astype(out_dtype)
+        y = backend.matmul_a16(impl, rows, rhs.words, rhs.scale_table(), zero, bits, out_dtype)
     return y.reshape(*free, *rhs.free)
 
 
 def int8_rows(
     impl: str, quantizer: Quantizer, x: Array, axis: int, key: Any, scale: Any
-) -> tuple[Int8[Array, "m k"], Float[Array, "m"], float]:
-    """Codes of the (rotated) rows along `axis` as a matrix, a scale for each row, and the code of value 0."""
+) -> tuple[Int8[Array, "m k"], Float[Array, "m"], Any, float]:
+    """Codes of the (rotated) rows along `axis` as a matrix, a scale for each row, the sums of their codes where the
+    kernel gives them, and the code of value 0."""
     offset = _int8_offset(quantizer.format)
     rows = jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
     if (options := fused_options(quantizer, x.shape[axis])) is not None:
-        codes, scales, _ = backend.hadamard_quantize(impl, rows, **options, trust=None, axis=1)
-        return codes, scales, -offset
+        found = backend.hadamard_quantize(impl, rows, **options, trust=None, axis=1)
+        return found.codes, found.scales, found.sums, -offset
     values, scales = quantizer.elements(x, axis=axis, key=key, scale=scale)
     each = jnp.broadcast_to(scales, [1 if a == axis else n for a, n in enumerate(x.shape)]).reshape(-1)
     codes = jnp.moveaxis((values - offset).astype(jnp.int8), axis, -1).reshape(rows.shape)
-    return codes, each, -offset
+    return codes, each, None, -offset
 
 
 def fused_options(quantizer: Quantizer, length: int) -> dict[str, Any] | None:

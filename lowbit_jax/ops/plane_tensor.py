@@ -16,7 +16,7 @@ from lowbit_jax import coding, packing
 from lowbit_jax.formats.base import Format, IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend
 from lowbit_jax.qtensor import QTensor
-from lowbit_jax.scaling import Group, PerRow, PerTensor
+from lowbit_jax.scaling import CastScale, Group, PerRow, PerTensor
 
 LAYOUT = "planes/1"
 
@@ -67,7 +67,16 @@ class PlaneTensor(QTensor):
         leaves = jax.tree.leaves((self.words, self.scales, self.sums))
         return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
+    def check_layout(self) -> None:
+        """Raises: ValueError when the words are of another layout, or another version of it, than is read here."""
+        if self.layout != LAYOUT:
+            raise ValueError(
+                f"PlaneTensor has words of layout {self.layout!r}, and its readers know {LAYOUT!r}. Dequantize it with"
+                " the version of lowbit_jax that wrote it, and convert again."
+            )
+
     def elements(self) -> Float[Array, "*s"]:
+        self.check_layout()
         unpack = lambda words: backend.unpack_planes(words, self.quantizer.format.bits, self.rows, self.length)
         for _ in self.stack:
             unpack = jax.vmap(unpack)
@@ -75,13 +84,15 @@ class PlaneTensor(QTensor):
         return jnp.moveaxis(values.reshape(*self.stack, *self.free, self.length), -1, self.axis)
 
     def scale_table(self) -> Float[Array, "groups rows"]:
-        """The scales of one layer, float32 [groups along the contraction, rows]."""
-        at = self.ndim + self.axis
-        loaded = self.quantizer.scale_format.load(self.scales)
+        """The scales of one layer, [groups along the contraction, rows]: float32, or bfloat16 or float16 where they are
+        stored so, which the kernels read too."""
+        at, scale_format = self.ndim + self.axis, self.quantizer.scale_format
+        kept = isinstance(scale_format, CastScale) and scale_format.dtype in ("bfloat16", "float16")
+        loaded = self.scales[0] if kept else scale_format.load(self.scales).astype(jnp.float32)
         if isinstance(self.quantizer.tiling, Group):
             loaded = jnp.squeeze(loaded, at + 1)
         table = jnp.moveaxis(loaded, at, 0).reshape(loaded.shape[at], -1)
-        return jnp.broadcast_to(table, (table.shape[0], self.rows)).astype(jnp.float32)
+        return jnp.broadcast_to(table, (table.shape[0], self.rows))
 
 
 def affine_zero(fmt: Format) -> float | None:

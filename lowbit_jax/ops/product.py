@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling import PerRow, PerTensor, absmax
+from lowbit_jax.scaling.fit import reciprocal
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,24 +83,52 @@ def _plain_backward(forward, saved, g):
 plain_product.defvjp(_plain_forward, _plain_backward)
 
 
-def original_operands(
-    lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"], dims: Dims, recipe: LinearRecipe, rotated: bool
-) -> tuple[Array | None, Array | None]:
-    """The high-precision operands that the backward products of `recipe` read, in the space of the forward product.
+def backward_operands(
+    lhs: Float[Array, "*lhs"],
+    rhs: Float[Array, "*rhs"],
+    dims: Dims,
+    recipe: LinearRecipe,
+    rotated: bool,
+    keys: tuple[Any, Any] = (None, None),
+    scales: Mapping[str, Array] | None = None,
+) -> tuple[Any, Any]:
+    """What the backward products of `recipe` read beside the quantized operands, in the space of the forward product:
+    of each operand its high-precision form, or a pair (grid values, scales) where they fold its scales, or None.
 
     Raises: ValueError when the weight came quantized (`rhs_ready`) and a backward product wants the original."""
-    lhs_original = None if recipe.grad_rhs.lhs == FORWARD else lhs
-    rhs_original = None if recipe.grad_lhs.rhs == FORWARD else rhs
-    if recipe.rhs_ready and rhs_original is not None:
+    if recipe.rhs_ready and recipe.grad_lhs.rhs != FORWARD:
         raise ValueError(
             "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD"
             " there, or quantize the weight inside the product."
         )
-    quantizer = recipe.forward_quantizers[0]
-    if rotated and quantizer is not None and (rotation := quantizer.rotation) is not None:
-        lhs_original = None if lhs_original is None else rotation.apply(lhs_original, dims.lhs)
-        rhs_original = None if rhs_original is None else rotation.apply(rhs_original, dims.rhs)
-    return jax.tree.map(lax.stop_gradient, (lhs_original, rhs_original))
+    rotation = recipe.out.lhs.rotation if rotated and isinstance(recipe.out.lhs, Quantizer) else None
+
+    def operand(side: str, x: Array, axis: int, gemm: Gemm, key: Any) -> Any:
+        quantizer = getattr(recipe.out, side)
+        if getattr(gemm, side) != FORWARD:
+            return x if rotation is None else rotation.apply(x, axis)
+        if not gemm.fold:
+            return None
+        if side == "rhs" and recipe.rhs_ready:
+            return _ready_elements(quantizer, x, axis)
+        values, scale = quantizer.elements(x, axis=axis, key=key, scale=(scales or {}).get(side))
+        if quantizer.rotation is not None and not rotated:
+            values = quantizer.rotation.undo(values, axis)
+        return values, scale
+
+    found = (
+        operand("lhs", lhs, dims.lhs, recipe.grad_rhs, keys[0]),
+        operand("rhs", rhs, dims.rhs, recipe.grad_lhs, keys[1]),
+    )
+    return jax.tree.map(lax.stop_gradient, found)
+
+
+def _ready_elements(quantizer: Quantizer, x_hat: Array, axis: int) -> tuple[Array, Array]:
+    """Grid values and scales of a weight that was quantized before and brings no scales: a row's largest magnitude
+    stands for the grid's largest level, which is its scale where the row reaches that level."""
+    tiles, axes = quantizer.tiling.split(x_hat.astype(jnp.float32), axis)
+    scale = absmax(tiles, quantizer.format, axes)
+    return tiles * reciprocal(scale), scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -106,19 +137,19 @@ def product(
     recipe: LinearRecipe,
     lhs_hat: Float[Array, "*lhs"],
     rhs_hat: Float[Array, "*rhs"],
-    originals: tuple[Array | None, Array | None],
+    others: tuple[Any, Any],
     key: Array | None,
 ) -> Float[Array, "*out"]:
     """y = lhs_hat . rhs_hat;  d lhs_hat = Q(g) . Q(rhs),  d rhs_hat = Q(lhs) . Q(g)  as `recipe.grad_lhs`, `grad_rhs`
     say.
 
     Each backward operand is quantized along the axis that its own product contracts: output channels in grad_lhs,
-    tokens in grad_rhs."""
+    tokens in grad_rhs. others: `backward_operands`."""
     return forward(lhs_hat, rhs_hat)
 
 
-def _product_forward(forward, recipe, lhs_hat, rhs_hat, originals, key):
-    return forward(lhs_hat, rhs_hat), (lhs_hat, rhs_hat, originals, key)
+def _product_forward(forward, recipe, lhs_hat, rhs_hat, others, key):
+    return forward(lhs_hat, rhs_hat), (lhs_hat, rhs_hat, others, key)
 
 
 def _product_backward(forward, recipe, saved, g):
@@ -131,13 +162,19 @@ def _product_backward(forward, recipe, saved, g):
     g_rhs_free = tuple(range(g.ndim - len(rhs_free), g.ndim))
 
     numbers = ((g_rhs_free, rhs_free), (batch, dims.rhs_batch))
-    other = rhs_hat if recipe.grad_lhs.rhs == FORWARD else rhs
-    dlhs = _backward_product(g, other, numbers, recipe.grad_lhs, forward.precision, keys[0])
+    if recipe.grad_lhs.fold and rhs_free:
+        dlhs = _folded_product(g, rhs, numbers, 0, recipe.grad_lhs, forward.precision, lhs_hat.dtype, keys[0])
+    else:
+        other = rhs_hat if recipe.grad_lhs.rhs == FORWARD else rhs
+        dlhs = _backward_product(g, other, numbers, recipe.grad_lhs, forward.precision, keys[0])
     dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)).tolist())
 
     numbers = ((lhs_free, g_lhs_free), (dims.lhs_batch, batch))
-    other = lhs_hat if recipe.grad_rhs.lhs == FORWARD else lhs
-    drhs = _backward_product(other, g, numbers, recipe.grad_rhs, forward.precision, keys[1])
+    if recipe.grad_rhs.fold and lhs_free:
+        drhs = _folded_product(g, lhs, numbers, 1, recipe.grad_rhs, forward.precision, lhs_hat.dtype, keys[1])
+    else:
+        other = lhs_hat if recipe.grad_rhs.lhs == FORWARD else lhs
+        drhs = _backward_product(other, g, numbers, recipe.grad_rhs, forward.precision, keys[1])
     drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)).tolist())
 
     nothing = jax.tree.map(jnp.zeros_like, (lhs, rhs))
@@ -156,5 +193,35 @@ def _backward_product(lhs, rhs, numbers, gemm: Gemm, precision, key):
     common = jnp.promote_types(lhs.dtype, rhs.dtype)
     if not numbers[0][0]:  # an outer product: nothing is contracted, so nothing is quantized
         return lax.dot_general(lhs.astype(common), rhs.astype(common), numbers, precision)
-    recipe = LinearRecipe(out=Gemm(**chosen))
+    recipe = LinearRecipe(out=Gemm(lhs=chosen["lhs"], rhs=chosen["rhs"]))
     return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=recipe, key=key)
+
+
+def _folded_product(g, folded, numbers, side, gemm: Gemm, precision, dtype, key):
+    """Q(g s) . e, or e . Q(g s) with `side` 1, for the forward's operand s e: on the codes' values, which 16 bits hold
+    exactly, then times the cotangent's own scales."""
+    quantizer = gemm.folded
+    assert isinstance(quantizer, Quantizer)
+    values, scales = folded
+    contracted, batch = numbers[0][side], numbers[1][side]
+    order = (*numbers[1][1 - side], *numbers[0][1 - side])
+    along = [1] * g.ndim
+    for axis, size in zip((*batch, *contracted), (scales.shape[a] for a in order), strict=True):
+        along[axis] = size
+    kept = [a for a in range(scales.ndim) if a not in order]
+    assert all(scales.shape[a] == 1 for a in kept), "one scale a row or a tensor"
+    weighted = g.astype(jnp.float32) * jnp.transpose(scales, (*order, *kept)).reshape(along)
+    whole_rows = isinstance(quantizer.tiling, PerRow | PerTensor) and quantizer.rotation is None
+    if whole_rows:
+        codes, own = quantizer.elements(weighted, axis=contracted, key=key)
+    else:
+        codes, own = quantizer(weighted, axis=contracted, key=key), None
+    compute = dtype if whole_rows else jnp.float32
+    a, b = (codes, values) if side == 0 else (values, codes)
+    out = lax.dot_general(a.astype(compute), b.astype(compute), numbers, precision, jnp.float32)
+    if own is None:
+        return out
+    free = [1] * (values.ndim - len(order))
+    sizes = [own.shape[a] for a in range(g.ndim) if a not in contracted]
+    at = len(sizes) if side == 0 else len(batch)
+    return out * own.reshape([*sizes[:at], *free, *sizes[at:]])

@@ -10,6 +10,7 @@ from typing import Literal
 
 from lowbit_jax.ops.backend import IMPLEMENTATIONS
 from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling import PerRow, PerTensor
 
 FORWARD: Literal["forward"] = "forward"
 """In a backward product: the operand just as the forward product used it, quantized. Costs nothing more."""
@@ -17,13 +18,28 @@ FORWARD: Literal["forward"] = "forward"
 Operand = Quantizer | Literal["forward"] | None
 
 
+def _word(operand: Operand) -> str:
+    return operand.format.name if isinstance(operand, Quantizer) else "FORWARD" if operand else "None"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Gemm:
     """One matrix product. `None` keeps an operand in high precision; `FORWARD`, in a backward product only, reuses the
-    quantized operand of the forward. Raises: TypeError for anything else."""
+    quantized operand of the forward.
+
+    The scales of a forward operand vary along what a backward product sums over, so they cannot be taken out of its
+    sum. `fold` multiplies them into the cotangent before that is quantized: then codes meet codes, and the product can
+    run on integers.
+
+        grad_lhs   dx[m, k] = sum_n Q(g[m, n] s_w[n]) e_w[n, k]      w_hat = s_w e_w, e on the format's grid
+        grad_rhs   dw[k, n] = sum_m e_x[m, k] Q(g[m, n] s_x[m])
+
+    Raises: TypeError for other operands; ValueError for `fold` without a quantizer on the one side and FORWARD on the
+    other."""
 
     lhs: Operand = None
     rhs: Operand = None
+    fold: bool = False
 
     def __post_init__(self):
         for side in ("lhs", "rhs"):
@@ -33,6 +49,17 @@ class Gemm:
                     f"Gemm({side}={operand!r}): an operand is a Quantizer, None (high precision) or, in a backward"
                     f" product, FORWARD. For a whole method use a recipe, such as lb.quest(4)."
                 )
+        if self.fold and not (FORWARD in (self.lhs, self.rhs) and isinstance(self.folded, Quantizer)):
+            raise ValueError(
+                "Gemm(fold=True) multiplies the scales of the forward's operand into the cotangent before it is"
+                f" quantized, so one side is FORWARD and the other a Quantizer; got lhs={_word(self.lhs)},"
+                f" rhs={_word(self.rhs)}. Leave out fold, or set both."
+            )
+
+    @property
+    def folded(self) -> Operand:
+        """The operand beside FORWARD."""
+        return self.rhs if self.lhs == FORWARD else self.lhs
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +71,8 @@ class LinearRecipe:
     `implementation` says what multiplies in training: "auto" (integer products and fused kernels on a CUDA GPU where
     they do this recipe, else XLA on the quantized values), "kernel" (they or an error), "reference" (XLA) or
     "interpret" (the kernels, slowly, anywhere).
-    Raises: ValueError for an unknown implementation, for FORWARD in `out`, or where a backward product reuses the
-    operand it differentiates."""
+    Raises: ValueError for an unknown implementation, for FORWARD in `out`, where a backward product reuses the operand
+    it differentiates, or where it folds scales that are not one a row or a tensor."""
 
     out: Gemm = Gemm()
     grad_lhs: Gemm = Gemm(rhs=FORWARD)
@@ -68,6 +95,16 @@ class LinearRecipe:
                 "LinearRecipe: the cotangent stands at grad_lhs.lhs and grad_rhs.rhs, and it has no forward form."
                 " Put None or a Quantizer there."
             )
+        for name, side in (("grad_lhs", "rhs"), ("grad_rhs", "lhs")):
+            quantizer = getattr(self.out, side)
+            if not getattr(self, name).fold:
+                continue
+            if not isinstance(quantizer, Quantizer) or not isinstance(quantizer.tiling, PerRow | PerTensor):
+                seen = quantizer.tiling.describe() if isinstance(quantizer, Quantizer) else "none: high precision"
+                raise ValueError(
+                    f"LinearRecipe.{name}: fold takes the scales out of out.{side}, one a row or one a tensor; they"
+                    f" are {seen}. Quantize it by PerRow() or PerTensor(), or leave out fold."
+                )
 
     @property
     def forward_quantizers(self) -> tuple[Quantizer | None, Quantizer | None]:

@@ -1,5 +1,7 @@
 """Whole models packed in the kernels' layout: the same outputs, and a table that names the kernels."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from flax import linen, nnx
 
 import lowbit_jax as lb
+from lowbit_jax.ops import pack_rhs
+from lowbit_jax.ops.plane_tensor import to_planes
 
 
 class Model(nnx.Module):
@@ -68,3 +72,49 @@ def test_options_without_effect_raise():
     small = lb.quantize(Model(nnx.Rngs(0)), lb.quest("e2m1"))
     with pytest.raises(NotImplementedError, match="not uniform"):
         lb.convert(small, layout="planes/1", implementation="kernel")
+
+
+@pytest.mark.parametrize(("activations", "word_bits"), [(True, 8), (False, 16)])
+def test_words_of_another_layout_are_refused(key, activations, word_bits):
+    """However they are read: as values, by XLA's product, by the kernel."""
+    weight, x = jax.random.normal(key, (128, 32)), jax.random.normal(key, (4, 128), jnp.bfloat16)
+    recipe, numbers = lb.quest(4, activations=activations), (((1,), (0,)), ((), ()))
+    packed = pack_rhs(weight, numbers, recipe)
+    for implementation in ("reference", "interpret", "auto"):
+        planes = to_planes(packed, word_bits, implementation)
+        lb.dot_general(x, planes, numbers, recipe=recipe)
+        stale = dataclasses.replace(planes, layout="planes/0")
+        for read in (stale.dequantize, stale.elements, lambda w=stale: lb.dot_general(x, w, numbers, recipe=recipe)):
+            with pytest.raises(ValueError, match="planes/0"):
+                read()
+
+
+@pytest.mark.parametrize("scale_format", [lb.scaling.BFLOAT16, lb.scaling.FLOAT32])
+def test_scales_reach_the_kernel_as_they_are_stored(key, scale_format):
+    recipe = lb.quest(4, activations=False)
+    quantizer = dataclasses.replace(recipe.forward_quantizers[1], scale_format=scale_format)
+    packed = quantizer.quantize(jax.random.normal(key, (128, 32)), axis=0)
+    planes = to_planes(packed, 16)
+    table = planes.scale_table()
+    assert table.shape == (1, 32) and table.dtype == scale_format.dtype
+    np.testing.assert_array_equal(
+        np.asarray(table, np.float32).ravel(), np.asarray(scale_format.load(packed.scales)).ravel()
+    )
+
+
+def test_products_that_a_kernel_cannot_count_say_so():
+    """8-bit codes at K = 2^17 could overflow int32, and 2^31 results do not fit 32-bit offsets: "auto" leaves both to
+    XLA, and a request for the kernel is refused."""
+    numbers, shape = (((1,), (0,)), ((), ())), jax.ShapeDtypeStruct
+    for recipe, k, m, said in (
+        (lb.methods.absmax_integer(8), 1 << 17, 1, "overflow"),
+        (lb.quest(4), 128, 1 << 26, "2147483647"),
+    ):
+        weight = shape((k, 32), jnp.bfloat16)
+        pack = lambda w, recipe=recipe, to="kernel": to_planes(pack_rhs(w, numbers, recipe), 8, to)
+        run = lambda x, w, recipe=recipe: lb.dot_general(x, w, numbers, recipe=recipe)
+        x = shape((m, k), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match=said):
+            jax.eval_shape(run, x, jax.eval_shape(pack, weight))
+        auto = jax.eval_shape(lambda w, pack=pack: pack(w, to="auto"), weight)
+        assert jax.eval_shape(run, x, auto).shape == (m, 32)

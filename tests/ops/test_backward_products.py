@@ -95,3 +95,99 @@ def test_a_ready_weight_has_no_original(key):
     recipe = lb.LinearRecipe(out=lb.Gemm(lhs=INT8, rhs=INT8), grad_lhs=lb.Gemm()).with_rhs_ready()
     with pytest.raises(ValueError, match="original weight"):
         lb.dot_general(x, w, NUMBERS, recipe=recipe)
+
+
+def folded(g, s, e):
+    """sum_n Q(g[m, n] s[n]) e[n, k] in float64, Q absmax int8 of each row."""
+    weighted = np.asarray(g, np.float64) * np.asarray(s, np.float64)
+    step = np.abs(weighted).max(-1, keepdims=True) / 127
+    return np.round(weighted / step) * step @ np.asarray(e, np.float64)
+
+
+def grid_and_scales(quantizer, x, axis):
+    values, scales = quantizer.elements(x, axis=axis)
+    return np.asarray(values, np.float64), np.asarray(scales, np.float64)
+
+
+FOLDED = lb.LinearRecipe(
+    out=lb.Gemm(lhs=INT8, rhs=INT8),
+    grad_lhs=lb.Gemm(lhs=INT8, rhs=lb.FORWARD, fold=True),
+    grad_rhs=lb.Gemm(lhs=lb.FORWARD, rhs=INT8, fold=True),
+)
+
+
+def test_folded_scales(key):
+    """The forward's scales go into the cotangent before it is quantized, then codes meet codes: the formula, in
+    float64. Rows differ in size, so a product that forgot the scales or quantized first would not pass."""
+    x, w, g = setup(key)
+    x, w = x * jnp.exp(jnp.arange(12.0) / 4)[:, None], w * jnp.exp(jnp.arange(6.0) / 2)[None, :]
+    _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=FOLDED), x, w)
+    dx, dw = pullback(g)
+    e_x, s_x = grid_and_scales(INT8, x, 1)
+    e_w, s_w = grid_and_scales(INT8, w, 0)
+    exact = folded(g, s_w, e_w.T), folded(g.T, s_x.T, e_x).T
+    for got, expected in zip((dx, dw), exact, strict=True):
+        np.testing.assert_allclose(got, expected, atol=32 * 2.0**-23 * np.abs(expected).max())
+    unfolded = np.asarray(INT8(g) @ INT8(w, axis=0).T, np.float64)
+    assert np.abs(unfolded - exact[0]).max() > 1e-3 * np.abs(exact[0]).max()
+
+
+def test_folded_batches(key):
+    """Batch axes and several free axes on both sides: each batch is a product of its own."""
+    a, b, c = jax.random.split(key, 3)
+    x, w = jax.random.normal(a, (3, 2, 4, 5)), jax.random.normal(b, (2, 6, 5, 3))
+    g = jax.random.normal(c, (3, 2, 4, 2, 6))
+    numbers = (((3,), (2,)), ((0,), (3,)))
+    recipe = FOLDED
+    _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, numbers, recipe=recipe), x, w)
+    dx, dw = pullback(g)
+    for i in range(3):
+        flat_x, flat_w, flat_g = x[i].reshape(8, 5), w[..., i].reshape(12, 5), g[i].reshape(8, 12)
+        e_x, s_x = grid_and_scales(INT8, flat_x, 1)
+        e_w, s_w = grid_and_scales(INT8, flat_w, 1)
+        np.testing.assert_allclose(dx[i].reshape(8, 5), folded(flat_g, s_w.T, e_w), atol=1e-5)
+        np.testing.assert_allclose(dw[..., i].reshape(12, 5), folded(flat_g.T, s_x.T, e_x), atol=1e-5)
+
+
+def test_folding_a_weight_that_was_quantized_before(key):
+    """It brings no scales: where each row reaches the grid's largest level they are found again, to rounding."""
+    x, w, g = setup(key)
+    ready = lb.ops.quantize_rhs(w, NUMBERS, FOLDED)
+    gradient = lambda w, recipe: jax.vjp(lambda x: lb.dot_general(x, w, NUMBERS, recipe=recipe), x)[1](g)[0]
+    np.testing.assert_allclose(gradient(ready, FOLDED.with_rhs_ready()), gradient(w, FOLDED), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_an_8_bit_backward_of_quest_is_close_to_the_plain_one(key, bits):
+    a, b, c = jax.random.split(key, 3)
+    x, w, g = (jax.random.normal(k, shape) for k, shape in ((a, (64, 256)), (b, (256, 48)), (c, (64, 48))))
+    pull = lambda recipe: jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe), x, w)[1](g)
+    for ours, plain in zip(pull(lb.quest(bits, backward=8)), pull(lb.quest(bits)), strict=True):
+        ours, plain = np.asarray(ours, np.float64).ravel(), np.asarray(plain, np.float64).ravel()
+        cosine = ours @ plain / np.sqrt(ours @ ours * (plain @ plain))
+        assert 0.999 < cosine < 1 - 1e-7  # rounded, so not the same
+
+
+def test_an_8_bit_backward_is_in_the_recipe():
+    recipe = lb.quest(4, backward=8)
+    assert recipe.name == "quest W4A4G8" and not recipe.plain_backward and lb.quest(4).plain_backward
+    rows = {(row.product, row.operand): row for row in lb.explain(recipe).rows}
+    for product in ("grad_lhs", "grad_rhs"):
+        assert (rows[product, "cotangent"].format, rows[product, "cotangent"].fit) == ("int8", "absmax")
+        assert rows[product, "cotangent"].estimator == "straight-through"
+
+
+def test_what_cannot_fold_says_why():
+    group = lb.Quantizer(tiling=lb.scaling.Group(32))
+    fold = lambda **operands: lb.Gemm(**operands, fold=True)
+    for call, said in [
+        (lambda: fold(lhs=None, rhs=lb.FORWARD), r"one side is FORWARD and the other a Quantizer; got lhs=None"),
+        (lambda: fold(lhs=INT8, rhs=INT8), r"lhs=int8, rhs=int8"),
+        (lambda: lb.LinearRecipe(grad_lhs=fold(lhs=INT8, rhs=lb.FORWARD)), r"grad_lhs: .*out.rhs.*high precision"),
+        (lambda: lb.LinearRecipe(out=lb.Gemm(lhs=group), grad_rhs=fold(lhs=lb.FORWARD, rhs=INT8)),
+         r"grad_rhs: .*out.lhs.*group 32.*PerRow"),
+        (lambda: lb.quest(4, backward=4), r"backward=4.*8 bits"),
+        (lambda: lb.quest(4, activations=False, backward=8), r"backward=8.*both operands"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            call()

@@ -1,16 +1,27 @@
 """Products through the kernels, interpreted, against the same products by XLA; and who is told what cannot run."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 import lowbit_jax as lb
-from lowbit_jax.ops import pack_rhs
+from lowbit_jax.ops import backend, integer_product, pack_rhs, quantize_rhs
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import to_planes
 from lowbit_jax.scaling import Group
+from tests.methods import reference as quest_reference
 
 NUMBERS = (((2,), (0,)), ((), ()))
 GROUPED = lb.LinearRecipe(out=lb.Gemm(rhs=lb.Quantizer(tiling=Group(64), format=lb.formats.get("int4"))))
@@ -58,19 +69,96 @@ def test_gradients_through_a_packed_product_are_the_references():
     close(jax.grad(loss)(x, to_planes(packed, 8, "interpret")), expected, 0)
 
 
-@pytest.mark.parametrize(("bits", "block"), [(1, 128), (4, 128), (8, None)])
-def test_integer_training_products(bits, block):
-    """Forward and both gradients of the fused kernels against fake quantization multiplied by XLA."""
-    x, w = operands()
-    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 6, 8)), jnp.bfloat16)
+def folded(g, s, e):
+    """sum_n Q(g[m, n] s[n]) e[n, k] in float64, Q absmax int8 of each row."""
+    weighted = g * s[None, :]
+    step = np.abs(weighted).max(1, keepdims=True) / 127
+    return np.round(weighted / step) * step @ e
+
+
+def quest_in_float64(x, w, g, bits, block, backward):
+    """(y, dx, dw) of x [M, K], w [N, K] and the cotangent g [M, N]."""
+    if backward is None:
+        return quest_reference.linear(x, w, g, bits, block)
+    alpha = quest_reference.alpha_star(bits)
+    outer = {None: 1.25}.get(block, 1.30) if bits == 1 else None
+    hats, masks, steps = [], [], []
+    for u in (x, w):
+        hat, mask = quest_reference.quantize(u, bits, alpha, block, outer)
+        hats.append(hat)
+        masks.append(mask)
+        steps.append(2 * alpha / (2**bits - 1) * np.sqrt(np.mean(u**2, axis=-1)))
+    grids = [hat / step[:, None] for hat, step in zip(hats, steps, strict=True)]
+    dx, dw = folded(g, steps[1], grids[1]), folded(g.T, steps[0], grids[0])
+    back = lambda d, mask: quest_reference.rotate(d * mask, block)
+    return hats[0] @ hats[1].T, back(dx, masks[0]), back(dw, masks[1])
+
+
+@pytest.mark.parametrize("backward", [None, 8])
+@pytest.mark.parametrize(("bits", "block"), [(1, 128), (2, 128), (4, 128), (8, None)])
+def test_integer_training_products(bits, block, backward):
+    """Forward and both gradients of the fused kernels, and of XLA, against the same in float64 NumPy.
+
+    Both round to bfloat16 twice on the way: the product and its rotation, or the operands and the product."""
+    x, w = operands(free=(3, 8))
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 3, 8)), jnp.bfloat16)
+    flat = lambda a, *shape: np.asarray(a, np.float64).reshape(*shape)
+    y, dx, dw = quest_in_float64(flat(x, 15, 256), flat(w, 256, 24).T, flat(g, 15, 24), bits, block, backward)
+    expected = y.reshape(g.shape), dx.reshape(x.shape), dw.T.reshape(w.shape)
+    for implementation in ("reference", "interpret"):
+        recipe = lb.quest(bits, block=block, backward=backward).with_implementation(implementation)
+        y, back = jax.vjp(lambda x, w, r=recipe: lb.dot_general(x, w, NUMBERS, recipe=r), x, w)
+        for got, exact, like in zip((y, *back(g)), expected, (x, x, w), strict=True):
+            assert got.dtype == like.dtype
+            close(got, exact, 2.0**-6)
+
+
+def test_a_weight_whose_contraction_is_last():
+    """Nothing is transposed on the way: rows along the last axis, gradients in the same layout."""
+    x, w = operands(free=(16,))
+    recipe = lb.quest(4, backward=8)
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 16)), jnp.bfloat16)
+    run = lambda w, contract, implementation: jax.vjp(
+        lambda x, w: lb.dot_general(
+            x, w, (((2,), (contract,)), ((), ())), recipe=recipe.with_implementation(implementation)
+        ),
+        x, w,
+    )  # fmt: skip
+    y, back = run(w.T, 1, "interpret")
+    exact, exact_back = run(w, 0, "interpret")
+    close(y, exact, 0)
+    for got, expected in zip(back(g), exact_back(g), strict=True):
+        close(got.T if got.ndim == 2 else got, expected, 2.0**-6)
+
+
+def test_long_contractions_are_summed_in_parts(monkeypatch):
+    """More tokens than an int32 sum holds: float32 sums of integer ones."""
+    x, w = operands(free=(16,))
+    g = jnp.ones((3, 5, 16), jnp.bfloat16)
+    recipe = lb.quest(4, backward=8).with_implementation("interpret")
+    gradient = lambda: jax.vjp(lambda w: lb.dot_general(x, w, NUMBERS, recipe=recipe), w)[1](g)[0]
+    whole = gradient()
+    monkeypatch.setattr(integer_product, "_too_large", lambda *_: None)
+    monkeypatch.setattr(integer_product, "_TERMS", 6)  # 15 tokens: three parts
+    close(gradient(), whole, 2.0**-8)
+
+
+def test_a_prepared_weight_leaves_the_activation_to_the_kernel():
+    x, w = operands(free=(16,))
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 16)), jnp.bfloat16)
+    recipe = lb.quest(4)
+    ready = quantize_rhs(w, NUMBERS, recipe)
     found = {}
     for implementation in ("reference", "interpret"):
-        recipe = lb.quest(bits, block=block).with_implementation(implementation)
-        y, back = jax.vjp(lambda x, w, r=recipe: lb.dot_general(x, w, NUMBERS, recipe=r), x, w)
-        found[implementation] = (y, *back(cotangent))
+        r = recipe.with_rhs_ready().with_implementation(implementation)
+        y, back = jax.vjp(lambda x, w, r=r: lb.dot_general(x, w, NUMBERS, recipe=r), x, ready)
+        found[implementation] = (y, *back(g))
     for got, expected in zip(found["interpret"], found["reference"], strict=True):
-        assert got.dtype == expected.dtype and got.shape == expected.shape
+        assert got.dtype == expected.dtype
         close(got, expected, 2.0**-6)
+    with pytest.raises(NotImplementedError, match="codes are not at hand"):
+        r = lb.quest(4, backward=8).with_rhs_ready().with_implementation("interpret")
+        lb.dot_general(x, ready, NUMBERS, recipe=r)
 
 
 def test_a_training_product_keeps_codes_and_bits():
@@ -105,22 +193,105 @@ def test_what_cannot_run_says_why():
             call()
 
 
+def lowered_for(mesh, function, *arguments):
+    with use_abstract_mesh(mesh):
+        jitted = jax.jit(lambda *a: function(*a))
+        return jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def gpu(kind):
+    return AbstractMesh((), (), abstract_device=AbstractDevice(kind, 132, "gpu"))
+
+
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
-def test_programs_for_cuda_hold_the_kernels_and_others_do_not():
+@pytest.mark.parametrize("backward", [None, 8])
+def test_training_for_cuda_is_kernels(backward):
     """The choice is made by the platform that a program is lowered for; no GPU is needed to see it."""
+    x, w = operands(k=256, free=(64,))
+    recipe = lb.quest(4, backward=backward)
+    product = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe)
+
+    def train(x, w):
+        y, back = jax.vjp(product, x, w)
+        return y, *back(jnp.ones((3, 5, 64), jnp.bfloat16))
+
+    here, there = jax.jit(train).trace(x, w).lower().as_text(), lowered_for(gpu("NVIDIA H200"), train, x, w)
+    for kernel in ("hadamard_quantize4", "matmul_i8", "hadamard_backward"):
+        assert kernel in there and kernel not in here
+    dots = [line for line in there.splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) == (2 if backward is None else 0)
+    assert all("xbf16>" in line and "xi8>" not in line for line in dots)
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+def test_packed_products_for_cuda_are_kernels():
     x, w = operands(k=256, free=(64,))
     packed = to_planes(pack_rhs(w, NUMBERS, lb.quest(4)), 8)
     product = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=lb.quest(4))
-    train = lambda x, w: jax.vjp(product, x, w)[1](jnp.ones((3, 5, 64), jnp.bfloat16))
-    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"))
-    for function, arguments, kernels in (
-        (product, (x, packed), ("hadamard_quantize4", "matmul_w4a8")),
-        (train, (x, w), ("hadamard_quantize4", "hadamard_backward")),
-    ):
-        here = jax.jit(function).trace(*arguments).lower().as_text()
-        with use_abstract_mesh(gpu):
-            there = (
-                jax.jit(lambda *a, f=function: f(*a)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-            )
-        for kernel in kernels:
-            assert kernel in there and kernel not in here
+    here = jax.jit(product).trace(x, packed).lower().as_text()
+    there = lowered_for(gpu("NVIDIA H200"), product, x, packed)
+    for kernel in ("hadamard_quantize4", "matmul_w4a8"):
+        assert kernel in there and kernel not in here
+
+
+class TestWhere:
+    """Which GPUs, and which programs, "auto" takes a kernel for."""
+
+    @pytest.mark.parametrize(
+        ("kind", "said"),
+        [("NVIDIA H200", None), ("NVIDIA L4", None), ("Tesla T4", "capability 7.5.*need 8.0"),
+         ("Tesla V100-SXM2-16GB", "capability 7.0"), ("NVIDIA GeForce RTX 2080 Ti", "capability 7.5"),
+         ("AMD Instinct MI300X", "not one of NVIDIA's")],
+    )  # fmt: skip
+    def test_abstract_gpus(self, kind, said):
+        x, w = operands()
+        with use_abstract_mesh(gpu(kind)):
+            assert backend.sees_gpu() == backend.takes_kernel(x, w) == (said is None)
+            if said is not None:
+                with pytest.raises(NotImplementedError, match=said):
+                    lb.dot_general(x, w, NUMBERS, recipe=lb.quest(4).with_implementation("kernel"))
+
+    @pytest.mark.parametrize(
+        ("capability", "sees"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False), (None, True)]
+    )
+    def test_real_gpus(self, monkeypatch, capability, sees):
+        device = types.SimpleNamespace(device_kind="NVIDIA H200", compute_capability=capability)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        assert backend.sees_gpu() == sees
+
+    def test_programs_over_a_mesh(self, monkeypatch):
+        """XLA cannot cut a kernel: not under jit over a mesh, but inside shard_map, where each device runs its own."""
+        monkeypatch.setattr(backend, "sees_gpu", lambda: True)
+        seen = []
+
+        def look(x):
+            seen.append(backend.why_partitioned(x))
+            return x
+
+        x = jnp.ones((4, 8))
+        whole = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        single = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+        put = lambda mesh: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        cut = PartitionSpec("data")
+        jax.jit(look)(put(whole))
+        assert "data=2, tensor=2" in seen[-1] and "shard_map" in seen[-1]
+        jax.jit(jax.shard_map(look, mesh=whole, in_specs=cut, out_specs=cut))(x)
+        assert seen[-1] is None
+        jax.jit(jax.shard_map(look, mesh=whole, in_specs=cut, out_specs=cut, axis_names={"data"}))(x)
+        assert "(tensor=2)" in seen[-1]
+        jax.jit(look)(put(single))
+        assert seen[-1] is None
+        jax.jit(look)(x)
+        assert f"{jax.device_count()} devices" in seen[-1]
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        assert backend.why_partitioned(x) is None and backend.takes_kernel(x)
+
+    def test_auto_falls_back_and_kernel_is_honored(self, monkeypatch):
+        monkeypatch.setattr(backend, "sees_gpu", lambda: True)
+        monkeypatch.setattr(backend, "why_no_gpu", lambda: None)
+        monkeypatch.setattr(backend, "why_partitioned", lambda *_: "over a mesh")
+        run = lambda implementation: backend.choose(
+            lambda impl, x: impl, lambda x: "xla", 1.0, implementation=implementation, why_not=None, who="test"
+        )
+        assert run("auto") == "xla" and run("kernel") == "triton"
