@@ -32,6 +32,7 @@ from lowbit_jax.ops import (
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer, block_quantizer
 from lowbit_jax.rotation import Hadamard
+from lowbit_jax.scaling import check_finite
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Quantizer",
     "block_quantizer",
     "calibrate",
+    "check_finite",
     "coding",
     "conv_general_dilated",
     "convert",

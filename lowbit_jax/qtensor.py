@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import core
 from jaxtyping import Array, Float, UInt8
 
-from lowbit_jax import coding, packing
+from lowbit_jax import coding, packing, rounding
+from lowbit_jax.formats.base import FloatFormat, Format
 from lowbit_jax.scaling.tiling import join
 from lowbit_jax.sparsity import expand
 
@@ -61,18 +64,51 @@ class QTensor:
     def bits_per_element(self) -> float:
         return 8 * self.nbytes / max(self.size, 1)
 
+    @property
+    def kept(self) -> int:
+        """Codes that a row holds: all elements, or those on the support."""
+        support = self.quantizer.sparsity
+        return self.length if support is None else self.length // support.group * support.kept
+
     def elements(self) -> Float[Array, "*s"]:
-        """The grid value of each element, float32, in the array's shape; 0 off the support."""
-        q = self.quantizer
+        """The grid value of each element, float32, in the array's shape; 0 off the support.
+
+        Raises: ValueError for words of another layout than this class reads."""
+        q, codes = self.quantizer, self._codes()
         if q.sparsity is None:
-            rows = coding.decode(packing.unpack(self.words, q.format.bits, self.length), q.format)
+            rows = coding.decode(codes, q.format)
         else:
-            kept = self.length // q.sparsity.group * q.sparsity.kept
-            codes = packing.unpack(self.words, q.format.bits, kept)
             marks = packing.unpack(self.marks, 1, self.length // q.sparsity.run)
             codes, mask = expand(codes, marks, q.sparsity)
             rows = jnp.where(mask, coding.decode(codes, q.format), 0.0)
         return jnp.moveaxis(rows, -1, self.axis)
+
+    def _codes(self) -> UInt8[Array, "*rows kept"]:
+        """The code of each kept element, the contraction axis last. A class of another layout has its own."""
+        if self.layout != packing.LAYOUT:
+            raise ValueError(
+                f"{type(self).__name__} got words of the layout {self.layout!r}; it reads {packing.LAYOUT!r}. They come"
+                " from another version or class: read them there, or quantize the array again."
+            )
+        return packing.unpack(self.words, self.quantizer.format.bits, self.kept)
+
+    def validate(self, who: str = "QTensor.validate") -> None:
+        """Checks the values of arrays that came from elsewhere, as from a checkpoint; nothing else looks at them.
+
+        `who` starts the message. Raises: ValueError for another layout, words, scales or marks of the wrong shape or
+        dtype, codes beyond the format, set bits behind the last code, scales that are NaN, infinite or negative, and
+        marks that do not keep as many elements as the support; TypeError inside `jit`, where values are not known."""
+        _check_concrete(self, who)
+        own_layout = type(self)._codes is QTensor._codes and type(self).elements is not QTensor.elements
+        if own_layout:  # a class that reads its words in `elements` alone: judge them by what they mean
+            _check_levels(self.elements(), self.quantizer.format, who)
+        else:
+            if type(self)._codes is QTensor._codes:
+                _check_words(self, who)
+            _check_codes(self._codes(), self.quantizer.format, who)
+        _check_scales(self, who)
+        if self.quantizer.sparsity is not None:
+            _check_marks(self, who)
 
     def values(self, dtype: Any = None) -> Float[Array, "*s"]:
         """element * scale in the rotated space: the operand that a product with a rotated partner takes."""
@@ -92,3 +128,104 @@ class QTensor:
             f"QTensor({jnp.dtype(self.dtype).name}{list(self.shape)}, {self.quantizer.format.name},"
             f" {self.nbytes} bytes, {self.bits_per_element:.2f} bits per element)"
         )
+
+
+def _check_concrete(packed: QTensor, who: str) -> None:
+    for leaf in jax.tree.leaves((packed.words, packed.scales, packed.marks)):
+        if isinstance(leaf, core.Tracer) or not hasattr(leaf, "__array__"):
+            raise TypeError(f"{who}: it looks at values, and got a {type(leaf).__name__}. Call it outside jit.")
+
+
+def _check_words(packed: QTensor, who: str) -> None:
+    if packed.layout != packing.LAYOUT:
+        packed._codes()  # raises
+    bits, words = packed.quantizer.format.bits, packed.words
+    size = packing.packed_size(packed.kept, bits)
+    if words.dtype != jnp.uint8 or words.ndim == 0 or words.shape[-1] != size:
+        raise ValueError(
+            f"{who}: words are {words.dtype}{list(words.shape)}; {packed.kept} codes of {bits} bits a row are uint8"
+            f" [..., {size}]. The file or its template belongs to another format or shape."
+        )
+    if packed.kept * bits % 8:
+        spare = np.asarray(words)[..., -1] >> (packed.kept * bits % 8)
+        if (index := _first(spare != 0)) is not None:
+            raise ValueError(f"{who}: row {index} has bits set behind its last code, which are zero in"
+                             f" {packing.LAYOUT!r}. The words are damaged.")  # fmt: skip
+
+
+def _check_codes(codes: Array, fmt: Format, who: str) -> None:
+    if isinstance(fmt, FloatFormat):
+        _check_levels(coding.decode(codes, fmt), fmt, who)
+    elif (index := _first(np.asarray(codes) >= len(fmt.levels))) is not None:
+        raise ValueError(
+            f"{who}: code {int(codes[index])} at {index} of the packed rows is none of the {len(fmt.levels)} codes of"
+            f" {fmt.name}. The words are damaged, or of another format."
+        )
+
+
+def _check_levels(elements: Array, fmt: Format, who: str) -> None:
+    values = np.asarray(elements)
+    legal = (values >= fmt.min_finite) & (values <= fmt.max_finite)  # NaN is neither
+    if (index := _first(~legal & ((values != 0) | fmt.has_zero))) is not None:  # 0 stands off a sparse support
+        raise ValueError(
+            f"{who}: the element at {index} is {values[index]}, not a finite value of {fmt.name}. The words are"
+            " damaged, or of another format."
+        )
+
+
+def _check_scales(packed: QTensor, who: str) -> None:
+    stored = tuple((tuple(s.shape), jnp.dtype(s.dtype).name) for s in packed.scales)
+    whole, load = None, packed.quantizer.scale_format.load
+    for stack in range(packed.ndim + packed.axis + 1):
+        expected = tuple((tuple(s.shape), jnp.dtype(s.dtype).name) for s in _scales_like(packed, stack))
+        whole = whole or expected
+        if stored == expected:
+            break
+        load = jax.vmap(load)
+    else:
+        raise ValueError(f"{who}: scales are {_listed(stored)}; an array of shape {packed.shape} in tiles of"
+                         f" {packed.quantizer.tiling.describe()} has {_listed(whole or ())}.")  # fmt: skip
+    scales = np.asarray(load(packed.scales), np.float32)
+    if (index := _first(~(np.isfinite(scales) & (scales >= 0)))) is not None:
+        raise ValueError(
+            f"{who}: the scale at {index} is {scales[index]}; scales are finite and not negative. The file is damaged,"
+            " or the array held a NaN or infinity when it was quantized."
+        )
+
+
+def _scales_like(packed: QTensor, stack: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of the scales when the first `stack` axes are those of arrays quantized one by one."""
+    q = dataclasses.replace(packed.quantizer, rounding=rounding.nearest)  # needs no key
+    quantize = lambda x: q.quantize(x, axis=packed.axis, scale=jnp.ones(()) if q.learned else None).scales
+    for _ in range(stack):
+        quantize = jax.vmap(quantize)
+    return jax.eval_shape(quantize, jax.ShapeDtypeStruct(packed.shape, jnp.float32))
+
+
+def _check_marks(packed: QTensor, who: str) -> None:
+    support, marks = packed.quantizer.sparsity, packed.marks
+    assert support is not None
+    if marks is None:
+        raise ValueError(f"{who}: it has no marks, and {support.describe()} needs them. The file is incomplete.")
+    runs = packed.length // support.run
+    size = packing.packed_size(runs, 1)
+    if marks.dtype != jnp.uint8 or marks.ndim == 0 or marks.shape[-1] != size:
+        raise ValueError(
+            f"{who}: marks are {marks.dtype}{list(marks.shape)}; {runs} marks a row are uint8 [..., {size}]."
+        )
+    groups = np.asarray(packing.unpack(marks, 1, runs)).reshape(*marks.shape[:-1], -1, support.group // support.run)
+    kept = groups.sum(-1) * support.run
+    if (index := _first(kept != support.kept)) is not None:
+        raise ValueError(
+            f"{who}: group {index} keeps {kept[index]} of its {support.group} elements; {support.describe()} keeps"
+            f" {support.kept}. The marks are damaged."
+        )
+
+
+def _first(bad: np.ndarray) -> tuple[int, ...] | None:
+    """Index of the first True."""
+    return tuple(int(i) for i in np.argwhere(bad)[0]) if np.any(bad) else None
+
+
+def _listed(leaves: tuple) -> str:
+    return ", ".join(f"{dtype}{list(shape)}" for shape, dtype in leaves)

@@ -6,7 +6,8 @@ The record is frozen and hashable: it can be a static argument of a jitted funct
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,7 +34,8 @@ from lowbit_jax.scaling import (
     absmax,
     rms_optimal,
 )
-from lowbit_jax.scaling.fit import reciprocal
+from lowbit_jax.scaling.fit import positive, reciprocal
+from lowbit_jax.scaling.report import TileReport, tile_report
 from lowbit_jax.scaling.tiling import Axis, join, normalized_axes
 from lowbit_jax.sparsity import Support, compress
 
@@ -47,7 +49,11 @@ class Quantizer:
     Calling it is differentiable fake quantization; `quantize` gives the real, packed codes. In both, `axis` is the
     contraction axis of the product that `x` will enter (default: the last), along which rotation, groups and supports
     lie; statistics are float32 whatever the dtype of `x`, and the result has the shape and dtype of `x`.
-    Raises: TypeError for slots of the wrong kind and for arrays that are not floating."""
+
+    A scale that is not finite is NaN, and so is then its whole tile, packed or not. A learned scale acts by its
+    magnitude, at least 2^-126. `key` feeds a stochastic rounding; the others do not read it (`uses_key`).
+    Raises: TypeError for slots of the wrong kind and for arrays that are not floating; ValueError for an estimator
+    that learns the scale beside a fit that reads it off the data, and for a Learned fit beside one that does not."""
 
     format: Format = INT8
     tiling: Tiling = PerRow()
@@ -64,22 +70,29 @@ class Quantizer:
                 f"Quantizer(format={self.format.name}): a block format fixes format, tile and scale together."
                 " Use lb.block_quantizer(format) to get the whole quantizer."
             )
-        if not hasattr(self.format, "levels"):
-            raise TypeError(f"Quantizer(format={self.format!r}): give a format, such as lb.formats.get('int4').")
-        for slot in ("fit", "rounding"):
-            if not callable(getattr(self, slot)):
-                raise TypeError(
-                    f"Quantizer({slot}={getattr(self, slot)!r}): give a function; see lb.scaling, lb.rounding."
-                )
-        if isinstance(self.tiling, type) or not hasattr(self.tiling, "split"):
-            raise TypeError(f"Quantizer(tiling={self.tiling!r}): give a tiling, such as PerRow() or Group(32).")
-        if isinstance(self.estimator, type) or not hasattr(self.estimator, "gradients"):
-            raise TypeError(f"Quantizer(estimator={self.estimator!r}): give an estimator, such as StraightThrough().")
+        for slot, wanted in _SLOTS.items():
+            wanted.check(slot, getattr(self, slot))
+        learns = getattr(self.estimator, "learns_scale", None)  # an estimator from elsewhere may not say
+        if learns is True and not self.learned:
+            raise ValueError(
+                f"Quantizer(estimator={self.estimator!r}): it learns the scale, but the fit {_name(self.fit)} reads it"
+                " off the data, so its gradient would go nowhere. Use fit=Learned(), or another estimator."
+            )
+        if learns is False and self.learned:
+            raise ValueError(
+                f"Quantizer(fit=Learned(), estimator={self.estimator!r}): this estimator gives the scale no gradient,"
+                " so nothing would be learned. Use LSQ() or PACT(), or a fit that reads the data, such as absmax."
+            )
 
     @property
     def learned(self) -> bool:
         """Whether the scale is a parameter that the caller holds and passes as `scale=`."""
         return isinstance(self.fit, Learned)
+
+    @property
+    def uses_key(self) -> bool:
+        """Whether the rounding may read a `key`: not for `nearest` and `toward_zero`."""
+        return self.rounding not in (rounding.nearest, rounding.toward_zero)
 
     def __call__(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
@@ -113,15 +126,18 @@ class Quantizer:
     def quantize(
         self, x: Float[Array, "*s"], *, axis: int = -1, key: Array | None = None, scale: Array | None = None
     ) -> QTensor:
-        """The packed codes and stored scales of `x`.
+        """The packed codes and stored scales of `x`: `dequantize` gives what calling the quantizer gives.
 
+        But for one case: a NaN in a tile whose scale is learned has no code, so that it makes the whole tile NaN.
         Raises: ValueError when `axis` names several axes (a packed row lies along one)."""
-        if not isinstance(axis, int):
+        if isinstance(axis, tuple | list):
             raise ValueError(
                 f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself."
             )
         h, tiles, axes, scale, support = self._fitted(x, axis, scale, rounded=False)
-        at = axis % x.ndim
+        if self.learned:  # other fits have seen it
+            scale = jnp.where(jnp.any(jnp.isnan(tiles), axis=axes, keepdims=True), jnp.nan, scale)
+        (at,) = normalized_axes(axis, x.ndim, "Quantizer")
         stored = self.scale_format.store(scale, self.format)
         rounded = self.rounding(tiles * reciprocal(self.scale_format.load(stored)), self.format, key)
         codes = jnp.moveaxis(coding.encode(join(rounded, h.shape), self.format), at, -1)
@@ -152,7 +168,21 @@ class Quantizer:
         scale = self.fit.initial(tiles, self.format, axes)
         return scale.reshape([n for a, n in enumerate(tiles.shape) if a not in axes])
 
+    def report(
+        self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
+    ) -> TileReport:
+        """How well each tile of `x` is kept and how far its largest element stands out: a `scaling.TileReport`.
+
+        Tiles are looked at as they are quantized, so behind the rotation."""
+        h, tiles, axes, scale, support = self._fitted(x, axis, scale)
+        near = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key)
+        return tile_report(tiles, jnp.asarray(near), axes)
+
     def _tiles(self, x, axis):
+        if isinstance(x, QTensor):
+            raise TypeError(f"Quantizer got {x!r}, which is quantized already. Pass x.dequantize() to do it anew.")
+        if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+            raise TypeError(f"Quantizer got a {type(x).__name__}; it takes arrays: pass jnp.asarray(x).")
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise TypeError(
                 f"Quantizer got an array of {jnp.result_type(x)}; it quantizes floating arrays."
@@ -170,7 +200,7 @@ class Quantizer:
         if self.learned:
             if scale is None:
                 self.fit(tiles, self.format, axes)
-            scale = _as_tile_scale(scale, tile_scale_shape)
+            scale = positive(_as_tile_scale(scale, tile_scale_shape))
         elif scale is not None:
             raise ValueError(
                 f"Quantizer got `scale=`, but its fit {_name(self.fit)} reads the scale off the data."
@@ -183,6 +213,7 @@ class Quantizer:
             else:
                 seen = tiles
             scale = lax.stop_gradient(self.fit(lax.stop_gradient(seen), self.format, axes))
+        scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
         if isinstance(self.scale_format, TwoLevel):  # the 1 of a tile of zeros would count in the tensor's scale
             scale = jnp.where(jnp.any(lax.stop_gradient(tiles) != 0, axis=axes, keepdims=True), scale, 0.0)
         if rounded and self.scale_format != FLOAT32:
@@ -213,6 +244,70 @@ class Quantizer:
         if self.sparsity is None:
             return float(self.format.bits)
         return self.format.bits * self.sparsity.kept / self.sparsity.group + 1 / self.sparsity.run
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Slot:
+    """What may stand in a slot: an object with these attributes, or a function."""
+
+    what: str
+    attributes: tuple[str, ...] = ("__call__",)
+    examples: Mapping[Any, str] = dataclasses.field(default_factory=dict)  # of values often given by mistake
+    example: str = ""
+    optional: bool = False
+
+    def check(self, slot: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        if not isinstance(value, type) and all(hasattr(value, name) for name in self.attributes):
+            return
+        if isinstance(value, type) and all(hasattr(value, name) for name in self.attributes):
+            way_out = f"that is the class. Give an object of it, as {value.__name__}(...)"
+        else:
+            given = value.lower() if isinstance(value, str) else getattr(value, "name", value)
+            meant = self.examples.get(given) if isinstance(given, str) else None
+            if slot == "format" and isinstance(value, str):
+                meant = f"lb.formats.get({value!r})"
+            if slot == "rotation" and isinstance(value, int):
+                meant = f"lb.Hadamard(block={value})"
+            way_out = f"give {self.what}, " + (f"here {meant}" if meant else f"such as {self.example}")
+        none = ", or None" if self.optional else ""
+        raise TypeError(f"Quantizer({slot}={value!r}): {way_out}{none}.")
+
+
+def _named(place: str, *names: str) -> dict[str, str]:
+    return {name: f"lb.{place}.{name}" for name in names}
+
+
+_SLOTS = {
+    "format": _Slot("a format", ("levels", "bits"), example="lb.formats.get('int4')"),
+    "tiling": _Slot(
+        "a tiling", ("split", "describe"),
+        {"tensor": "lb.scaling.PerTensor()", "row": "lb.scaling.PerRow()"}, "PerRow() or Group(32)",
+    ),
+    "fit": _Slot(
+        "a function", examples=_named("scaling", "absmax", "rms_optimal", "mean_abs"), example="lb.scaling.absmax"
+    ),
+    "rounding": _Slot(
+        "a function", examples=_named("rounding", "nearest", "stochastic", "toward_zero"), example="lb.rounding.nearest"
+    ),
+    "scale_format": _Slot(
+        "a scale format", ("store", "load", "describe"),
+        {"e8m0": "lb.scaling.PowerOfTwo()", "float32": "lb.scaling.FLOAT32", "bfloat16": "lb.scaling.BFLOAT16",
+         "float16": "lb.scaling.CastScale('float16')", "e4m3": "lb.scaling.TwoLevel()"},
+        "lb.scaling.BFLOAT16 or lb.scaling.PowerOfTwo()",
+    ),
+    "rotation": _Slot(
+        "a rotation", ("apply", "undo", "describe"), {"hadamard": "lb.Hadamard()"}, "lb.Hadamard(block=128)", True
+    ),
+    "sparsity": _Slot(
+        "a support", ("mask", "group", "kept", "run"),
+        {"2:4": "lb.sparsity.NofM(2, 4)", "4:8": "lb.sparsity.PairsNofM(2, 4)"}, "lb.sparsity.NofM(2, 4)", True,
+    ),
+    "estimator": _Slot(
+        "an estimator", ("residuals", "gradients", "describe"), example="lb.estimators.StraightThrough()"
+    ),
+}  # fmt: skip
 
 
 def _as_tile_scale(scale: Array, shape: tuple[int, ...]) -> Array:

@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from lowbit_jax.formats.base import settle_integers
+
 
 @functools.cache
 def hadamard_matrix(size: int) -> np.ndarray:
@@ -76,13 +78,18 @@ class Hadamard:
     """Block Hadamard rotation of the contraction axis.
 
     A length that `block` does not divide gets the largest power of two that does (1: no rotation), which
-    `lb.explain` reports; nothing is padded. `signs`, a seed, flips fixed random signs first.
-    Raises: ValueError unless `block` is a power of two."""
+    `lb.explain` reports; nothing is padded. `signs`, a seed, flips fixed random signs first. A coefficient is up to
+    sqrt(block) times the largest element, so magnitudes within that factor of the largest float32 overflow.
+    Raises: ValueError unless `block` is a power of two and `signs` is not negative; TypeError unless they are
+    integers."""
 
     block: int = 128
     signs: int | None = None
 
     def __post_init__(self):
+        settle_integers(self, "block", *(["signs"] if self.signs is not None else []))
+        if self.signs is not None and self.signs < 0:
+            raise ValueError(f"Hadamard(signs={self.signs}): a seed is 0 or positive. Pass None for no signs.")
         if self.block < 1 or self.block & (self.block - 1):
             raise ValueError(f"Hadamard(block={self.block}): a Sylvester matrix has 2^n rows. Use 32, 64, 128, 256 ...")
 

@@ -43,12 +43,19 @@ def stochastic(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = No
 
     So the mean of many draws is `u`, to 2**-23 of the local step, within the range of the grid; beyond it the edge is
     certain. Grid values stay. The draw depends on `key`, the shape and nothing else.
-    Raises: ValueError without a key.
+    Raises: ValueError without a key, TypeError for a key that is none.
     Source: Gupta et al. 2015, arXiv:1502.02551, section 3."""
     if key is None:
         raise ValueError(
             f"stochastic rounding to {fmt.name} got no key. Every draw needs one: pass key=jax.random.key(...), or use"
             f" rounding.nearest."
+        )
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        given, seed = (repr(int(key)),) * 2 if isinstance(key, int) else (f"a {type(key).__name__}", "0")
+        raise TypeError(
+            f"stochastic rounding to {fmt.name} got {given} for a key; it draws by a random key: pass"
+            f" jax.random.key({seed})."
         )
     x = _working(u, fmt, "stochastic")
     noise = jax.random.uniform(key, x.shape, x.dtype)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
+from lowbit_jax.formats.base import settle_integers
+
 
 @runtime_checkable
 class Support(Protocol):
@@ -81,6 +83,7 @@ class NofM:
     m: int = 4
 
     def __post_init__(self):
+        settle_integers(self, "n", "m")
         if not 0 < self.n <= self.m:
             raise ValueError(f"NofM({self.n}, {self.m}): keep at least 1 and at most m of each m, as in NofM(2, 4).")
 
@@ -106,6 +109,7 @@ class PairsNofM:
     m: int = 4
 
     def __post_init__(self):
+        settle_integers(self, "n", "m")
         if not 0 < self.n <= self.m:
             raise ValueError(f"PairsNofM({self.n}, {self.m}): keep at least 1 and at most m of each m pairs.")
 

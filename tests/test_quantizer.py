@@ -1,6 +1,7 @@
 """The quantizer as a whole: fake quantization, packed codes and NumPy agree, whatever the slots."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,12 @@ def test_packed_codes_equal_fake_quantization(key, name, axis):
 def test_requantizing_is_idempotent(key, name):
     """On the grid already: with the same scale the same codes come back (fits that read the data need not agree)."""
     quantizer = dataclasses.replace(
-        make(name), rotation=None, sparsity=None, fit=scaling.Learned(), tiling=scaling.PerTensor()
+        make(name),
+        rotation=None,
+        sparsity=None,
+        fit=scaling.Learned(),
+        tiling=scaling.PerTensor(),
+        estimator=estimators.LSQ(),
     )
     packed = quantizer.quantize(spread_rows(key), scale=jnp.float32(0.37))
     again = quantizer.quantize(packed.dequantize(), scale=jnp.float32(0.37))
@@ -162,19 +168,126 @@ def test_empty_arrays_and_single_elements():
         assert lb.Quantizer(format=formats.INT4).quantize(x).dequantize().shape == shape
 
 
+BAD_TILES = [
+    *(
+        dict(format=formats.get(n))
+        for n in "int4 uint3 ternary midrise1 midrise4 e2m1 e4m3 e5m2 nf4 lloyd_max2".split()
+    ),
+    *(
+        dict(format=fmt, tiling=tiling, fit=fit)
+        for fmt, fit in ((formats.MIDRISE3, scaling.rms_optimal), (formats.INT4, scaling.Percentile(50)))
+        for tiling in (scaling.PerTensor(), scaling.Group(16), scaling.Block(16, 2))
+    ),
+    dict(format=formats.MIDRISE4, fit=scaling.rms_optimal, rotation=lb.Hadamard(16)),
+    dict(format=formats.INT4, fit=scaling.mean_abs, scale_format=scaling.BFLOAT16, sparsity=sparsity.NofM(2, 4)),
+    dict(format=formats.E2M1, tiling=scaling.Group(16), scale_format=scaling.TwoLevel()),
+    dict(format=formats.E2M1, tiling=scaling.Group(16), scale_format=scaling.PowerOfTwo()),
+    dict(fit=scaling.Learned(), estimator=estimators.LSQ(), tiling=scaling.PerTensor()),
+]
+
+
+@pytest.mark.parametrize(
+    "slots", BAD_TILES, ids=lambda s: " ".join(str(getattr(v, "name", v))[:20] for v in s.values())
+)
+def test_packed_equals_fake_on_rows_with_infinities_and_nans(key, slots):
+    """An infinity has no sign left once its scale is infinite too: the whole tile is NaN, in both forms."""
+    quantizer = lb.Quantizer(**slots)
+    x = spread_rows(key, (8, 64)).at[1, 3].set(jnp.inf).at[2, 60].set(-jnp.inf).at[7].set(0)
+    if not quantizer.learned:
+        x = x.at[4, 5].set(jnp.nan).at[5, 1].set(jnp.nan).at[5, 2].set(jnp.inf)
+    scale = jnp.float32(0.1) if quantizer.learned else None
+    both = jax.jit(lambda x: (quantizer(x, scale=scale), quantizer.quantize(x, scale=scale).dequantize()))
+    fake, back = map(np.asarray, both(x))
+    np.testing.assert_array_equal(back, fake)
+    assert not np.isinf(fake).any()
+
+
+def test_a_nan_in_a_tile_of_a_learned_scale():
+    """It has no code: packed it spoils the tile, while the fake form keeps it to itself."""
+    quantizer = dataclasses.replace(lb.methods.get("lsq").out.lhs, tiling=scaling.PerRow())
+    x, scale = jnp.ones((2, 8)).at[1, 3].set(jnp.nan), jnp.full((2,), 0.5)
+    assert np.isnan(quantizer(x, scale=scale)).sum() == 1
+    back = quantizer.quantize(x, scale=scale).dequantize()
+    assert np.isnan(back[1]).all() and np.isfinite(back[0]).all()
+
+
+class TestLearnedScale:
+    quantizer = lb.methods.get("lsq", bits=3).out.lhs
+
+    def pull(self, x, scale):
+        y, back = jax.vjp(lambda s: self.quantizer(x, scale=s), jnp.float32(scale))
+        return y, float(back(x)[0])
+
+    def test_acts_by_its_magnitude(self, key):
+        x = jax.random.normal(key, (4, 16))
+        (y, slope), (mirrored, mirrored_slope) = self.pull(x, 0.3), self.pull(x, -0.3)
+        np.testing.assert_array_equal(y, mirrored)
+        assert slope == -mirrored_slope != 0
+        packed = self.quantizer.quantize(x, scale=jnp.float32(-0.3))
+        packed.validate()
+        np.testing.assert_array_equal(packed.dequantize(), y)
+
+    def test_zero_is_lifted_again(self, key):
+        """All elements lie above the grid, so a larger scale brings the result nearer to x: the slope points up."""
+        x = jax.random.normal(key, (4, 16))
+        y, slope = self.pull(x, 0.0)
+        assert np.isfinite(y).all() and slope > 0
+
+
+def test_slots_are_checked():
+    """Each message names what to pass instead."""
+    cases = {
+        "lb.Hadamard()": dict(rotation="hadamard"),
+        r"lb.Hadamard\(block=128\)": dict(rotation=128),
+        r"lb.sparsity.NofM\(2, 4\)": dict(sparsity="2:4"),
+        r"lb.sparsity.PairsNofM\(2, 4\)": dict(sparsity="4:8"),
+        r"lb.scaling.PowerOfTwo\(\)": dict(scale_format="e8m0"),
+        r"here lb.scaling.PowerOfTwo\(\)": dict(scale_format=formats.E8M0),
+        r"the class. Give an object of it, as PowerOfTwo\(": dict(scale_format=scaling.PowerOfTwo),
+        r"as Percentile\(": dict(fit=scaling.Percentile),
+        "here lb.scaling.rms_optimal": dict(fit="rms_optimal"),
+        "here lb.rounding.stochastic": dict(rounding="stochastic"),
+        r"lb.formats.get\('int4'\)": dict(format="int4"),
+        r"lb.scaling.PerRow\(\)": dict(tiling="row"),
+        r"Group\(32\)": dict(tiling=32),
+        r"as Hadamard\(": dict(rotation=lb.Hadamard),
+        r"as NofM\(": dict(sparsity=sparsity.NofM),
+        r"StraightThrough\(\)": dict(estimator="trust"),
+        "class. Give an object": dict(format=formats.IntFormat),
+    }
+    for words, slots in cases.items():
+        with pytest.raises(TypeError, match=rf"Quantizer\({next(iter(slots))}=.*{words}"):
+            lb.Quantizer(**slots)
+
+
+def test_options_that_could_not_take_effect():
+    for estimator in (estimators.LSQ(), estimators.PACT()):
+        with pytest.raises(ValueError, match=r"gradient would go nowhere. Use fit=Learned\(\)"):
+            lb.Quantizer(estimator=estimator)
+    for estimator in (estimators.Trust(), estimators.StraightThrough(), estimators.ClippedStraightThrough()):
+        with pytest.raises(ValueError, match=r"nothing would be learned. Use LSQ\(\) or PACT\(\)"):
+            lb.Quantizer(fit=scaling.Learned(), estimator=estimator)
+    assert not lb.Quantizer().uses_key and lb.Quantizer(rounding=rounding.stochastic).uses_key
+
+
+@pytest.mark.parametrize("name", lb.methods.names())
+def test_every_method_can_be_made(name):
+    lb.methods.get(name)
+
+
 def test_bad_arguments_say_the_way_out():
-    x = jnp.ones((2, 48))
-    cases = [
+    x, stochastic = jnp.ones((2, 48)), lb.Quantizer(rounding=rounding.stochastic)
+    cases: list[Any] = [
         (TypeError, "block_quantizer", lambda: lb.Quantizer(format=formats.MXFP4)),
         (TypeError, "give a format", lambda: lb.Quantizer(format="int4")),
-        (TypeError, "give a tiling", lambda: lb.Quantizer(tiling=scaling.PerRow)),
-        (TypeError, "give an estimator", lambda: lb.Quantizer(estimator=estimators.Trust)),
+        (TypeError, r"as PerRow\(", lambda: lb.Quantizer(tiling=scaling.PerRow)),
+        (TypeError, r"as Trust\(", lambda: lb.Quantizer(estimator=estimators.Trust)),
         (TypeError, "Cast first", lambda: lb.Quantizer()(jnp.ones((2, 2), jnp.int32))),
         (ValueError, "scalar", lambda: lb.Quantizer()(jnp.float32(1))),
         (ValueError, "leaves 16.*Pad by 16", lambda: lb.Quantizer(tiling=scaling.Group(32))(x)),
         (ValueError, "axis 5", lambda: lb.Quantizer()(x, axis=5)),
         (ValueError, "reads the scale off the data", lambda: lb.Quantizer()(x, scale=jnp.float32(1))),
-        (ValueError, "initial_scale", lambda: lb.Quantizer(fit=scaling.Learned())(x)),
+        (ValueError, "initial_scale", lambda: lb.methods.get("lsq").out.lhs(x)),
         (ValueError, "nothing to hold", lambda: lb.Quantizer().initial_scale(x)),
         (ValueError, "1 to 8 bits", lambda: lb.quest(9)),
         (ValueError, "1 to 8 bits", lambda: lb.quest("int4")),
@@ -182,7 +295,31 @@ def test_bad_arguments_say_the_way_out():
         (ValueError, "4:8", lambda: lb.quest(4, sparsity="3:4")),
         (ValueError, "of the weights", lambda: lb.quest(4, weights=False, sparsity="2:4")),
         (TypeError, "block format", lambda: lb.block_quantizer(formats.INT4)),
+        (TypeError, "axis is 1.0, a float; pass an integer", lambda: lb.Quantizer()(x, axis=1.0)),
+        (ValueError, "names no axis", lambda: lb.Quantizer()(x, axis=())),
+        (ValueError, "names an axis twice", lambda: lb.Quantizer()(x, axis=(1, -1))),
+        (TypeError, "got a list; .*jnp.asarray", lambda: lb.Quantizer()([[1.0, 2.0]])),
+        (TypeError, "quantized already", lambda: lb.Quantizer()(lb.Quantizer().quantize(x))),
+        (TypeError, r"got 3 for a key; .*jax.random.key\(3\)", lambda: stochastic(x, key=3)),
+        (TypeError, "got a .*NdArray for a key|got a ndarray for a key", lambda: stochastic(x, key=np.zeros(2))),
+        (ValueError, r"pact\(bits=9\)", lambda: lb.methods.get("pact", bits=9)),
+        (ValueError, r"lsq\(bits=4.0\)", lambda: lb.methods.get("lsq", bits=4.0)),
+        (TypeError, "int4.*midrise4", lambda: formats.get(4)),
+        (TypeError, r"Hadamard\(block=\) is 128.0", lambda: lb.Hadamard(block=128.0)),
+        (ValueError, "seed", lambda: lb.Hadamard(signs=-1)),
     ]
     for error, words, call in cases:
         with pytest.raises(error, match=words):
             call()
+
+
+def test_integers_of_numpy_are_integers():
+    four, axis = np.int64(4), np.int32(-1)
+    for method in ("lsq", "pact", "straight_through", "absmax_integer"):
+        assert lb.methods.get(method, bits=four) == lb.methods.get(method, bits=4)
+    assert lb.Hadamard(block=np.int64(64)) == lb.Hadamard(block=64)
+    assert sparsity.NofM(np.int64(2), np.int64(4)) == sparsity.NofM(2, 4)
+    assert formats.MidRiseFormat(name="m", bits=four, source="") == formats.MidRiseFormat(name="m", bits=4, source="")
+    x = jnp.ones((2, 48))
+    assert lb.Quantizer().quantize(x, axis=axis).axis == -1
+    np.testing.assert_array_equal(lb.Quantizer()(x, axis=axis), lb.Quantizer()(x))

@@ -3,7 +3,8 @@
     u = x / scale,   q = round(u) on the support, 0 off it,   x_hat = scale q
 
 An estimator sees u and q once, in the forward, and keeps what it needs (`residuals`); in the backward it turns the
-cotangent of x_hat into those of x and of the scale. u and q are in grid units, so one rule serves every scale.
+cotangent of x_hat into those of x and of the scale. u and q are in grid units, so one rule serves every scale. An
+attribute `learns_scale` says whether it has a gradient for the scale; `Quantizer` then holds it to the fit.
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -16,6 +17,8 @@ class LSQ:
         ds = (N Qp)^-1/2 sum of g (q - u) where Qn < u < Qp, g Qn or g Qp outside;  N the elements that share s
 
     Source: Esser et al. 2019, arXiv:1902.08153, eq. 3, 5 and section 2.2 (the gradient's scale)."""
+
+    learns_scale: ClassVar[bool] = True
 
     def residuals(self, u, q, fmt, support):
         inside = (u > fmt.min_finite) & (u < fmt.max_finite)
@@ -38,6 +41,8 @@ class PACT:
 
     (so ds = Qp d alpha). A signed grid clips both ends, and the low end pulls with the opposite sign.
     Source: Choi et al. 2018, arXiv:1805.06085, eq. 2 and 3. Its l2 penalty on alpha is the optimizer's weight decay."""
+
+    learns_scale: ClassVar[bool] = True
 
     def residuals(self, u, q, fmt, support):
         above, below = u >= fmt.max_finite, u < fmt.min_finite

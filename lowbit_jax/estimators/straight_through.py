@@ -1,6 +1,7 @@
 """The identity, and the identity inside the grid."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 @dataclasses.dataclass(frozen=True, slots=True)
 class StraightThrough:
     """dx = g. Source: Bengio et al. 2013, arXiv:1308.3432."""
+
+    learns_scale: ClassVar[bool] = False
 
     def residuals(self, u, q, fmt, support):
         return None
@@ -24,6 +27,8 @@ class ClippedStraightThrough:
     """dx = g where the smallest level <= x / scale <= the largest, else 0.
 
     Source: Hubara et al. 2016, arXiv:1602.02830, eq. 4."""
+
+    learns_scale: ClassVar[bool] = False
 
     def residuals(self, u, q, fmt, support):
         return (u >= fmt.min_finite) & (u <= fmt.max_finite)

@@ -1,6 +1,7 @@
 """QuEST's trust estimator: a gradient passes where the quantizer is close to what it replaces."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -18,6 +19,7 @@ class Trust:
     Source: Panferov et al. 2025, arXiv:2502.05003, section 3.3 and algorithm 1.
     Raises: ValueError unless `outer` is None or positive."""
 
+    learns_scale: ClassVar[bool] = False
     outer: float | None = None
 
     def __post_init__(self):

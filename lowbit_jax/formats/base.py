@@ -7,11 +7,33 @@ the same questions: `levels`, `bits`, `max_finite`, `min_finite`, `has_zero`, `t
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, TypeAlias
 
 import ml_dtypes
 
 MAX_CODE_BITS = 8  # a code is stored in one uint8 before packing
+
+
+def whole_number(value: Any, what: str) -> int:
+    """`value` as a Python int, from any integer (NumPy's too).
+
+    Raises: TypeError for anything else, True and 4.0 too; `what` names it in the message."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} is {value!r}, a {type(value).__name__}; pass an integer.") from None
+
+
+def settle_integers(record: Any, *fields: str) -> None:
+    """Makes Python ints of the named fields of a frozen record under construction.
+
+    Raises: TypeError for a field that holds no integer."""
+    for field in fields:
+        what = f"{type(record).__name__}({field}=)"
+        object.__setattr__(record, field, whole_number(getattr(record, field), what))
 
 
 class Grid:
@@ -78,6 +100,7 @@ class IntFormat(Grid):
     source: str
 
     def __post_init__(self):
+        settle_integers(self, "low", "high")
         if not self.low < self.high or (self.high - self.low).bit_length() > MAX_CODE_BITS:
             raise ValueError(
                 f"IntFormat {self.name!r} spans the integers {self.low}..{self.high}. It needs low < high and at most"
@@ -99,6 +122,7 @@ class MidRiseFormat(Grid):
     source: str
 
     def __post_init__(self):
+        settle_integers(self, "bits")
         if not 1 <= self.bits <= MAX_CODE_BITS:
             raise ValueError(f"MidRiseFormat {self.name!r} has {self.bits} bits; pass 1 to {MAX_CODE_BITS}.")
 
@@ -129,6 +153,7 @@ class FloatFormat(Grid):
     dtype_name: str | None = None  # the same format in ml_dtypes
 
     def __post_init__(self):
+        settle_integers(self, "exponent_bits", "mantissa_bits", "bias")
         if not 2 <= self.bits <= MAX_CODE_BITS or self.max_finite not in self.levels:
             raise ValueError(
                 f"FloatFormat {self.name!r} has {self.bits} bits and max_finite {self.max_finite}. It needs 2 to"
@@ -194,6 +219,7 @@ class Codebook(Grid):
     source: str
 
     def __post_init__(self):
+        object.__setattr__(self, "values", tuple(float(value) for value in self.values))
         ascending = all(low < high for low, high in zip(self.values, self.values[1:], strict=False))
         if not 2 <= len(self.values) <= 2**MAX_CODE_BITS or not ascending or not math.isfinite(sum(self.values)):
             raise ValueError(
@@ -222,7 +248,9 @@ class BlockFormat:
 
     def __post_init__(self):
         sides = self.block if isinstance(self.block, tuple) else (self.block,)
-        if not all(isinstance(side, int) and side >= 1 for side in sides):
+        sides = tuple(whole_number(side, f"BlockFormat {self.name!r}: a side of its block") for side in sides)
+        object.__setattr__(self, "block", sides if isinstance(self.block, tuple) else sides[0])
+        if not all(side >= 1 for side in sides):
             raise ValueError(f"BlockFormat {self.name!r} has block {self.block}; every side must be an integer >= 1.")
 
     @property

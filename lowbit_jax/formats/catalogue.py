@@ -271,7 +271,10 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Format | BlockFormat:
     """The format of that name, upper or lower case, or of that ml_dtypes type name.
 
-    Raises: ValueError when no format has the name; it lists the nearest ones."""
+    Raises: ValueError when no format has the name; it lists the nearest ones. TypeError for what is not a name."""
+    if not isinstance(name, str):
+        hint = f" For {name} bits that is 'int{name}', 'midrise{name}' ..." if isinstance(name, int) else ""
+        raise TypeError(f"formats.get({name!r}): a format goes by its name, a string such as 'int4'.{hint}")
     found = _BY_NAME.get(name.lower())
     if found is None:
         found = next((fmt for fmt in _BY_NAME.values() if getattr(fmt, "dtype_name", None) == name.lower()), None)

@@ -35,9 +35,8 @@ def get(name: str, **options) -> LinearRecipe:
     method = _REGISTRY[name]
     legal = inspect.signature(method).parameters
     if unknown := sorted(set(options) - set(legal)):
-        raise TypeError(
-            f"lb.methods.get({name!r}): no option {', '.join(unknown)}. Its options are {', '.join(legal)}."
-        )
+        known = f"Its options are {', '.join(legal)}." if legal else "It has no options."
+        raise TypeError(f"lb.methods.get({name!r}): no option {', '.join(unknown)}. {known}")
     return method(**options)
 
 

@@ -1,6 +1,7 @@
 """Quantization-aware training: quantized forward products, high-precision cotangents."""
 
 from lowbit_jax.estimators import LSQ, PACT, StraightThrough
+from lowbit_jax.formats.base import whole_number
 from lowbit_jax.formats.catalogue import get
 from lowbit_jax.ops.recipe import Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
@@ -8,17 +9,22 @@ from lowbit_jax.scaling import Learned, PerRow, PerTensor, absmax
 
 
 def _bits(bits: int, who: str, least: int = 1) -> int:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= 8:
+    try:
+        found = whole_number(bits, who)
+    except TypeError:
+        found = 0
+    if not least <= found <= 8:
         raise ValueError(f"{who}(bits={bits!r}): it has integer grids for {least} to 8 bits.")
-    return bits
+    return found
 
 
 def straight_through(bits: int = 4, *, weights: bool = True, activations: bool = True) -> LinearRecipe:
     """The plain baseline: absmax mid-rise grid for each row, no rotation, identity gradient.
 
     Source: Bengio et al. 2013, arXiv:1308.3432. Raises: ValueError for other bits or when nothing is quantized."""
+    bits = _bits(bits, "straight_through")
     quantizer = Quantizer(
-        format=get(f"midrise{_bits(bits, 'straight_through')}"),
+        format=get(f"midrise{bits}"),
         tiling=PerRow(),
         fit=absmax,
         estimator=StraightThrough(),
@@ -31,9 +37,8 @@ def lsq(bits: int = 4, *, weights: bool = True, activations: bool = True) -> Lin
 
     Source: Esser et al. 2019, arXiv:1902.08153; the half-integer levels as in QuEST's baseline, arXiv:2502.05003.
     Raises: ValueError for other bits or when nothing is quantized."""
-    quantizer = Quantizer(
-        format=get(f"midrise{_bits(bits, 'lsq')}"), tiling=PerTensor(), fit=Learned(), estimator=LSQ()
-    )
+    bits = _bits(bits, "lsq")
+    quantizer = Quantizer(format=get(f"midrise{bits}"), tiling=PerTensor(), fit=Learned(), estimator=LSQ())
     return _forward_only("lsq", bits, quantizer, quantizer, weights, activations)
 
 
@@ -42,8 +47,8 @@ def pact(bits: int = 4, *, signed: bool = True) -> LinearRecipe:
 
     `signed=False` is the paper's form, for activations that follow a ReLU; the signed one clips both ends.
     Source: Choi et al. 2018, arXiv:1805.06085. Raises: ValueError for other bits."""
+    bits = _bits(bits, "pact")
     grid = f"midrise{bits}" if signed else f"uint{bits}"
-    _bits(bits, "pact")
     activation = Quantizer(format=get(grid), tiling=PerTensor(), fit=Learned(), estimator=PACT())
     weight = Quantizer(format=get(f"midrise{bits}"), tiling=PerRow(), fit=absmax, estimator=StraightThrough())
     return _forward_only("pact", bits, activation, weight, True, True)

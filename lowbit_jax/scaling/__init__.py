@@ -1,5 +1,6 @@
 """How large is one grid step, and which elements share it?"""
 
+from lowbit_jax.scaling.finite import check_finite, first_nonfinite
 from lowbit_jax.scaling.fit import (
     CandidateSearch,
     Fit,
@@ -10,12 +11,14 @@ from lowbit_jax.scaling.fit import (
     rms_optimal,
 )
 from lowbit_jax.scaling.gaussian import gaussian_mse, optimal_clip, optimal_scale
+from lowbit_jax.scaling.report import OUTLIER_RATIO, TileReport, tile_report
 from lowbit_jax.scaling.scale_format import BFLOAT16, FLOAT32, CastScale, PowerOfTwo, ScaleFormat, TwoLevel
 from lowbit_jax.scaling.tiling import Block, Group, PerRow, PerTensor, Tiling
 
 __all__ = [
     "BFLOAT16",
     "FLOAT32",
+    "OUTLIER_RATIO",
     "Block",
     "CandidateSearch",
     "CastScale",
@@ -27,12 +30,16 @@ __all__ = [
     "Percentile",
     "PowerOfTwo",
     "ScaleFormat",
+    "TileReport",
     "Tiling",
     "TwoLevel",
     "absmax",
+    "check_finite",
+    "first_nonfinite",
     "gaussian_mse",
     "mean_abs",
     "optimal_clip",
     "optimal_scale",
     "rms_optimal",
+    "tile_report",
 ]

@@ -2,7 +2,9 @@
 
 `tiles` is float32 and `axes` are its axes inside a tile; the answer keeps them with length 1. A tile of zeros fits the
 scale 1 where the grid holds a zero and 0 where it does not (mid-rise), so that it comes back as zeros either way. NaN
-and inf make the scale of their own tile NaN or inf and touch no other.
+and inf make the scale of their own tile NaN and touch no other. Where the scale of a finite tile would leave the range
+in which itself, its reciprocal and the largest level times it are normal float32, it is the nearest inside (`settled`):
+the tile saturates, or keeps a smallest step.
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -35,34 +38,58 @@ def guard_zero_tiles(scale: Float[Array, "*s"], fmt: Format) -> Float[Array, "*s
     return jnp.where(scale == 0, jnp.ones_like(scale), scale) if fmt.has_zero else scale
 
 
+SMALLEST_SCALE = 2.0**-126
+"""The smallest normal float32; XLA flushes what is below to zero."""
+
+
+def largest_scale(fmt: Format) -> float:
+    """The largest scale whose reciprocal is a normal float32 and whose largest level is finite, rounded down."""
+    furthest, most = max(abs(fmt.max_finite), abs(fmt.min_finite)), float(np.finfo(np.float32).max)
+    limit = np.float32(min(2.0**126, most / furthest))
+    return float(limit if float(limit) * furthest <= most else np.nextafter(limit, np.float32(0)))
+
+
+def settled(scale: Float[Array, "*s"], size: Float[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
+    """`scale` inside the range that a float32 scale can use, for tiles whose magnitude is `size`.
+
+    Where size > 0 it is clamped to SMALLEST_SCALE .. largest_scale(fmt); where size is 0 it is that of a tile of zeros
+    (`guard_zero_tiles`); where size is NaN or inf it is NaN."""
+    usable = jnp.clip(scale, SMALLEST_SCALE, largest_scale(fmt))
+    found = jnp.where(size > 0, usable, guard_zero_tiles(jnp.zeros_like(scale), fmt))
+    return jnp.where(jnp.isfinite(size), found, jnp.nan)
+
+
 def absmax(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
-    """max|x| lies on the largest level: nothing is clipped."""
-    amax = jnp.max(jnp.abs(tiles), axis=axes, keepdims=True, initial=0)
-    return guard_zero_tiles(amax * (1 / reach(fmt)), fmt)
+    """max|x| lies on the largest level: nothing is clipped, below the largest scale that float32 holds."""
+    amax = _amax(tiles, axes)
+    return settled(amax * (1 / reach(fmt)), amax, fmt)
 
 
 def rms_optimal(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """rms(x) times the scale of least squared error on a Gaussian (QuEST: step = 2 alpha*/(2^b - 1) rms).
 
+    A sum of squares must be a normal float32: a tile whose rms is above about 2^63 gets the scale NaN, and one whose
+    elements are all below 2^-63 counts as zeros. (A pass for the largest element first would cost a quantizer 5
+    to 10% on a CPU.)
     Source: Panferov et al. 2025, arXiv:2502.05003, section 3; the constants are computed in `scaling.gaussian`."""
     count = max(1, _tile_size(tiles, axes))
     mean_square = jnp.sum(tiles * tiles, axis=axes, keepdims=True) * (1 / count)
-    return guard_zero_tiles(jnp.sqrt(mean_square) * optimal_scale(fmt), fmt)
+    return settled(jnp.sqrt(mean_square) * optimal_scale(fmt), mean_square, fmt)
 
 
 def mean_abs(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """mean|x| lies on the smallest positive level (XNOR-Net on a 1-bit grid, BitNet b1.58 on a ternary one).
 
     Source: Rastegari et al. 2016, arXiv:1603.05279, eq. 6; Ma et al. 2024, arXiv:2402.17764, eq. 3."""
-    count = max(1, _tile_size(tiles, axes))
     smallest = min(level for level in (abs(v) for v in fmt.levels) if level > 0)
-    mean = jnp.sum(jnp.abs(tiles), axis=axes, keepdims=True) * (1 / count)
-    return guard_zero_tiles(mean * (1 / smallest), fmt)
+    mean = _mean_magnitude(tiles, axes)
+    return settled(mean * (1 / smallest), mean, fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Percentile:
-    """The `percent`-th percentile of |x| lies on the largest level; what is above is clipped.
+    """The `percent`-th percentile of |x| lies on the largest level; what is above is clipped. A tile with so many zeros
+    that the percentile is 0 is fitted by absmax.
 
     Raises: ValueError unless 0 < percent <= 100."""
 
@@ -76,7 +103,8 @@ class Percentile:
         if tiles.size == 0:
             return absmax(tiles, fmt, axes)
         top = jnp.quantile(jnp.abs(tiles), self.percent / 100, axis=axes, keepdims=True)
-        return guard_zero_tiles(top * (1 / reach(fmt)), fmt)
+        top = jnp.where(top == 0, _amax(tiles, axes), top)
+        return settled(top * (1 / reach(fmt)), top, fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,6 +119,7 @@ class CandidateSearch:
     base: Fit = absmax
 
     def __post_init__(self):
+        object.__setattr__(self, "fractions", tuple(self.fractions))
         if not self.fractions or min(self.fractions) <= 0:
             raise ValueError(f"CandidateSearch(fractions={self.fractions}): give one or more positive multiples.")
 
@@ -98,7 +127,7 @@ class CandidateSearch:
         start = self.base(tiles, fmt, axes)
         best, least = start, jnp.full_like(start, jnp.inf)
         for fraction in self.fractions:
-            scale = start * fraction
+            scale = jnp.minimum(start * fraction, largest_scale(fmt))
             error = rounding.nearest(tiles * reciprocal(scale), fmt) * scale - tiles
             loss = jnp.sum(error * error, axis=axes, keepdims=True)
             best, least = jnp.where(loss < least, scale, best), jnp.minimum(loss, least)
@@ -107,9 +136,8 @@ class CandidateSearch:
 
 def lsq_initial(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """2 mean|x| / sqrt(max_finite). Source: Esser et al. 2019, arXiv:1902.08153, section 2.1."""
-    count = max(1, _tile_size(tiles, axes))
-    mean = jnp.sum(jnp.abs(tiles), axis=axes, keepdims=True) * (1 / count)
-    return guard_zero_tiles(mean * (2 / reach(fmt) ** 0.5), fmt)
+    mean = _mean_magnitude(tiles, axes)
+    return settled(mean * (2 / reach(fmt) ** 0.5), mean, fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,6 +163,25 @@ def reciprocal(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     zero, one = lax.full_like(scale, 0), lax.full_like(scale, 1)
     absent = lax.eq(scale, zero)
     return lax.select(absent, zero, lax.div(one, lax.select(absent, one, scale)))
+
+
+def positive(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """|scale|, at least SMALLEST_SCALE, for a scale that an optimizer may have pushed to zero or below.
+
+    Its derivative is 1 for a scale >= 0 and -1 below, on the floor too, so that a gradient can lift it again."""
+    magnitude = scale * lax.stop_gradient(jnp.where(scale < 0, -1.0, 1.0).astype(scale.dtype))
+    return magnitude + lax.stop_gradient(jnp.maximum(SMALLEST_SCALE - magnitude, 0))
+
+
+def _amax(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:
+    return jnp.max(jnp.abs(tiles), axis=axes, keepdims=True, initial=0)
+
+
+def _mean_magnitude(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:
+    """mean|x|; a power of two is taken out of the sum first, which would else overflow."""
+    count = max(1, _tile_size(tiles, axes))
+    power = 2.0 ** (count - 1).bit_length()
+    return jnp.sum(jnp.abs(tiles) * (1 / power), axis=axes, keepdims=True) * (power / count)
 
 
 def _tile_size(tiles: Array, axes: tuple[int, ...]) -> int:

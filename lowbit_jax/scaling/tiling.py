@@ -11,18 +11,28 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Shaped
 
+from lowbit_jax.formats.base import settle_integers, whole_number
+
 Axis = int | tuple[int, ...]
 
 
 def normalized_axes(axis: Axis, ndim: int, who: str) -> tuple[int, ...]:
-    """Non-negative axes, in the order given."""
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    """Non-negative axes, in the order given.
+
+    Raises: TypeError for axes that are not integers; ValueError for none, for one twice, or out of range."""
+    axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    if not axes:
+        raise ValueError(f"{who}: axis={axis!r} names no axis. Give the contraction axis, such as -1.")
+    axes = tuple(whole_number(a, f"{who}: axis") for a in axes)
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
                 f"{who}: axis {a} of an array of {ndim} dimensions. Give an axis from {-ndim} to {ndim - 1}."
             )
-    return tuple(a % ndim for a in axes)
+    axes = tuple(a % ndim for a in axes)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{who}: axis={axis!r} names an axis twice. Give each contraction axis once.")
+    return axes
 
 
 @runtime_checkable
@@ -79,6 +89,7 @@ class Group:
     size: int
 
     def __post_init__(self):
+        settle_integers(self, "size")
         if self.size < 1:
             raise ValueError(f"Group(size={self.size}): a group has at least 1 element. Use PerRow() for whole rows.")
 
@@ -102,6 +113,7 @@ class Block:
     other: int
 
     def __post_init__(self):
+        settle_integers(self, "size", "other")
         if min(self.size, self.other) < 1:
             raise ValueError(f"Block({self.size}, {self.other}): each side has at least 1 element.")
 

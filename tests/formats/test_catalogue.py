@@ -130,7 +130,14 @@ def test_an_unknown_name_lists_its_neighbors():
         formats.get("???")
 
 
+def test_a_number_is_no_name():
+    with pytest.raises(TypeError, match=r"formats.get\(4\): .*'int4', 'midrise4'"):
+        formats.get(4)
+
+
 def test_records_that_cannot_be_are_refused():
+    with pytest.raises(TypeError, match=r"IntFormat\(low=\) is 0.5"):
+        IntFormat(name="half", low=0.5, high=3, source="none")
     with pytest.raises(ValueError, match=r"'backwards' spans the integers 3\.\.-3"):
         IntFormat(name="backwards", low=3, high=-3, source="none")
     with pytest.raises(ValueError, match="at most 256"):

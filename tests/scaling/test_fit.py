@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lowbit_jax as lb
 from lowbit_jax import formats, scaling
 from lowbit_jax.formats import E2M1, INT4, MIDRISE1, MIDRISE4, TERNARY
+from lowbit_jax.scaling import fit
 
 FITS = [scaling.absmax, scaling.rms_optimal, scaling.mean_abs, scaling.Percentile(99.0), scaling.CandidateSearch()]
 
@@ -28,8 +30,8 @@ def test_fits_follow_their_formulas(key, fmt):
         scaling.mean_abs: np.abs(x64).mean(1) / smallest,
         scaling.Percentile(99.0): np.quantile(np.abs(x64), 0.99, axis=1) / fmt.max_finite,
     }
-    for fit, value in expected.items():
-        scale = fit(x, fmt, (1,))
+    for how, value in expected.items():
+        scale = how(x, fmt, (1,))
         assert scale.shape == (7, 1) and len(np.unique(scale)) == 7
         np.testing.assert_allclose(scale[:, 0], value, rtol=2e-6)
 
@@ -50,18 +52,83 @@ def test_candidate_search_never_loses_to_its_candidates(key, fmt):
         assert min(abs(scale / base - f) for f in search.fractions) < 1e-6
 
 
-@pytest.mark.parametrize("fit", FITS, ids=lambda f: getattr(f, "__name__", type(f).__name__))
+@pytest.mark.parametrize("how", FITS, ids=lambda f: getattr(f, "__name__", type(f).__name__))
 @pytest.mark.parametrize("fmt", [INT4, MIDRISE4, MIDRISE1, E2M1], ids=lambda f: f.name)
-def test_zero_nan_and_inf_stay_in_their_tile(fit, fmt):
+def test_zero_nan_and_inf_stay_in_their_tile(how, fmt):
     x = jnp.stack([jnp.zeros(16), jnp.ones(16), jnp.ones(16).at[3].set(jnp.nan), jnp.ones(16).at[5].set(-jnp.inf)])
-    scale = np.asarray(fit(x, fmt, (1,)))[:, 0]
+    scale = np.asarray(how(x, fmt, (1,)))[:, 0]
     assert scale[0] == (1 if fmt.has_zero else 0)
     assert np.isfinite(scale[1]) and scale[1] > 0
-    if fit is not FITS[3]:  # a percentile may rightly lie below the inf
+    if how is not FITS[3]:  # a percentile may rightly lie below the inf
         assert not np.isfinite(scale[2]) and not np.isfinite(scale[3])
 
 
+@pytest.mark.parametrize("how", FITS[:3], ids=lambda f: f.__name__)
+def test_fits_scale_with_the_data_over_the_range_of_float32(key, how):
+    """A power of two is exact, so the scale of 2^k x is 2^k times that of x, to the bit; squares end at 2^±63."""
+    x = tiles_with_spread(key)
+    powers = (-30, -20, 20, 50) if how is scaling.rms_optimal else (-100, -83, -64, 40, 64, 83, 118)
+    for fmt in (INT4, MIDRISE4):
+        usual = np.asarray(how(x, fmt, (1,)), np.float64)
+        for k in powers:
+            np.testing.assert_array_equal(np.asarray(how(x * 2.0**k, fmt, (1,)), np.float64), usual * 2.0**k)
+
+
+def test_rms_beyond_the_range_of_a_square_is_nan_or_a_tile_of_zeros():
+    x = jnp.ones((3, 256)) * jnp.asarray([1e25, 1e-25, 1e-17])[:, None]
+    scale = np.asarray(scaling.rms_optimal(x, MIDRISE4, (1,)))[:, 0]
+    assert np.isnan(scale[0]) and scale[1] == 0 and scale[2] > 0
+
+
+@pytest.mark.parametrize("name", ["midrise1", "binary", "lloyd_max1", "int8", "e2m1", "nf4", "e5m2", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("size", [1e37, 1e38, 3.4028234e38])
+def test_absmax_saturates_at_the_end_of_float32(name, size):
+    """On a 1-bit grid the scale is twice the largest element, and its reciprocal a denormal that XLA flushes."""
+    fmt = formats.get(name)
+    q = lb.block_quantizer(fmt) if isinstance(fmt, formats.BlockFormat) else lb.Quantizer(format=fmt)
+    x = np.float32(size) * np.linspace(-1, 1, 32, dtype=np.float32)[None]
+    y = np.asarray(q(jnp.asarray(x)))
+    assert np.isfinite(y).all()
+    large = np.abs(x) > size / 2
+    np.testing.assert_array_equal(np.sign(y[large]), np.sign(x[large]))
+    assert (np.abs(y[large]) >= 2.0**125).all() or size < 1e38
+
+
+def test_the_smallest_scale_is_the_smallest_normal_number():
+    """amax / 127 is a denormal, which XLA would flush and so lose the tile."""
+    x = jnp.asarray([[1e-37, -5e-38]], jnp.float32)
+    np.testing.assert_array_equal(scaling.absmax(x, formats.INT8, (1,)), [[2.0**-126]])
+    np.testing.assert_allclose(lb.Quantizer()(x), x, atol=2.0**-127)
+
+
+def test_largest_scale_keeps_every_level_finite():
+    for name in formats.names():
+        fmt = formats.get(name)
+        if isinstance(fmt, formats.BlockFormat):
+            continue
+        scale = np.float32(fit.largest_scale(fmt))
+        assert np.isfinite(scale * np.asarray(fmt.levels, np.float32)).all() and 1 / scale >= 2.0**-126
+
+
+def test_a_percentile_of_zero_is_fitted_by_absmax(key):
+    """60 of 64 elements are zero: the median is, the tile is not."""
+    x = jax.random.normal(key, (3, 64)).at[:, :60].set(0).at[2].set(0)
+    scale = scaling.Percentile(50)(x, formats.INT8, (1,))
+    np.testing.assert_allclose(scale[:2, 0], np.abs(x).max(1)[:2] / 127, rtol=1e-6)
+    assert scale[2, 0] == 1
+
+
+def test_positive_scales():
+    values = jnp.asarray([0.5, -0.5, 0.0, -1e-40, 1e-40], jnp.float32)
+    np.testing.assert_array_equal(fit.positive(values), np.float32([0.5, 0.5, 2.0**-126, 2.0**-126, 2.0**-126]))
+    slope = jax.grad(lambda s: jnp.sum(fit.positive(s)))(values[:3])
+    np.testing.assert_array_equal(slope, [1, -1, 1])
+
+
 def test_bad_arguments_say_the_way_out():
+    with pytest.raises(TypeError, match=r"Group\(size=\) is 32.0"):
+        scaling.Group(32.0)
+    assert scaling.Group(np.int64(32)) == scaling.Group(32)
     with pytest.raises(ValueError, match=r"Percentile\(0\)"):
         scaling.Percentile(0)
     with pytest.raises(ValueError, match="positive multiples"):

@@ -120,3 +120,38 @@ def test_two_levels_leave_zero_tiles_out_and_keep_faults_in_their_tile(key):
     np.testing.assert_allclose(with_zeros[1:], plain[1:], rtol=0.08)  # the largest tile may have been among them
     spoiled = np.asarray(quantizer(x.at[2, 3].set(jnp.inf)))
     assert np.isnan(spoiled[2, :16]).all() and np.isfinite(np.delete(spoiled.reshape(16, 16), 8, 0)).all()
+
+
+class TestCastScale:
+    def test_saturates_and_keeps_a_smallest_value(self):
+        scale = jnp.asarray([1e-30, 1e-5, 1.0, 1e30, 0.0, jnp.inf, jnp.nan], jnp.float32)
+        half = scaling.CastScale("float16")
+        loaded = np.asarray(half.load(half.store(scale, E2M1)))
+        np.testing.assert_array_equal(loaded, np.float32([2.0**-24, np.float16(1e-5), 1, 65504, 0, np.nan, np.nan]))
+        largest = scaling.BFLOAT16.load(scaling.BFLOAT16.store(jnp.full((1,), 3.4e38, jnp.float32), E2M1))
+        assert np.isfinite(largest).all()
+
+    def test_takes_a_dtype_or_its_name(self):
+        assert scaling.CastScale(jnp.bfloat16) == scaling.BFLOAT16
+
+    @pytest.mark.parametrize("dtype", ["int8", "float33", "float64", "float4_e2m1fn", "float8_e8m0fnu", 3])
+    def test_other_dtypes(self, dtype):
+        with pytest.raises(ValueError, match="floating dtype of at most 32 bits"):
+            scaling.CastScale(dtype)
+
+
+@pytest.mark.parametrize("mode", ["floor", "ceil", "rceil", "nearest"])
+@pytest.mark.parametrize("fmt", [E2M1, E4M3, formats.MIDRISE1], ids=lambda f: f.name)
+def test_a_power_of_two_keeps_the_largest_level_finite(fmt, mode):
+    q = lb.Quantizer(format=fmt, scale_format=scaling.PowerOfTwo(mode))
+    x = jnp.asarray([[3.4028234e38, -3e38, 1e38, 0.0]], jnp.float32)
+    assert np.isfinite(q(x)).all()
+    np.testing.assert_array_equal(q.quantize(x).dequantize(), q(x))
+
+
+def test_bad_two_level():
+    for cap in (-1, 0, 449.0, float("nan")):
+        with pytest.raises(ValueError, match="up to 448"):
+            scaling.TwoLevel(cap=cap)
+    with pytest.raises(TypeError, match="small float with a NaN"):
+        scaling.TwoLevel(E2M1)
