@@ -3,14 +3,16 @@
     python -m benchmarks.optim                          # the tables in benchmarks/results/optim_<backend>.md
     python -m benchmarks.optim --parts quality stall    # these anew, the others kept as the files have them
 
-Two ratios over float32 AdamW, interleaved in one process (`benchmarks/timing.py`): of the update alone, on gradients at
-hand, which is what the wrapper adds; and of a whole training step of the Llama, which is what a user waits for.
+Two ratios over the same optimizer of optax in float32, interleaved in one process (`benchmarks/timing.py`): of the
+update alone, on gradients at hand, which is what the wrapper adds; and of a whole training step of the Llama, which is
+what a user waits for. Losses are compared within a seed.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,8 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import lowbit_jax as lb
 from benchmarks.models import WORKLOADS
@@ -26,6 +30,7 @@ from benchmarks.timing import environment, interleaved_seconds, ratio
 from recipes import gradients, llama, optimizer, text
 
 REFERENCE = "float32 AdamW"
+MUON, ADAFACTOR, LION, SGD = "float32 Muon", "float32 Adafactor", "float32 Lion", "float32 SGD"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,8 @@ class Config:
     learning_rate: float = 3e-3
     small_rate: float = 2e-5
     """Constant rate of the runs that show the stall."""
-    seeds: int = 2
+    seeds: int = 4
+    """Of the runs of each contender, paired: the same start and the same batches."""
     parts: tuple[str, ...] = ("updates", "steps", "quality", "stall")
     """What to measure; the rest is kept from the output's JSON file."""
     output: pathlib.Path = pathlib.Path("benchmarks/results")
@@ -53,10 +59,14 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contender:
-    """`make(rate)` is the whole optimizer; parameters are kept in `dtype`."""
+    """`make(rate)` is the whole optimizer; parameters are kept in `dtype`; its time is told over that of `over`.
+
+    axis: it exchanges gradients over the axis "data", here of one device: what packing and unpacking costs."""
 
     make: Callable[[Any], optax.GradientTransformation]
     dtype: str = "float32"
+    over: str = REFERENCE
+    axis: bool = False
 
 
 CONTENDERS = {
@@ -65,7 +75,21 @@ CONTENDERS = {
     "AdamW 4-bit": Contender(lambda rate: lb.optim.adamw_low_bit(rate, bits=4)),
     "AdamW E4M3": Contender(lambda rate: lb.optim.adamw_low_bit(rate, bits="e4m3")),
     "AdamW COAT": Contender(lambda rate: lb.optim.adamw_low_bit(rate, bits="coat")),
-    "Lion 8-bit": Contender(lb.optim.lion_low_bit),
+    LION: Contender(lambda rate: optax.lion(rate, b2=0.99), over=LION),
+    "Lion 8-bit": Contender(lb.optim.lion_low_bit, over=LION),
+    ADAFACTOR: Contender(lambda rate: optax.adafactor(rate, momentum=0.9), over=ADAFACTOR),
+    "Adafactor 8-bit": Contender(lb.optim.adafactor_low_bit, over=ADAFACTOR),
+    MUON: Contender(optax.contrib.muon, over=MUON),
+    "Muon 8-bit": Contender(lb.optim.muon_low_bit, over=MUON),
+    SGD: Contender(lambda rate: optax.sgd(rate, momentum=0.9), over=SGD),
+    "compressed mean, int8": Contender(
+        lambda rate: optax.chain(lb.optim.compressed_mean("data", "int8"), optax.sgd(rate, momentum=0.9)),
+        over=SGD,
+        axis=True,
+    ),
+    "sign momentum": Contender(
+        lambda rate: optax.chain(lb.optim.sign_momentum("data"), optax.scale(-rate)), over=SGD, axis=True
+    ),
     "skip_nonfinite": Contender(lambda rate: lb.optim.skip_nonfinite(optax.adamw(rate))),
     "dynamic_loss_scale": Contender(lambda rate: lb.optim.dynamic_loss_scale(optax.adamw(rate))),
     "bfloat16, nearest": Contender(optax.adamw, "bfloat16"),
@@ -73,6 +97,15 @@ CONTENDERS = {
     "bfloat16, stochastic": Contender(lambda rate: lb.optim.stochastic_rounding(optax.adamw(rate)), "bfloat16"),
     "bfloat16, stochastic, 8-bit": Contender(
         lambda rate: lb.optim.stochastic_rounding(lb.optim.adamw_low_bit(rate)), "bfloat16"
+    ),
+    **{
+        f"on {fmt.name}, master weights": Contender(
+            lambda rate, fmt=fmt: lb.optim.master_weights(optax.adamw(rate), fmt), "bfloat16"
+        )
+        for fmt in (lb.formats.INT8, lb.formats.E4M3, lb.formats.TERNARY)
+    },
+    "on int8, stochastic": Contender(
+        lambda rate: lb.optim.stochastic_rounding(optax.adamw(rate), lb.formats.INT8), "bfloat16"
     ),
 }
 
@@ -92,10 +125,10 @@ def cast(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def state_bytes(tx: optax.GradientTransformation, params: Any) -> float:
+def state_bytes(init: Callable, params: Any) -> float:
     """Bytes of state for each parameter, as the compiler allocates them."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return memory(jax.jit(tx.init).lower(params).compile()).output_size_in_bytes / count
+    return memory(jax.jit(init).lower(params).compile()).output_size_in_bytes / count
 
 
 def memory(compiled: Any) -> Any:
@@ -112,22 +145,40 @@ def updates(config: Config) -> dict[str, dict]:
     names = [f"w{i}" for i in range(5)]
     keys = dict(zip(names, jax.random.split(jax.random.key(0), 5), strict=True))
     params = {name: 0.02 * jax.random.normal(key, (rows, 2048)) for name, key in keys.items()}
+    found = {}
+    for family in dict.fromkeys(contender.over for contender in CONTENDERS.values()):
+        own = {name: c for name, c in CONTENDERS.items() if c.over == family}
+        rounds = config.rounds if family != MUON else max(1, config.rounds // 6)  # products of matrices: slow, steady
+        found |= _family(own, family, params, rounds)
+    return found
+
+
+def _family(contenders: Mapping[str, Contender], reference: str, params: Any, rounds: int) -> dict[str, dict]:
+    """The contenders that are told over one reference, timed in turns."""
     programs, facts = {}, {}
-    for name, contender in CONTENDERS.items():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    for name, contender in contenders.items():
         tx, own = contender.make(1e-3), cast(params, contender.dtype)
+        init = tx.init
 
         def step(params, state, grads, tx=tx):  # gradients are dead after it, as in a training step
             moved, state = tx.update(grads, state, params)
             return optax.apply_updates(params, moved), state, jax.tree.map(lambda m, g: m.astype(g.dtype), moved, grads)
 
-        arguments = own, tx.init(own), jax.tree.map(lambda p: 0.1 * p + 0.001, own)
+        if contender.axis:
+            specs = lb.optim.compression_specs(jax.eval_shape(tx.init, own), "data")
+            over_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+            init = over_mesh(tx.init, in_specs=P(), out_specs=specs)
+            step = over_mesh(step, in_specs=(P(), specs, P()), out_specs=(P(), specs, P()))
+        arguments = own, jax.jit(init)(own), jax.tree.map(lambda p: 0.1 * p + 0.001, own)
         compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
         programs[name] = Program(compiled, jax.tree.map(jnp.copy, arguments))
         facts[name] = {
-            "state_bytes": state_bytes(tx, own),
+            "over": reference,
+            "state_bytes": state_bytes(init, own),
             "temp_mib": memory(compiled).temp_size_in_bytes / 2**20,
         }
-    return _timed(programs, facts, config.rounds)
+    return _timed(programs, facts, rounds, reference)
 
 
 def whole_steps(config: Config) -> dict[str, dict]:
@@ -149,17 +200,17 @@ def whole_steps(config: Config) -> dict[str, dict]:
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
         programs[name] = Program(compiled, jax.tree.map(jnp.copy, arguments))
         facts[name] = {"parameters": count, "temp_mib": memory(compiled).temp_size_in_bytes / 2**20,
-                       "state_bytes": state_bytes(tx, params)}  # fmt: skip
-    return _timed(programs, facts, config.rounds)
+                       "state_bytes": state_bytes(tx.init, params)}  # fmt: skip
+    return _timed(programs, facts, config.rounds, REFERENCE)
 
 
-def _timed(programs: Mapping[str, Program], facts: Mapping[str, dict], rounds: int) -> dict[str, dict]:
+def _timed(programs: Mapping[str, Program], facts: Mapping[str, dict], rounds: int, reference: str) -> dict[str, dict]:
     seconds = interleaved_seconds(programs, rounds)  # pyright: ignore[reportArgumentType]
     return {
         name: {
             "ms": 1e3 * float(np.median(seconds[name])),
             "fastest_ms": 1e3 * min(seconds[name]),
-            "ratio": ratio(seconds[name], seconds[REFERENCE]),
+            "ratio": ratio(seconds[name], seconds[reference]),
             **facts[name],
         }
         for name in programs
@@ -222,7 +273,7 @@ def measure(config: Config, kept: dict) -> dict:
         "updates": lambda: updates(config),
         "steps": lambda: whole_steps(config),
         "quality": lambda: losses(config, quality, rate, config.seeds, "cold"),
-        "stall": lambda: losses(config, stall, config.small_rate, 1, "warm"),
+        "stall": lambda: losses(config, stall, config.small_rate, config.seeds, "warm"),
     }
     for part in config.parts:
         if part not in measurements:
@@ -233,24 +284,37 @@ def measure(config: Config, kept: dict) -> dict:
 
 
 def time_table(title: str, rows: Mapping[str, Mapping]) -> str:
-    lines = [f"\n### {title}\n", "| | ms | fastest ms | ratio (quartiles) | state bytes a parameter | temp MiB |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    columns = ("", "ms", "fastest ms", "ratio (quartiles)", "over", "state bytes a parameter", "temp MiB")
+    lines = [f"\n### {title}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, row in rows.items():
         r = row["ratio"]
         lines.append(
             f"| {name} | {row['ms']:.0f} | {row['fastest_ms']:.0f} | {r['median']:.2f} ({r['low']:.2f} to"
-            f" {r['high']:.2f}) | {row['state_bytes']:.3f} | {row['temp_mib']:.1f} |"
+            f" {r['high']:.2f}) | {row.get('over', REFERENCE)} | {row['state_bytes']:.3f} | {row['temp_mib']:.1f} |"
         )
     return "\n".join(lines)
 
 
 def loss_table(title: str, rows: Mapping[str, list[float]]) -> str:
-    lines = [f"\n### {title}\n", "| | held-out loss, nats, by seed | mean | over float32 |", "|---|---|---|---|"]
-    base = np.mean(rows[REFERENCE])
+    """Losses by seed, and the mean of the differences to float32 within a seed with its standard error."""
+    lines = [
+        f"\n### {title}\n",
+        "| | held-out loss, nats, by seed | mean | over float32, paired |",
+        "|---|---|---|---|",
+    ]
     for name, values in rows.items():
         told = ", ".join(f"{v:.4f}" for v in values)
-        lines.append(f"| {name} | {told} | {np.mean(values):.4f} | {np.mean(values) - base:+.4f} |")
+        mean, error = paired(values, rows[REFERENCE])
+        spread = "" if name == REFERENCE or error is None else f" ± {error:.4f}"
+        lines.append(f"| {name} | {told} | {np.mean(values):.4f} | {mean:+.4f}{spread} |")
     return "\n".join(lines)
+
+
+def paired(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float | None]:
+    """(mean difference within a seed, its standard error; None for one seed)."""
+    differences = np.asarray(values) - np.asarray(reference)
+    count = len(differences)
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else None
 
 
 def markdown(report: Mapping) -> str:

@@ -1,6 +1,7 @@
 """AdamW with a one-cycle rate, as the QuEST runs use it (Panferov et al. 2025, arXiv:2502.05003, section 4)."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -12,8 +13,9 @@ import lowbit_jax as lb
 class AdamW:
     """Gradient clipped to a norm of `clip`; betas 0.9 and 0.95; decoupled decay of the block matrices only.
 
-    bits: of the moments, as `lb.optim.low_bit_state` takes them; None keeps float32. param_dtype: what parameters are
-    stored in; below float32 their steps are rounded stochastically, drawn from `seed`, and there is no other copy.
+    bits: of the moments, as `lb.optim.low_bit_state` takes them (those of the embedding stay in float32); None keeps
+    float32. param_dtype: what parameters are stored in; below float32 their steps are rounded stochastically, drawn
+    from `seed`, and there is no other copy.
     loss_scale: gradients are those of a loss times a factor that follows them."""
 
     peak: float
@@ -25,6 +27,13 @@ class AdamW:
     param_dtype: str = "float32"
     loss_scale: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.weight_decay < math.inf or not 0 < self.clip < math.inf:
+            raise ValueError(
+                f"optimizer.AdamW: weight decay {self.weight_decay}, clip {self.clip}. The decay must be finite and 0"
+                " or more, the clip finite and above 0."
+            )
 
     def schedule(self) -> optax.Schedule:
         return one_cycle(self.peak, self.steps, self.warmup)
@@ -47,10 +56,10 @@ class AdamW:
 
 def one_cycle(peak: float, steps: int, warmup: float = 0.1) -> optax.Schedule:
     """Cosine from peak/100 up to peak over the share `warmup`, cosine down to peak/10 at the last step."""
-    if peak <= 0 or steps < 1 or not 0 < warmup < 1:
+    if not 0 < peak < math.inf or steps < 1 or not 0 < warmup < 1:
         raise ValueError(
-            f"optimizer.one_cycle: rate {peak}, {steps} steps, warm-up {warmup}. The rate and steps must be above 0,"
-            " the warm-up a share between 0 and 1."
+            f"optimizer.one_cycle: rate {peak}, {steps} steps, warm-up {warmup}. The rate must be finite and above"
+            " 0, the steps above 0, the warm-up a share between 0 and 1."
         )
     rise = max(1, round(warmup * steps))
     up = optax.cosine_decay_schedule(-0.99 * peak, rise)  # from -0.99 peak to 0; a peak on top makes peak/100 to peak

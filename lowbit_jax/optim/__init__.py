@@ -22,7 +22,6 @@ from lowbit_jax.optim.groups import decay_mask, label_learned_steps
 from lowbit_jax.optim.landing import apply_updates, unpacked
 from lowbit_jax.optim.loss_scale import LossScaleState, current_loss_scale, dynamic_loss_scale, scale_loss, unscale
 from lowbit_jax.optim.low_bit_state import (
-    FIELDS,
     LowBitState,
     decode_state,
     encode_state,
@@ -35,6 +34,7 @@ from lowbit_jax.optim.master_weights import (
     params_from_master,
     with_master,
 )
+from lowbit_jax.optim.moments import EMBEDDINGS, FIELDS
 from lowbit_jax.optim.nonfinite import SkipNonfiniteState, all_finite, skip_nonfinite, skipped
 from lowbit_jax.optim.optimizers import (
     adafactor_low_bit,
@@ -46,9 +46,11 @@ from lowbit_jax.optim.optimizers import (
 from lowbit_jax.optim.placement import state_shardings
 from lowbit_jax.optim.state_codecs import Blockwise, Companded, RankOne, StateCodec, Stored
 from lowbit_jax.optim.stochastic_rounding import StochasticRoundingState, stochastic_rounding
+from lowbit_jax.optim.trees import PackedUpdate
 
 __all__ = [
     "COMPRESSORS",
+    "EMBEDDINGS",
     "FIELDS",
     "LINEAR4_WITHOUT_ZERO",
     "UNSIGNED_DYNAMIC_TREE8",
@@ -59,6 +61,7 @@ __all__ = [
     "LowBitState",
     "MasterWeightsState",
     "OneBitAdamState",
+    "PackedUpdate",
     "RankOne",
     "SignMomentumState",
     "SkipNonfiniteState",

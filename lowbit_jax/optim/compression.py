@@ -4,8 +4,13 @@
 
 Transformations over a named axis: for the inside of `shard_map` or `pmap`, on each device's own gradients. What travels
 are packed bytes and float32 scales, never an array of less than 8 bits an element.
+
+A gradient that is not finite on any device makes the whole update NaN on all of them, so that a `skip_nonfinite` or a
+loss scale around it sees it, and leaves the state as it was: codes have no infinity, and an error that once held one
+would never send anything again. Under a loss scale divide by it first: errors are kept in units of the gradients.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +18,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lowbit_jax.formats.catalogue import BINARY, INT8, MIDTREAD4
 from lowbit_jax.optim import trees
+from lowbit_jax.optim.nonfinite import all_finite, select
 from lowbit_jax.optim.state_codecs import Blockwise, StateCodec
 from lowbit_jax.scaling import mean_abs
 
@@ -61,7 +67,9 @@ def compressed_mean(
     compressor: "int8" (blocks of 256), "int4" (blocks of 64), "sign" (one bit, mean magnitude of blocks of 2048), or a
     codec. One hop gathers everybody's codes: (n - 1) times the packed gradient arrives at each device. `two_hop` (n =
     `axis_size`) sends each device the part it averages and gathers the averages, packed again: 2 (n - 1) / n times,
-    with an error feedback of its own for the second packing.
+    with an error feedback of its own for the second packing. Blocks are no longer than what they are blocks of.
+    The mean comes in the dtype of the gradients; what that rounding takes from it is fed back as well, so that what was
+    sent and what is left still sum to the gradients (float16 saturates; the rest follows).
     The state's errors belong to a device: run `init` inside `shard_map` too, or on the outside with shapes from
     `jax.eval_shape`, and give the specs of `lb.optim.compression_specs(state, axis_name)`, and `check_vma=False`: that
     everybody gathered the same is not seen by its types.
@@ -75,13 +83,13 @@ def compressed_mean(
     def init(params):
         trees.check_floating(params, "compressed_mean", "parameter")
         error = _zeros(params) if error_feedback else None
-        part = lambda p: jnp.zeros((1, _part(p.size, axis_size or 1, _block(codec))), jnp.float32)
+        part = lambda p: jnp.zeros((1, _part(p.size, axis_size or 1)), jnp.float32)
         server = jax.tree.map(part, params) if two_hop and error_feedback else None
         return CompressionState(error, server)
 
     def update(updates, state, params=None):
         del params
-        dtypes = jax.tree.map(lambda g: g.dtype, updates)
+        good = all_finite(updates, axis_name)
         local = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         if state.error is not None:
             trees.check_same_tree(local, jax.tree.map(lambda e: e[0], state.error), "compressed_mean",
@@ -95,11 +103,12 @@ def compressed_mean(
         else:
             found = jax.tree.map(lambda c: (*_one_hop(c, codec, axis_name), None), local)
         mean, left, server = (jax.tree.map(lambda _, out, i=i: out[i], local, found) for i in range(3))
-        mean = jax.tree.map(lambda m, dtype: m.astype(dtype), mean, dtypes)
         if not error_feedback:
-            return mean, state
-        error = jax.tree.map(lambda e: e[None], left)
-        return mean, CompressionState(error, server if two_hop else None)
+            return _or_nan(good, jax.tree.map(lambda m, g: m.astype(g.dtype), mean, updates)), state
+        sent = jax.tree.map(lambda m, g: _saturated(m, g.dtype), mean, updates)
+        error = jax.tree.map(lambda e, m, s: (e + (m - s.astype(jnp.float32)))[None], left, mean, sent)
+        new = CompressionState(error, server if two_hop else None)
+        return _or_nan(good, sent), select(good, new, state)
 
     return optax.GradientTransformation(init, update)
 
@@ -124,15 +133,17 @@ def sign_momentum(
 
     def update(updates, state, params=None):
         del params
+        good = all_finite(updates, axis_name)
         if vote:
             momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g.astype(jnp.float32), state.momentum, updates)
             ballot = lambda m: jnp.sign(_gathered_sum(codec.encode(m[0]), codec, m[0].shape, axis_name, signs=True))
-            return jax.tree.map(ballot, momentum), SignMomentumState(momentum, None)
+            return _or_nan(good, jax.tree.map(ballot, momentum)), select(good, SignMomentumState(momentum, None), state)
         mixed = jax.tree.map(lambda m, g, e: beta * m + (1 - beta) * g.astype(jnp.float32) + e[0],
                              state.momentum, updates, state.error)  # fmt: skip
         found = jax.tree.map(lambda c: _one_hop(c, codec, axis_name), mixed)
         momentum, left = (jax.tree.map(lambda _, out, i=i: out[i], mixed, found) for i in range(2))
-        return momentum, SignMomentumState(momentum, jax.tree.map(lambda e: e[None], left))
+        new = SignMomentumState(momentum, jax.tree.map(lambda e: e[None], left))
+        return _or_nan(good, momentum), select(good, new, state)
 
     return optax.GradientTransformation(init, update)
 
@@ -170,13 +181,14 @@ def scale_by_one_bit_adam(
 
     def update(updates, state, params=None):
         del params
+        good = all_finite(updates, axis_name)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         mu, nu, error = lax.cond(state.count < warmup_steps, warm, frozen, grads, state)
         count = state.count + 1
         first = 1 - b1 ** count.astype(jnp.float32)
         second = 1 - b2 ** jnp.minimum(count, warmup_steps).astype(jnp.float32)
         moved = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
-        return moved, OneBitAdamState(count, mu, nu, error)
+        return _or_nan(good, moved), select(good, OneBitAdamState(count, mu, nu, error), state)
 
     return optax.GradientTransformation(init, update)
 
@@ -207,13 +219,26 @@ def _zeros(params: Any) -> Any:
     return jax.tree.map(lambda p: jnp.zeros((1, *p.shape), jnp.float32), params)
 
 
-def _block(codec: StateCodec) -> int:
-    return getattr(codec, "block", 1)
+def _or_nan(good: Bool[Array, ""], updates: Any) -> Any:
+    return jax.tree.map(lambda u: jnp.where(good, u, jnp.full_like(u, jnp.nan)), updates)
 
 
-def _part(size: int, devices: int, block: int) -> int:
-    """Elements that each of the devices averages: whole blocks."""
-    return -(-size // (devices * block)) * block
+def _saturated(x: Float[Array, "*s"], dtype: Any) -> Array:
+    """`x` in the dtype of the gradients, the largest finite value where it would be infinite."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
+
+
+def _within(codec: StateCodec, size: int) -> StateCodec:
+    """The codec with blocks of at most `size` elements: the rest of a longer one would be padding, which travels."""
+    if isinstance(codec, Blockwise) and codec.block > size > 0:
+        return dataclasses.replace(codec, block=size)
+    return codec
+
+
+def _part(size: int, devices: int) -> int:
+    """Elements that each of the devices averages."""
+    return -(-size // devices)
 
 
 def _gathered_sum(
@@ -226,6 +251,7 @@ def _gathered_sum(
 
 def _one_hop(c: Float[Array, "*s"], codec: StateCodec, axis_name: str) -> tuple[Array, Array]:
     """(mean over the devices, what this device did not get across)."""
+    codec = _within(codec, c.size)
     parts = codec.encode(c)
     total = _gathered_sum(parts, codec, c.shape, axis_name)
     return total / lax.axis_size(axis_name), c - codec.decode(parts, c.shape)
@@ -235,16 +261,32 @@ def _two_hop(
     c: Float[Array, "*s"], server: Array | None, codec: StateCodec, axis_name: str, n: int
 ) -> tuple[Array, Array, Array | None]:
     """(mean, what this device did not get across, and what was lost when it packed the mean of its part)."""
-    length = _part(c.size, n, _block(codec))
-    rows = jnp.pad(c.reshape(-1), (0, n * length - c.size)).reshape(n, length)
+    length = _part(c.size, n)
+    codec = _within(codec, length)
+    real = (jnp.arange(n * length) < c.size).reshape(n, length)
+    padded = n * length > c.size
+    fill = lambda x, real: _filled(x, real, getattr(codec, "block", 1)) if padded else x
+    rows = fill(jnp.pad(c.reshape(-1), (0, n * length - c.size)).reshape(n, length), real)
     parts = jax.vmap(codec.encode)(rows)
     sent = jax.vmap(lambda one: codec.decode(one, (length,)))(parts)
     arrived = jax.tree.map(lambda leaf: lax.all_to_all(leaf, axis_name, 0, 0), parts)
     mean = jnp.mean(jax.vmap(lambda one: codec.decode(one, (length,)))(arrived), axis=0)
     mean = mean if server is None else mean + server[0]
-    packed = codec.encode(mean)
-    lost = mean - codec.decode(packed, (length,))
+    own = real[lax.axis_index(axis_name)] if padded else jnp.ones((length,), bool)
+    packed = codec.encode(fill(mean, own))
+    lost = jnp.where(own, mean - codec.decode(packed, (length,)), jnp.zeros_like(mean))
     gathered = jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name), packed)
     whole = jax.vmap(lambda one: codec.decode(one, (length,)))(gathered).reshape(-1)[: c.size].reshape(c.shape)
     left = (rows - sent).reshape(-1)[: c.size].reshape(c.shape)
     return whole, left, None if server is None else lost[None]
+
+
+def _filled(x: Float[Array, "*rows n"], real: Bool[Array, "*rows n"], block: int) -> Float[Array, "*rows n"]:
+    """`x` with what is padding replaced by the mean magnitude of the real elements of its block: it changes neither a
+    scale that is a mean magnitude nor one that is the largest."""
+    n = x.shape[-1]
+    tiles = lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, -n % block)]).reshape(*a.shape[:-1], -1, block)
+    kept = real.astype(jnp.float32)
+    total, count = jnp.sum(tiles(jnp.abs(x) * kept), axis=-1), jnp.sum(tiles(kept), axis=-1)
+    mean = jnp.repeat(total / jnp.maximum(count, 1), block, axis=-1)[..., :n]
+    return jnp.where(real, x, mean)

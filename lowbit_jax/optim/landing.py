@@ -122,16 +122,27 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
     Arrays of 16 bits and more: the sum in float32 (in float64 where one of them is), rounded to the parameter's dtype,
     which is what optax does too. 8-bit floats: likewise, saturating; optax cannot add to them. Packed weights: the
-    update *is* the new `QTensor` (from `master_weights` or `stochastic_rounding`).
-    Raises: ValueError for trees that do not match."""
+    update is a `PackedUpdate`, which holds the new `QTensor` (from `master_weights` or `stochastic_rounding`);
+    `optax.apply_updates`, and so `nnx.Optimizer`, refuses it.
+    Raises: ValueError for trees that do not match, for packed parameters whose update is an array, and for packed
+    updates that something has changed on their way."""
     trees.check_same_tree(params, updates, "apply_updates", ("parameters", "updates"))
     return jax.tree.map(_applied, params, updates, is_leaf=trees.is_packed)
 
 
 def _applied(param: Any, update: Any) -> Any:
-    if trees.is_packed(update):
-        return update
-    if trees.is_packed(param):
+    if trees.is_packed_update(update) and trees.is_packed(param):
+        new = update.weights
+        if new.words.dtype != param.words.dtype:
+            raise ValueError(
+                f"apply_updates: the update of a packed parameter {param!r} has words of {new.words.dtype}; a"
+                " transformation after lb.optim.master_weights or lb.optim.stochastic_rounding, such as optax.scale,"
+                " has changed them. Put those outermost, with the others inside."
+            )
+        return new
+    if trees.is_packed(param) or trees.is_packed_update(update):
+        if not trees.is_packed(param):
+            raise ValueError(f"apply_updates: a packed update for an array of {param.dtype}. Were they made together?")
         raise ValueError(
             f"apply_updates: a packed parameter {param!r} needs a packed update, got an array of {update.dtype}."
             " Wrap the optimizer in lb.optim.master_weights or lb.optim.stochastic_rounding, outermost."

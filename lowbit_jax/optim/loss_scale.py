@@ -45,7 +45,8 @@ def dynamic_loss_scale(
     `largest`. With powers of two, scaling and unscaling are exact.
     Clip norms inside `tx`, where gradients have their true size. `axis_name`: as in `skip_nonfinite`.
     Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
-    Raises: ValueError for a range that is empty, a factor not above 1, or an interval below 1."""
+    Raises: ValueError for a range that is empty, a factor not above 1, an interval below 1, or the state of another
+    optimizer; TypeError for parameters or gradients that are not floating."""
     if not 0 < smallest <= initial <= largest or factor <= 1 or growth_interval < 1:
         raise ValueError(
             f"dynamic_loss_scale: initial {initial}, smallest {smallest}, largest {largest}, factor {factor}, interval"
@@ -55,10 +56,13 @@ def dynamic_loss_scale(
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        counters = [jnp.zeros((), jnp.int32) for _ in range(3)]  # a buffer each: the state can be donated
-        return LossScaleState(jnp.float32(initial), *counters, inner.init(params))
+        trees.check_floating(params, "dynamic_loss_scale", "parameter")
+        good, total, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # a buffer each: the state can be donated
+        return LossScaleState(jnp.float32(initial), good, total, in_a_row, inner.init(params))
 
     def update(updates, state, params=None, **extra):
+        nonfinite.check_state(state, LossScaleState, "dynamic_loss_scale")
+        trees.check_floating(updates, "dynamic_loss_scale", "gradient")
         good = nonfinite.all_finite((updates, extra.get("value")), axis_name)
         true = jax.tree.map(lambda g: g * (1 / state.scale), trees.float32(updates))
         moved, inner_state = inner.update(true, state.inner_state, params, **extra)

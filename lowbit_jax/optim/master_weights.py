@@ -30,7 +30,10 @@ def master_weights(
     `axis`. Packed parameters (`QTensor`) are packed anew by their own quantizer; differentiate by
     `lb.optim.unpacked(params)`.
 
-    The wrapper must be outermost: what it answers are the differences `rounded master - parameter`.
+    The wrapper must be outermost: what it answers are the differences `rounded master - parameter`. Accumulate
+    gradients inside: `master_weights(optax.MultiSteps(tx, k).gradient_transformation())`; around packed parameters
+    `optax.MultiSteps` fails. Under `optax.inject_hyperparams` with parameters of 16 bits pass
+    `hyperparam_dtype=jnp.float32`: in bfloat16 optax makes b2 = 0.999 a 1, and Adam's second moment stays 0.
     `optax.apply_updates` lands on the rounded master exactly for bfloat16 and float16 parameters, but for values that
     one step brings 2**15 times (float16: 2**13 times) nearer to zero, which land within 2**-24 of where they came from
     until the next step. 8-bit floats and packed parameters need `lb.optim.apply_updates`.
@@ -42,8 +45,8 @@ def master_weights(
 
     def init(params):
         trees.check_floating(params, _WHO, "parameter")
-        master = trees.float32(params)
-        return MasterWeightsState(master, inner.init(master))
+        master = trees.float32_copy(params)
+        return MasterWeightsState(master, trees.apart_from(inner.init(master), master))
 
     def update(updates, state, params=None, **extra):
         trees.require_params(params, _WHO)
@@ -71,7 +74,7 @@ def params_from_master(
 def with_master(params: Any, inner_state: Any) -> MasterWeightsState:
     """A master copy for an optimizer state that was saved without one: the parameters as they are, in float32."""
     trees.check_floating(params, _WHO, "parameter")
-    return MasterWeightsState(trees.float32(params), inner_state)
+    return MasterWeightsState(trees.float32_copy(params), inner_state)
 
 
 def find_master(state: Any) -> MasterWeightsState:
@@ -116,7 +119,8 @@ def _landings(master: Any, params: Any, quantizer: Quantizer | None, mask: Any, 
         if trees.is_packed(param):
             fitted = landing.fit_scales(param.quantizer, target, param.axis)
             elements = landing.nearest_elements(param.quantizer, target, fitted, param.axis)
-            return landing.repacked(param, landing.OnGrid(elements, fitted))
+            new = landing.repacked(param, landing.OnGrid(elements, fitted))
+            return trees.PackedUpdate(new) if as_updates else new
         if on_grid and quantizer is not None:
             target = quantizer(target, axis=axis if param.ndim > 1 else -1)
         target = landing.on_grid_of(target, param.dtype)

@@ -28,7 +28,7 @@ def skip_nonfinite(
 
     Unlike `optax.apply_if_finite` it never lets such a step through: how many in a row are too many is the caller's to
     decide. Inside `shard_map` or `pmap`, where each device sees gradients of its own, give `axis_name`: all devices
-    skip when one does."""
+    skip when one does. Raises: ValueError for the state of another optimizer."""
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -36,6 +36,7 @@ def skip_nonfinite(
         return SkipNonfiniteState(total, in_a_row, jnp.array(True), inner.init(params))
 
     def update(updates, state, params=None, **extra):
+        check_state(state, SkipNonfiniteState, "skip_nonfinite")
         good = all_finite((updates, extra.get("value")), axis_name)
         moved, inner_state = inner.update(updates, state.inner_state, params, **extra)
         inner_state = select(good, inner_state, state.inner_state)
@@ -62,12 +63,26 @@ def select(good: Bool[Array, ""], new: Any, old: Any) -> Any:
 
 def still(good: Bool[Array, ""], moved: Any, params: Any) -> Any:
     """The updates if `good`, else updates that move nothing: zeros, and the packed parameters themselves."""
-    packed = any(trees.is_packed(leaf) for leaf in jax.tree.leaves(moved, is_leaf=trees.is_packed))
-    if not packed:
+    leaves = jax.tree.leaves(moved, is_leaf=trees.is_packed_update)
+    if not any(map(trees.is_packed_update, leaves)):
         return jax.tree.map(lambda u: jnp.where(good, u, jnp.zeros_like(u)), moved)
     trees.require_params(params, "skip_nonfinite")
-    stop = lambda u, p: select(good, u, p) if trees.is_packed(u) else jnp.where(good, u, jnp.zeros_like(u))
-    return jax.tree.map(stop, moved, params, is_leaf=trees.is_packed)
+
+    def stop(u: Any, p: Any) -> Any:
+        if trees.is_packed_update(u):
+            return trees.PackedUpdate(select(good, u.weights, p))
+        return jnp.where(good, u, jnp.zeros_like(u))
+
+    return jax.tree.map(stop, moved, params, is_leaf=trees.is_packed_update)
+
+
+def check_state(state: Any, kind: type, who: str) -> None:
+    """Raises ValueError unless `state` is that of the wrapper."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{who} got a {type(state).__name__} for its state; it needs the {kind.__name__} of its own `init`. To"
+            " go on from a checkpoint without it: state = tx.init(params)._replace(inner_state=restored)."
+        )
 
 
 def skipped(state: Any) -> dict[str, Array]:

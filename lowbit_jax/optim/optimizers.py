@@ -1,16 +1,18 @@
 """Ready-made optimizers with low-bit states: those of optax, wrapped in `low_bit_state`.
 
-Arguments named as in optax; `bits` and `min_size` as in `low_bit_state`, whose `first`, `second` and `fields` go in
-`codecs`. Under `optax.inject_hyperparams`
-pass `static_args=("bits", "min_size")`.
+Arguments named as in optax; `bits`, `min_size` and `keep` as in `low_bit_state`, whose `first`, `second` and `fields`
+go in `codecs`. Under `optax.inject_hyperparams` pass `static_args=("bits", "min_size")`, and
+`hyperparam_dtype=jnp.float32` if the parameters have 16 bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from lowbit_jax.optim.low_bit_state import low_bit_state
+from lowbit_jax.optim.moments import EMBEDDINGS
 
 
 def adam_low_bit(
@@ -21,13 +23,15 @@ def adam_low_bit(
     *,
     bits: int | str = 8,
     min_size: int = 4096,
+    keep: Sequence[str] = EMBEDDINGS,
     codecs: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam with both moments in few bits.
 
     Source: Dettmers et al. 2022, arXiv:2110.02861 (8 bits); Li et al. 2023, arXiv:2309.01507 (4 bits)."""
+    _check_precise(b1=b1, b2=b2, eps=eps)
     return optax.chain(
-        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, elementwise=True, **(codecs or {})),
+        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, keep=keep, **(codecs or {})),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -42,11 +46,13 @@ def adamw_low_bit(
     *,
     bits: int | str = 8,
     min_size: int = 4096,
+    keep: Sequence[str] = EMBEDDINGS,
     codecs: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with both moments in few bits; `mask` picks what decays, as in `optax.adamw`."""
+    _check_precise(b1=b1, b2=b2, eps=eps)
     return optax.chain(
-        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, elementwise=True, **(codecs or {})),
+        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, keep=keep, **(codecs or {})),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -61,11 +67,13 @@ def lion_low_bit(
     *,
     bits: int | str = 8,
     min_size: int = 4096,
+    keep: Sequence[str] = EMBEDDINGS,
     codecs: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lion with its momentum in few bits."""
+    _check_precise(b1=b1, b2=b2)
     return optax.chain(
-        low_bit_state(optax.scale_by_lion(b1, b2), bits, min_size=min_size, elementwise=True, **(codecs or {})),
+        low_bit_state(optax.scale_by_lion(b1, b2), bits, min_size=min_size, keep=keep, **(codecs or {})),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -77,6 +85,7 @@ def adafactor_low_bit(
     momentum: float | None = 0.9,
     bits: int | str = 8,
     min_size: int = 4096,
+    keep: Sequence[str] = EMBEDDINGS,
     codecs: Mapping[str, Any] | None = None,
     **adafactor: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +94,11 @@ def adafactor_low_bit(
     The row and column averages of the factored ones are small and stay in float32. Other arguments go to
     `optax.adafactor`."""
     return low_bit_state(
-        optax.adafactor(learning_rate, momentum=momentum, **adafactor), bits, min_size=min_size, **(codecs or {})
+        optax.adafactor(learning_rate, momentum=momentum, **adafactor),
+        bits,
+        min_size=min_size,
+        keep=keep,
+        **(codecs or {}),
     )
 
 
@@ -94,10 +107,23 @@ def muon_low_bit(
     *,
     bits: int | str = 8,
     min_size: int = 4096,
+    keep: Sequence[str] = EMBEDDINGS,
     codecs: Mapping[str, Any] | None = None,
     **muon: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with its momentum, and the moments of the Adam that takes its other parameters, in few bits.
 
     Other arguments go to `optax.contrib.muon`."""
-    return low_bit_state(optax.contrib.muon(learning_rate, **muon), bits, min_size=min_size, **(codecs or {}))
+    return low_bit_state(
+        optax.contrib.muon(learning_rate, **muon), bits, min_size=min_size, keep=keep, **(codecs or {})
+    )
+
+
+def _check_precise(**numbers: Any) -> None:
+    """Raises ValueError for decay rates in 16 bits, which round 0.999 to 1."""
+    for name, value in numbers.items():
+        if hasattr(value, "dtype") and jnp.dtype(value.dtype).itemsize < 4:
+            raise ValueError(
+                f"lb.optim: {name} is a {value.dtype}, in which 0.999 is 1 (bfloat16) and 1e-8 is 0 (float16). Under"
+                " optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
+            )

@@ -12,7 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, UInt8
 
 from lowbit_jax import coding, packing, rounding
 from lowbit_jax.formats.base import Codebook, FloatFormat, Format
@@ -89,6 +90,17 @@ def in_blocks(x: Float[Array, "*s"], block: int) -> Float[Array, "*rows length"]
     return jnp.pad(x.reshape(-1), (0, missing)) if missing else x.reshape(shape)
 
 
+def tiled(rows: Float[Array, "*rows length"], block: int) -> Float[Array, "*tiles block"]:
+    """Rows as blocks along the last axis, without an axis of length 1 where a row is a block: XLA's CPU compiler makes
+    code of half the speed of three axes, one of which is 1."""
+    return rows if rows.shape[-1] == block else rows.reshape(*rows.shape[:-1], -1, block)
+
+
+def a_block(scale: Float[Array, "*tiles 1"], rows: Float[Array, "*rows length"]) -> Float[Array, "*rows blocks 1"]:
+    """Scales of `tiled` rows as they are stored."""
+    return scale.reshape(*rows.shape[:-1], -1, 1)
+
+
 def out_of_blocks(rows: Float[Array, "*rows length"], shape: tuple[int, ...]) -> Float[Array, "*s"]:
     size = math.prod(shape)
     return (rows if rows.size == size else rows.reshape(-1)[:size]).reshape(shape)
@@ -115,19 +127,46 @@ def values_of(codes: Array, fmt: Format) -> Float[Array, "*s"]:
     return value_of(codes, fmt) if isinstance(fmt, Codebook) else coding.decode(codes, fmt)
 
 
+def words_of(u: Float[Array, "*rows length"], fmt: Format) -> UInt8[Array, "*rows bytes"]:
+    """The codes of the grid values nearest to `u`, packed as `packing.pack` has them."""
+    if fmt.bits != 4 or u.shape[-1] % 2:
+        return packing.pack(codes_of(u, fmt), fmt.bits)
+    # XLA's CPU compiler reckons both codes of a byte anew for each of the eight codes of `pack`'s groups, one by one
+    return codes_of(u[..., ::2], fmt) | lax.shift_left(codes_of(u[..., 1::2], fmt), jnp.uint8(4))
+
+
+def values_of_words(words: UInt8[Array, "*rows bytes"], fmt: Format, length: int) -> Float[Array, "*rows length"]:
+    """The grid values of packed codes, rows of `length`."""
+    if fmt.bits != 4 or length % 2:
+        return values_of(packing.unpack(words, fmt.bits, length), fmt)
+    pair = [values_of(words & jnp.uint8(15), fmt), values_of(lax.shift_right_logical(words, jnp.uint8(4)), fmt)]
+    return jnp.stack(pair, axis=-1).reshape(*words.shape[:-1], length)
+
+
 def finite(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+
+
+def above_zero(u: Float[Array, "*s"], x: Float[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
+    """`u`, at least the smallest positive value of the grid wherever `x` is positive."""
+    least = min(v for v in fmt.levels if v > 0)
+    return jnp.where(x > 0, jnp.maximum(u, least), u)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, weakref_slot=True)
 class Blockwise:
     """Each run of `block` elements, in memory order, has a scale: by default its largest magnitude.
 
+    positive_stays: what is above 0 is stored as the smallest positive value where it would round to 0, for second
+    moments: beside one large gradient that of a rare feature would become 0 while its first moment does not, and
+    m / (sqrt(0) + eps) is a step thousands of times too long. bitsandbytes and torchao round to 0 there; every other
+    code is theirs.
     Source: Dettmers et al. 2022, arXiv:2110.02861, section 2.1. Raises: ValueError for a block below 1."""
 
     format: Format
     block: int = 256
     fit: Fit = absmax
+    positive_stays: bool = False
 
     def __post_init__(self):
         if self.block < 1:
@@ -143,14 +182,15 @@ class Blockwise:
 
     def encode(self, x: Float[Array, "*s"]) -> QTensor:
         rows = in_blocks(finite(x), self.block)
-        tiles = rows.reshape(*rows.shape[:-1], -1, self.block)
+        tiles = tiled(rows, self.block)
         scale = self.fit(_folded(tiles, self.fit), self.format, (tiles.ndim - 1,))
         if self.fit is mean_abs and (padded := rows.size - x.size):  # zeros that are not there must not count
             scale = scale.at[-1].multiply(self.block / (self.block - padded))
-        codes = codes_of(tiles * reciprocal(scale), self.format)
+        u = tiles * reciprocal(scale)
+        u = above_zero(u, tiles, self.format) if self.positive_stays else u
         return QTensor(
-            words=packing.pack(codes.reshape(rows.shape), self.format.bits),
-            scales=(scale,),
+            words=words_of(u.reshape(rows.shape), self.format),
+            scales=(a_block(scale, rows),),
             marks=None,
             quantizer=self.quantizer,
             axis=-1,
@@ -159,8 +199,9 @@ class Blockwise:
         )
 
     def decode(self, parts: QTensor, shape: tuple[int, ...]) -> Float[Array, "*s"]:
-        values = values_of(packing.unpack(parts.words, self.format.bits, parts.length), self.format)
-        tiles = values.reshape(*values.shape[:-1], -1, self.block) * parts.scales[0]
+        values = values_of_words(parts.words, self.format, parts.length)
+        tiles = tiled(values, self.block)
+        tiles = tiles * parts.scales[0].reshape(*tiles.shape[:-1], 1)
         return out_of_blocks(tiles.reshape(values.shape), shape)
 
     def describe(self) -> str:
@@ -225,16 +266,25 @@ class RankOne:
             return Blockwise(self.format, self.block)
         return None
 
+    def is_ranked(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of this shape has scales of rows and columns (else blocks)."""
+        return self._fallback(shape) is None
+
     def encode(self, x: Float[Array, "*s"]) -> QTensor:
         if blocks := self._fallback(x.shape):
             return blocks.encode(x)
-        x = finite(x)
-        magnitude = jnp.abs(x)
+        return self.encode_scaled(x, *(self.scales_of(x, axis) for axis in (-1, -2)))
+
+    def scales_of(self, x: Float[Array, "*s"], axis: int) -> Float[Array, "*less"]:
+        """Those of the rows (axis -1) or columns (axis -2), axes kept."""
+        return jnp.max(jnp.abs(finite(x)), axis=axis, keepdims=True) * (1 / reach(self.format))
+
+    def encode_scaled(self, x: Float[Array, "*s"], rows: Array, columns: Array) -> QTensor:
+        """`x`, or some of its rows, by scales that are known."""
         # the scale of a row (or column) of zeros is never used beside one that is larger, but must not divide by zero
-        rows, columns = (jnp.max(magnitude, axis=axis, keepdims=True) * (1 / reach(self.format)) for axis in (-1, -2))
-        codes = codes_of(x * reciprocal(guard_zero_tiles(jnp.minimum(rows, columns), self.format)), self.format)
+        scale = guard_zero_tiles(jnp.minimum(rows, columns), self.format)
         return QTensor(
-            words=packing.pack(codes, self.format.bits),
+            words=words_of(finite(x) * reciprocal(scale), self.format),
             scales=(rows, columns),
             marks=None,
             quantizer=self.quantizer,
@@ -246,7 +296,11 @@ class RankOne:
     def decode(self, parts: QTensor, shape: tuple[int, ...]) -> Float[Array, "*s"]:
         if blocks := self._fallback(shape):
             return blocks.decode(parts, shape)
-        values = values_of(packing.unpack(parts.words, self.format.bits, parts.length), self.format)
+        return self.decode_scaled(parts)
+
+    def decode_scaled(self, parts: QTensor) -> Float[Array, "*s"]:
+        """The array, or the rows of it, whose scales of rows and columns are in `parts`."""
+        values = values_of_words(parts.words, self.format, parts.length)
         return values * jnp.minimum(*parts.scales)
 
     def describe(self) -> str:
@@ -262,13 +316,14 @@ class Companded:
 
         q = round(sign(x) (|x| / b)**k * max_finite),      x = sign(q) (|q| / max_finite)**(1 / k) b
 
-    Stored beside the codes: b in float32 and 16 k in one byte, for each block.
+    Stored beside the codes: b in float32 and 16 k in one byte, for each block. positive_stays: as in `Blockwise`.
     Source: Xi et al. 2024 (COAT), arXiv:2410.19313, section 4.1, dynamic range expansion; there |x| is taken relative
     to sqrt(a b), which the scale b that follows takes out again."""
 
     format: FloatFormat = E4M3
     block: int = 128
     largest_exponent: float = 15.0
+    positive_stays: bool = False
 
     @property
     def grid(self) -> Format:
@@ -276,15 +331,17 @@ class Companded:
 
     def encode(self, x: Float[Array, "*s"]) -> dict[str, Array]:
         rows = in_blocks(finite(x), self.block)
-        tiles = rows.reshape(*rows.shape[:-1], -1, self.block)
+        tiles = tiled(rows, self.block)
         magnitude = jnp.abs(tiles)
         largest = jnp.max(_folded(magnitude, absmax), axis=-1, keepdims=True)
         smallest = jnp.min(jnp.where(magnitude > 0, magnitude, jnp.inf), axis=-1, keepdims=True)
         exponent = self._exponent(largest, smallest)
         relative = magnitude * reciprocal(largest)
-        bent = jnp.where(magnitude > 0, jnp.power(relative, exponent.astype(jnp.float32) / 16), 0.0)
-        codes = codes_of(jnp.sign(tiles) * bent * self.format.max_finite, self.format)
-        return {"words": packing.pack(codes.reshape(rows.shape), self.format.bits), "largest": largest, "k": exponent}
+        bent = jnp.where(magnitude > 0, _power(jnp.log(relative), exponent.astype(jnp.float32) * (1 / 16)), 0.0)
+        u = jnp.sign(tiles) * bent * self.format.max_finite
+        u = above_zero(u, tiles, self.format) if self.positive_stays else u
+        words = words_of(u.reshape(rows.shape), self.format)
+        return {"words": words, "largest": a_block(largest, rows), "k": a_block(exponent, rows)}
 
     def _exponent(self, largest: Array, smallest: Array) -> Array:
         """16 k as a byte; 16 where the block has no range to bend (zeros, equal magnitudes)."""
@@ -295,16 +352,27 @@ class Companded:
         return jnp.where(bendable, jnp.clip(k, 1, 16 * self.largest_exponent), 16).astype(jnp.uint8)
 
     def decode(self, parts: dict[str, Array], shape: tuple[int, ...]) -> Float[Array, "*s"]:
-        words, largest = parts["words"], parts["largest"]
         length = blocked_shape(shape, self.block)[-1]
-        values = values_of(packing.unpack(words, self.format.bits, length), self.format)
-        tiles = values.reshape(*values.shape[:-1], -1, self.block) * (1 / self.format.max_finite)
+        values = values_of_words(parts["words"], self.format, length)
+        tiles = tiled(values, self.block) * (1 / self.format.max_finite)
+        largest, k = (parts[name].reshape(*tiles.shape[:-1], 1) for name in ("largest", "k"))
         magnitude = jnp.abs(tiles)
-        unbent = jnp.where(magnitude > 0, jnp.power(magnitude, 16 / parts["k"].astype(jnp.float32)), 0.0)
+        unbent = jnp.where(magnitude > 0, _power(jnp.log(magnitude), 16 / k.astype(jnp.float32)), 0.0)
         return out_of_blocks((jnp.sign(tiles) * unbent * largest).reshape(values.shape), shape)
 
     def describe(self) -> str:
         return f"{self.format.name} companded, block {self.block}"
+
+
+def _power(log_of_base: Float[Array, "*s"], exponent: Float[Array, "*#s"]) -> Float[Array, "*s"]:
+    """base**exponent, within |exponent log base| units of float32's precision. XLA's CPU compiler vectorizes `exp` and
+    `log`, and calls a function of the C library for each `pow`."""
+    return jnp.exp(exponent * log_of_base)
+
+
+def for_second_moment(codec: StateCodec) -> StateCodec:
+    """The codec, one that never rounds a positive value to 0 where the library can say so."""
+    return dataclasses.replace(codec, positive_stays=True) if isinstance(codec, Blockwise | Companded) else codec
 
 
 FIRST_MOMENT: dict[int | str, StateCodec] = {
@@ -314,8 +382,8 @@ FIRST_MOMENT: dict[int | str, StateCodec] = {
     "coat": Companded(E4M3, 128),
 }
 SECOND_MOMENT: dict[int | str, StateCodec] = {
-    8: Blockwise(UNSIGNED_DYNAMIC_TREE8, 256),
+    8: for_second_moment(Blockwise(UNSIGNED_DYNAMIC_TREE8, 256)),
     4: RankOne(LINEAR4_WITHOUT_ZERO),
-    "e4m3": Blockwise(E4M3, 256),
-    "coat": Companded(E4M3, 128),
+    "e4m3": for_second_moment(Blockwise(E4M3, 256)),
+    "coat": for_second_moment(Companded(E4M3, 128)),
 }

@@ -49,9 +49,12 @@ def stochastic_rounding(
     arrays of 16 bits is exact as far as those hold it.
 
     key: an int or a single random key. The draw of a step depends on (key, number of the step, path of the parameter)
-    and nothing else: it is the same again after a restart, on any sharding, and beside other parameters. Like
-    `master_weights` the wrapper must be outermost; `optax.apply_updates` serves arrays of 16 and 32 bits,
-    `lb.optim.apply_updates` all.
+    and nothing else: it is the same again after a restart, on any sharding, and beside other parameters.
+
+    Like `master_weights` the wrapper must be outermost, with `optax.MultiSteps` inside it. A transformation after it,
+    as in `chain(stochastic_rounding(...), optax.scale(-1e-3))`, takes the updates off the grid: they are rounded to
+    nearest where they are applied, and small steps are lost (for packed parameters `lb.optim.apply_updates` notices).
+    `optax.apply_updates` serves arrays of 16 and 32 bits, `lb.optim.apply_updates` all.
     Source: Gupta et al. 2015, arXiv:1502.02551; int8: torchao quantized training; ternary to 8 bits: Zhao et al. 2024
     (direct quantized training), arXiv:2412.04787.
     Raises: TypeError for a key that is none and for leaves that are not floating; ValueError for several keys, for
@@ -108,7 +111,7 @@ def _step(param, change, scales, key, quantizer: Quantizer | None, axis: int, re
         old = landing.packed_elements(param, _WHO)
         fit_again = _refits(param.quantizer, refit)
         new = landing.step_on_grid(param.quantizer, old, change, key, param.axis, fit_again)
-        return landing.repacked(param, new), None
+        return trees.PackedUpdate(landing.repacked(param, new)), None
     if scales is None:
         target = landing.on_grid_of(param.astype(jnp.float32) + change, param.dtype, key)
         return (change if param.dtype == jnp.float32 else landing.difference(target, param)), None

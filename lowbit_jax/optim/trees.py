@@ -1,5 +1,6 @@
 """Trees of parameters and gradients: paths for error messages, and the checks every wrapper makes first."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,14 +14,32 @@ def is_packed(node: Any) -> bool:
     return isinstance(node, QTensor)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedUpdate:
+    """The update of a packed parameter: the weights that take its place. A type of its own, so that
+    `optax.apply_updates`, which would add packed bytes, finds two trees that do not match."""
+
+    weights: QTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weights.shape)
+
+
+def is_packed_update(node: Any) -> bool:
+    return isinstance(node, PackedUpdate)
+
+
 def name_of(path: tuple) -> str:
     """The path of a leaf as people write it: `layers/0/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(the tree itself)"
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Path -> leaf; packed weights count as leaves."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
+    """Path -> leaf; packed weights and their updates count as leaves."""
+    one = lambda node: is_packed(node) or is_packed_update(node)
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=one)
     return {name_of(path): leaf for path, leaf in found}
 
 
@@ -67,6 +86,18 @@ def require_params(params: Any, who: str) -> None:
 def float32(tree: Any) -> Any:
     """Floating leaves below 32 bits as float32, packed weights as the arrays they stand for; the rest as it is."""
     return jax.tree.map(_float32, tree, is_leaf=is_packed)
+
+
+def float32_copy(tree: Any) -> Any:
+    """`float32`, in buffers of its own: a program may be given both trees to write into."""
+    own = lambda wide, leaf: wide.copy() if wide is leaf else wide
+    return jax.tree.map(own, float32(tree), tree, is_leaf=is_packed)
+
+
+def apart_from(tree: Any, other: Any) -> Any:
+    """`tree` with copies of those arrays that `other` holds as well."""
+    held = {id(leaf) for leaf in jax.tree.leaves(other)}
+    return jax.tree.map(lambda leaf: leaf.copy() if id(leaf) in held else leaf, tree)
 
 
 def _float32(leaf: Any) -> Any:

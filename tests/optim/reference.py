@@ -16,14 +16,21 @@ def dynamic_map(signed: bool, bits: int) -> np.ndarray:
     return np.array(sorted(values))
 
 
-def quantize_blocks(x: np.ndarray, table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """(codes, scales) of the flattened array: each block divided by its largest magnitude, nearest table entry."""
+def quantize_blocks(
+    x: np.ndarray, table: np.ndarray, block: int, positive_stays: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scales) of the flattened array: each block divided by its largest magnitude, nearest table entry.
+
+    positive_stays, where this library leaves the peers: what is above 0 takes at least the smallest positive entry, so
+    that no second moment vanishes beside a large one while its first moment does not."""
     flat = x.reshape(-1).astype(np.float32)
     blocks = np.pad(flat, (0, -flat.size % block)).reshape(-1, block)
     scales = np.abs(blocks).max(1)
     normal = blocks.astype(np.float64) / np.where(scales == 0, 1, scales)[:, None]
     middles = (table[1:] + table[:-1]) / 2
     codes = np.searchsorted(middles, normal, side="right")
+    if positive_stays:
+        codes = np.where(blocks > 0, np.maximum(codes, np.flatnonzero(table > 0)[0]), codes)
     return codes.reshape(-1)[: flat.size].reshape(x.shape), scales
 
 
@@ -35,7 +42,7 @@ def dequantize_blocks(codes: np.ndarray, scales: np.ndarray, table: np.ndarray, 
 
 class Adam8bit:
     """8-bit AdamW of one array as bitsandbytes and torchao run it: moments decoded, updated, used at full precision for
-    the step, and encoded again in blocks of 256."""
+    the step, and encoded again in blocks of 256; but for second moments, none of which becomes 0 that was not."""
 
     def __init__(self, shape, lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, block=256):
         self.lr, self.b1, self.b2, self.eps, self.decay, self.block = lr, b1, b2, eps, weight_decay, block
@@ -49,7 +56,7 @@ class Adam8bit:
         m = self.b1 * dequantize_blocks(*self.m, self.signed, self.block) + (1 - self.b1) * g
         v = self.b2 * dequantize_blocks(*self.v, self.unsigned, self.block) + (1 - self.b2) * g * g
         self.m = quantize_blocks(m, self.signed, self.block)
-        self.v = quantize_blocks(v, self.unsigned, self.block)
+        self.v = quantize_blocks(v, self.unsigned, self.block, positive_stays=True)
         denominator = np.sqrt(v / (1 - self.b2**self.t)) + self.eps
         return p - self.lr * (m / (1 - self.b1**self.t) / denominator + self.decay * p)
 

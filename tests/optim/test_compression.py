@@ -30,9 +30,9 @@ def gradients(steps, seed=0):
     return {name: jnp.asarray(draw(shape), jnp.float32) for name, shape in SHAPES.items()}
 
 
-def runner(tx, mesh):
+def runner(tx, mesh, shapes=SHAPES):
     """(init, step) over the mesh: gradients have a leading axis for the device, updates are those of device 0."""
-    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     specs = lb.optim.compression_specs(jax.eval_shape(tx.init, params), "data")
     init = jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)
 
@@ -89,6 +89,88 @@ def test_without_feedback_signs_are_lost(mesh):
     assert error[True] < 0.3 * error[False]
 
 
+@pytest.mark.parametrize("two_hop", [False, True], ids=["one hop", "two hops"])
+def test_sums_are_exact_in_bfloat16_too(two_hop, mesh):
+    """A mean of bfloat16 gradients is rounded to bfloat16 once more, and that is fed back too: what was sent and what
+    is left are the gradients' sum to float32 rounding, where the rounding alone would lose 12 x 2^-9 of a mean."""
+    state, step = runner(lb.optim.compressed_mean("data", "int8", two_hop=two_hop, axis_size=DEVICES), mesh)
+    grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradients(12))
+    sent = 0.0
+    for t in range(12):
+        updates, state = step(jax.tree.map(lambda g, t=t: g[t], grads), state)
+        assert updates["w"].dtype == jnp.bfloat16
+        sent = sent + np.asarray(updates["w"][0], np.float64)
+    total, left = np.asarray(grads["w"], np.float64).mean(1).sum(0), np.asarray(state.error["w"], np.float64).mean(0)
+    if two_hop:
+        left = left + np.asarray(state.server_error["w"], np.float64).reshape(-1)[: total.size].reshape(total.shape)
+    np.testing.assert_allclose(sent + left, total, atol=2e-4)
+
+
+def test_float16_saturates_and_sends_the_rest_later(mesh):
+    """The mean of gradients at the end of float16 and errors of earlier steps can lie beyond it; it must not be inf."""
+    state, step = runner(lb.optim.compressed_mean("data", "sign"), mesh, {"w": (64,)})
+    large = np.full((DEVICES, 64), 6e4, np.float16) * np.linspace(0.1, 1, 64).astype(np.float16)
+    for _ in range(4):
+        updates, state = step({"w": jnp.asarray(large)}, state)
+        assert np.isfinite(np.asarray(updates["w"], np.float32)).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("size", [3, 70, 300, 5000])
+def test_two_hops_of_small_leaves_follow_the_sum_as_one_hop_does(size, mesh):
+    """The same gradient 64 times: with feedback the mean sent is the gradient up to 1/64 of an error. Parts are padded
+    to equal lengths, and the padding must reach neither a scale nor the errors (3 elements: one device has only it)."""
+    rng = np.random.default_rng(0)
+    gradient = rng.normal(size=size).astype(np.float32)
+    given, found = {"w": jnp.asarray(np.tile(gradient, (DEVICES, 1)))}, {}
+    for name, more in (("one", {}), ("two", dict(two_hop=True, axis_size=DEVICES))):
+        state, step = runner(lb.optim.compressed_mean("data", "sign", **more), mesh, {"w": (size,)})
+        total = 0.0
+        for _ in range(64):
+            updates, state = step(given, state)
+            total = total + np.asarray(updates["w"][0], np.float64)
+        found[name] = np.linalg.norm(total - 64 * gradient) / np.linalg.norm(64 * gradient)
+        if more:
+            padding = np.asarray(state.server_error["w"]).reshape(-1)[size:]
+            np.testing.assert_array_equal(padding, 0)
+    assert found["one"] < 0.12 and found["two"] <= 2 * found["one"] + 0.01, found
+
+
+TRANSFORMATIONS = {name: (lambda o=o: lb.optim.compressed_mean("data", **o)) for name, o in COMPRESSORS.items()} | {
+    "no feedback": lambda: lb.optim.compressed_mean("data", "int8", error_feedback=False),
+    "sign momentum": lambda: lb.optim.sign_momentum("data"),
+    "vote": lambda: lb.optim.sign_momentum("data", vote=True),
+    "1-bit Adam, warming up": lambda: lb.optim.scale_by_one_bit_adam("data", 9),
+    "1-bit Adam": lambda: lb.optim.scale_by_one_bit_adam("data", 1),
+}
+
+
+@pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_is_seen_and_poisons_nothing(make, bad, mesh):
+    """One element on one device: the update is NaN everywhere, the state stays to the bit, and later steps are those of
+    a run that never saw it."""
+    state, step = runner(make(), mesh)
+    grads = gradients(3)
+    now = lambda t: jax.tree.map(lambda g: g[t], grads)
+    _, state = step(now(0), state)
+    updates, after = step(now(1) | {"b": now(1)["b"].at[2, 5].set(bad)}, state)
+    assert all(np.isnan(u).all() for u in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    jax.tree.map(np.testing.assert_array_equal, step(now(2), after), step(now(2), state))
+
+
+def test_a_skip_around_the_rest_of_the_chain_counts_it(mesh):
+    tx = optax.chain(lb.optim.compressed_mean("data", "int8"), lb.optim.skip_nonfinite(optax.sgd(1.0)))
+    state, step = runner(tx, mesh, {"w": (64,)})
+    ones = jnp.ones((DEVICES, 64))
+    updates, state = step({"w": ones.at[1, 5].set(jnp.inf)}, state)
+    np.testing.assert_array_equal(updates["w"], 0)
+    assert lb.optim.skipped(state)["total"] == 1
+    updates, state = step({"w": ones}, state)
+    np.testing.assert_allclose(updates["w"], -1, rtol=1e-6)
+
+
 def collective_bytes(text):
     """Bytes that arrive at a device in all collectives of a compiled program."""
     total = 0
@@ -123,7 +205,8 @@ def test_bytes_on_the_wire(compressor, two_hop, mesh):
 
     exact = optax.stateless(lambda g, _: jax.tree.map(lambda x: jax.lax.pmean(x, "data"), g))
     packed = text(lb.optim.compressed_mean("data", compressor, two_hop=two_hop, axis_size=DEVICES))
-    ratio = collective_bytes(packed) / collective_bytes(text(exact))
+    flag = 4 * 2 * (DEVICES - 1) / DEVICES  # one int32 all-reduced: whether every gradient is finite
+    ratio = (collective_bytes(packed) - flag) / collective_bytes(text(exact))
     expected = BITS[compressor] / 32 * (1 if two_hop else DEVICES / 2)  # a gather brings n - 1 packed gradients
     np.testing.assert_allclose(ratio, expected, rtol=1e-6)
     assert not re.search(r"[su][124]\[", packed)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowbit_jax as lb
 from lowbit_jax.optim import Blockwise, Stored, chunks
+from lowbit_jax.optim.separable import joining_operation
 from tests.optim import reference
 
 PARAMS = {"layer": {"kernel": jnp.full((64, 128), 0.5, jnp.float32)}, "bias": jnp.zeros(128)}
@@ -108,6 +109,120 @@ def test_every_optimizer_descends_close_to_its_float32_twin(name, bits):
     assert np.linalg.norm(error) / np.linalg.norm(moved) < most
 
 
+@pytest.mark.parametrize("bits", [8, "e4m3", "coat", 4])
+def test_rare_gradients_do_not_explode(bits):
+    """Rows with gradients of size 1 share their blocks with rows whose only gradient is 3e-4: a second moment that
+    rounds to 0 beside a first that does not makes a step of m / eps, 10 and not 0.001 (8 bits and E4M3 had that)."""
+    rng = np.random.default_rng(0)
+    params = {"table": jnp.zeros((64, 128))}
+    low, plain = lb.optim.adam_low_bit(1e-3, bits=bits), optax.adam(1e-3)
+    steps = [jax.jit(tx.update) for tx in (low, plain)]
+    states, largest = [low.init(params), plain.init(params)], np.zeros((2, 30))
+    for i in range(30):
+        g = np.zeros((64, 128), np.float32)
+        g[0::2] = rng.normal(size=(32, 128))
+        g[1::2] = 3e-4 * rng.normal(size=(32, 128)) if i == 20 else 0
+        for k in (0, 1):
+            updates, states[k] = steps[k]({"table": jnp.asarray(g)}, states[k])
+            largest[k, i] = np.max(np.abs(updates["table"]))
+    assert np.all(largest[0] <= 2 * largest[1].max())
+
+
+def test_embeddings_stay_in_float32_unless_told():
+    """As bitsandbytes has it: what `keep` finds in a path; the table says which and why."""
+    params = {
+        "embed": {"embedding": jnp.zeros((64, 128))},
+        "block": {"kernel": jnp.zeros((64, 128))},
+        "b": jnp.zeros(3),
+    }
+    state = lb.optim.adamw_low_bit(1e-3).init(params)
+    mu = state[0].inner_state.mu
+    assert isinstance(mu["block"]["kernel"], Stored) and mu["embed"]["embedding"].dtype == jnp.float32
+    table = {row.split()[0]: row for row in lb.optim.explain_state(state).splitlines()}
+    assert "(keep)" in table["0/inner_state/mu/embed/embedding"]
+    assert "fewer than 4096 elements (min_size)" in table["0/inner_state/nu/b"]
+    assert "keep" not in table["0/inner_state/mu/block/kernel"]
+    every = lb.optim.adamw_low_bit(1e-3, keep=()).init(params)[0].inner_state
+    assert isinstance(every.nu["embed"]["embedding"], Stored)
+    encoded = lb.optim.encode_state(optax.scale_by_adam().init(params), keep=("kernel",)).inner_state
+    assert isinstance(encoded.mu["embed"]["embedding"], Stored) and not isinstance(
+        encoded.mu["block"]["kernel"], Stored
+    )
+    graph, variables = nnx.split(nnx.Embed(64, 128, rngs=nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match="nothing in few bits.*keep"):
+        assert not stored_in(lb.optim.adamw_low_bit(1e-3).init({"wte": variables}))
+    with pytest.raises(TypeError, match="sequence of regular expressions"):
+        lb.optim.adamw_low_bit(1e-3, keep="embed")
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_gradients_of_other_parameters(in_chunks, monkeypatch):
+    """A state for {a, b} and a gradient of b alone: b must not get a's moments."""
+    monkeypatch.setattr(chunks, "pays", lambda: in_chunks)
+    both = {"a": jnp.ones((64, 128)), "b": jnp.ones((64, 128))}
+    tx = lb.optim.adamw_low_bit(1e-2)
+    state = tx.init(both)
+    for params in ({"b": both["b"]}, {**both, "c": both["a"]}):
+        with pytest.raises(ValueError, match="'(a|c)' is in the (state|gradients) and not in the (gradients|state)"):
+            tx.update(params, state, params)
+    other = {**both, "b": jnp.ones((128, 128))}
+    with pytest.raises(ValueError, match=r"'b' has shape \(64, 128\) in the state .*mu.* and \(128, 128\)"):
+        tx.update(other, state, other)
+    with pytest.raises(
+        ValueError, match="'a' is stored as dynamic_tree8.*this optimizer stores it as e4m3.*encode_state"
+    ):
+        lb.optim.adamw_low_bit(1e-2, bits="e4m3").update(both, state, both)
+
+
+def test_what_joins_elements_does_not_go_in_chunks(monkeypatch):
+    monkeypatch.setattr(chunks, "pays", lambda: True)
+    monkeypatch.setattr(chunks, "update_in_chunks", lambda *_: pytest.fail("went in chunks"))
+    alike = (optax.scale_by_adam(), optax.scale_by_lion(), optax.trace(0.9), optax.scale_by_rms(), optax.adamw(1e-3))
+    assert [joining_operation(tx, PARAMS) for tx in alike] == [None] * 5
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    for tx in (clipped, optax.lamb(1e-3), optax.contrib.muon(1e-3), optax.noisy_sgd(1e-3, key=0)):
+        assert joining_operation(tx, PARAMS)
+    tx = lb.optim.low_bit_state(clipped)
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="elementwise=True.*'reduce_sum'.*clipping by a norm"):
+        lb.optim.low_bit_state(clipped, elementwise=True).init(PARAMS)
+
+
+def test_leaves_of_a_kind_share_one_loop(monkeypatch):
+    """The program grows by what is copied in and out of the loop, not by another loop for each leaf."""
+    monkeypatch.setattr(chunks, "pays", lambda: True)
+    tx = lb.optim.adamw_low_bit(1e-3)
+    for count in (2, 12):
+        params = {f"layer{i}": jnp.zeros((64, 128)) for i in range(count)}
+        text = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).as_text()
+        assert text.count("stablehlo.while") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays"),
+    [("adan", 4), ("novograd", 1), ("adadelta", 2), ("sm3", 1), ("rprop", 0), ("optimistic_gradient_descent", 1)],
+)
+def test_states_of_less_usual_optimizers_are_known(name, arrays):
+    tx = lb.optim.low_bit_state(getattr(optax, name)(1e-2), min_size=512)
+    if not arrays:
+        with pytest.warns(UserWarning, match="nothing in few bits"):
+            state = tx.init(PARAMS)
+    else:
+        state = tx.init(PARAMS)
+    params, step = PARAMS, stepper(tx)
+    for _ in range(3):
+        params, state = step(params, state, jax.grad(loss_of)(params))
+    assert len(stored_in(state)) == arrays
+    assert float(loss_of(params)) < float(loss_of(PARAMS))
+
+
+def test_decay_rates_in_16_bits_are_refused():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    inject = optax.inject_hyperparams(lb.optim.adamw_low_bit, static_args=("bits", "min_size"))
+    with pytest.raises(ValueError, match="b1 is a bfloat16.*hyperparam_dtype=jnp.float32"):
+        inject(learning_rate=1e-3).init(params)
+
+
 def test_small_moments_and_unlisted_fields_stay_float32():
     tx = lb.optim.adamw_low_bit(1e-3)
     state = tx.init(PARAMS)
@@ -194,8 +309,9 @@ def test_a_nan_gradient_does_not_poison_its_block():
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, "float32"), (4, "bfloat16"), ("coat", "float32")])
 def test_chunks_give_the_step_of_the_whole(bits, dtype, monkeypatch):
-    """Whole chunks, a remainder, leaves too small or not made of blocks: the same codes as without chunks."""
-    shapes = {"a": (100, 256), "b": (5,), "c": (33, 257), "d": (8, 16, 256)}
+    """A loop of its own, leaves that share one (and do not fill its last chunk), leaves too small or not made of rows,
+    stacked matrices by their rows and columns: the same codes as without chunks."""
+    shapes = {"a": (100, 256), "b": (5,), "c": (33, 257), "d": (2, 120, 256), "e": (23, 256), "f": (512, 10)}
     keys = jax.random.split(jax.random.key(0), len(shapes))
     params = {n: jax.random.normal(k, s).astype(dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
     tx = lb.optim.adamw_low_bit(1e-2, bits=bits)
@@ -203,6 +319,7 @@ def test_chunks_give_the_step_of_the_whole(bits, dtype, monkeypatch):
     def run(in_chunks):
         monkeypatch.setattr(chunks, "pays", lambda: in_chunks)
         monkeypatch.setattr(chunks, "ELEMENTS", 1 << 11)
+        monkeypatch.setattr(chunks, "ALONE", 1 << 14)
         step, carry = stepper(tx), (params, tx.init(params))
         for _ in range(3):
             carry = step(*carry, jax.tree.map(lambda p: (p * 0.3 + 0.01).astype(p.dtype), carry[0]))

@@ -124,13 +124,14 @@ def test_packed_parameters():
 
 
 def test_composes():
-    """Around a chain with a schedule and low-bit moments, inside `MultiSteps` and `inject_hyperparams`."""
+    """Around a chain with a schedule and low-bit moments, inside and around `MultiSteps`, in `inject_hyperparams`."""
     params = {"w": jnp.ones((64, 128), jnp.bfloat16)}
     grads = {"w": jnp.full((64, 128), 0.5, jnp.bfloat16)}
     inner = lambda learning_rate: optax.chain(optax.clip_by_global_norm(1.0), lb.optim.adamw_low_bit(learning_rate))
     for tx in (
         lb.optim.master_weights(inner(optax.cosine_decay_schedule(1e-3, 10))),
         optax.MultiSteps(lb.optim.master_weights(inner(1e-3)), 2),
+        lb.optim.master_weights(optax.MultiSteps(inner(1e-3), 2).gradient_transformation()),
         optax.inject_hyperparams(lambda learning_rate: lb.optim.master_weights(inner(learning_rate)))(1e-3),
         lb.optim.skip_nonfinite(lb.optim.master_weights(inner(1e-3))),
     ):
@@ -139,6 +140,60 @@ def test_composes():
             updates, state = jax.jit(tx.update)(grads, carry[1], carry[0])
             carry = optax.apply_updates(carry[0], updates), state
         assert carry[0]["w"].dtype == jnp.bfloat16 and float(jnp.max(carry[0]["w"])) < 1
+
+
+def test_optax_refuses_to_add_packed_updates():
+    """It would add the bytes of the codes; `nnx.Optimizer` applies updates by it too."""
+    quantizer = lb.Quantizer(format=lb.formats.INT8, tiling=lb.scaling.Group(32))
+    params = {"w": quantizer.quantize(jax.random.normal(jax.random.key(0), (4, 64))), "b": jnp.ones(4)}
+    grads = {"w": jnp.ones((4, 64)), "b": jnp.ones(4)}
+    for tx in (lb.optim.master_weights(optax.sgd(0.0)), lb.optim.stochastic_rounding(optax.sgd(0.0))):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert isinstance(updates["w"], lb.optim.PackedUpdate)
+        with pytest.raises((ValueError, TypeError)):
+            optax.apply_updates(params, updates)
+        moved = lb.optim.apply_updates(params, updates)
+        np.testing.assert_array_equal(moved["w"].words, params["w"].words)
+        late = jax.tree.map(lambda u: -1e-3 * u, updates)
+        with pytest.raises(ValueError, match="words of float32.*outermost"):
+            lb.optim.apply_updates(params, late)
+        with pytest.raises(ValueError, match="for an array of float32"):
+            lb.optim.apply_updates({**params, "w": jnp.ones((4, 64))}, updates)
+
+
+def test_accumulates_inside():
+    """`MultiSteps` goes inside the wrapper, also for packed parameters: nothing moves before the second step."""
+    quantizer = lb.Quantizer(format=lb.formats.INT8, tiling=lb.scaling.Group(32))
+    params = {"w": quantizer.quantize(jax.random.normal(jax.random.key(0), (4, 64)))}
+    inner = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    for tx in (lb.optim.master_weights(inner), lb.optim.stochastic_rounding(inner)):
+        update, state, seen = jax.jit(tx.update), tx.init(params), [params]
+        for _ in range(2):
+            updates, state = update({"w": jnp.ones((4, 64))}, state, seen[-1])
+            seen.append(lb.optim.apply_updates(seen[-1], updates))
+        np.testing.assert_array_equal(seen[1]["w"].words, seen[0]["w"].words)
+        assert np.mean(np.asarray(seen[2]["w"].words) != np.asarray(seen[1]["w"].words)) > 0.5
+
+
+@pytest.mark.parametrize("param_format", [None, lb.formats.INT8], ids=["dtype", "int8"])
+def test_parameters_and_state_are_donated_together(param_format):
+    """float32 norms in a bfloat16 model, float32 parameters on a grid, an inner state that holds the parameters."""
+    dtype = jnp.bfloat16 if param_format is None else jnp.float32
+    params = {"w": jnp.ones((8, 8), dtype), "norm": jnp.ones(8, jnp.float32)}
+    for inner in (optax.adam(1e-3), optax.contrib.schedule_free(optax.sgd(1e-3), 1e-3)):
+        tx = lb.optim.master_weights(inner, param_format)
+
+        def step(params, state, grads, tx=tx):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        step, grads = jax.jit(step, donate_argnums=(0, 1)), jax.tree.map(lambda p: 0.1 * p, params)
+        for state in (tx.init(params), lb.optim.with_master(params, tx.init(params).inner_state)):
+            moved, _ = step(jax.tree.map(jnp.copy, params), state, grads)
+            assert float(moved["norm"][0]) < 1
+        state = tx.init(params)
+        own = jax.tree.map(jnp.copy, params)
+        step(own, tx.init(own), grads)
 
 
 def test_nnx_optimizer():

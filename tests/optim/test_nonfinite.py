@@ -133,3 +133,17 @@ def test_fresh_states_can_be_donated():
         step = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p), donate_argnums=1)
         _, state = step(params, tx.init(params), params)
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.float32)
+
+
+def test_states_of_others_and_leaves_that_are_not_floating():
+    for tx, name in (
+        (lb.optim.skip_nonfinite(optax.sgd(0.1)), "skip_nonfinite"),
+        (lb.optim.dynamic_loss_scale(optax.sgd(0.1)), "dynamic_loss_scale"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} got a tuple for its state.*tx.init"):
+            tx.update(GOOD, optax.sgd(0.1).init(PARAMS), PARAMS)
+    scaled, whole = lb.optim.dynamic_loss_scale(optax.sgd(0.1)), {"n": jnp.arange(3)}
+    with pytest.raises(TypeError, match="dynamic_loss_scale: the parameter 'n' is int32"):
+        scaled.init(whole)
+    with pytest.raises(TypeError, match="dynamic_loss_scale: the gradient 'n' is int32"):
+        scaled.update(whole, scaled.init({"n": jnp.ones(3)}), whole)

@@ -96,7 +96,7 @@ def test_blocks_agree_with_the_published_algorithm(signed):
     middles = (table[1:] + table[:-1]) / 2
     for shape in ((24, 512), (37, 100)):
         x = spread(shape, positive=not signed)
-        codes, scales = reference.quantize_blocks(x, table, 256)
+        codes, scales = reference.quantize_blocks(x, table, 256, positive_stays=not signed)
         kept, back = stored(jnp.asarray(x), codec)
         parts = kept.parts
         ours = np.asarray(parts.words).reshape(-1)[: x.size].reshape(shape)
