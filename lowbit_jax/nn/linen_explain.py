@@ -34,9 +34,8 @@ def explain(model: linen.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     def met(site: Any, recipe: Any, layer: Any) -> None:
         stored = layer.get_variable("params", "kernel") if layer.has_variable("params", "kernel") else None
-        layers.setdefault(
-            site.path, Layer(site, recipe, stored if isinstance(stored, QTensor) else None, (), layer.param_dtype)
-        )
+        packed = stored if isinstance(stored, QTensor) else None
+        layers.setdefault(site.path, Layer(site, recipe, packed, (), layer.param_dtype, layer.dtype))
 
     call = lambda variables, inputs: model.apply(variables, *inputs, rngs=rngs, mutable=True, **options)
     with watching(met, runs):

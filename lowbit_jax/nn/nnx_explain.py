@@ -21,7 +21,7 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
             value = module.kernel.get_value()
             packed = value if isinstance(module.kernel, PackedWeight) else None
             stack = () if packed is not None else value.shape[: value.ndim - len(product.site.shape)]
-            layers.append(Layer(product.site, product.recipe, packed, tuple(stack), value.dtype))
+            layers.append(Layer(product.site, product.recipe, packed, tuple(stack), value.dtype, module.dtype))
         elif node.layer or node.opaque:
             high_precision.append(f"{paths[0] or 'the module'} ({node.kind})")
     title = f"{type(model).__name__}: {len(layers)} quantized layer{'s' * (len(layers) != 1)}"

@@ -7,13 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowbit_jax.nn import kernels
 from lowbit_jax.nn.compiled import Evidence, RanProduct
 from lowbit_jax.nn.site import Site
 from lowbit_jax.nn.weight import packed_weight, to_nearest
 from lowbit_jax.ops import FORWARD, LinearRecipe
-from lowbit_jax.ops.backend import sees_gpu
-from lowbit_jax.ops.packed_product import kernel_name
-from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 
@@ -52,13 +50,14 @@ class Row:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
     """A quantized layer as Flax holds it. packed: its weight, if that is packed. stack: leading axes of layers stacked
-    for a scan."""
+    for a scan. dtype: of the weight; compute: of the product, where the layer sets one."""
 
     site: Site
     recipe: LinearRecipe
     packed: QTensor | None = None
     stack: tuple[int, ...] = ()
     dtype: Any = jnp.float32
+    compute: Any = None
 
 
 NOT_RUN = "did not run"
@@ -134,7 +133,8 @@ def recipe_rows(recipe: LinearRecipe, layer: Layer | None = None, evidence: Evid
 
 def _slots(quantizer: Any, product: str, operand: str, recipe: LinearRecipe, layer: Layer | None) -> Iterable[tuple]:
     if not isinstance(quantizer, Quantizer):
-        yield "format", "as in out" if quantizer == FORWARD else "high precision"
+        folded = quantizer == FORWARD and getattr(recipe, product).fold
+        yield "format", "codes of out" if folded else "as in out" if quantizer == FORWARD else "high precision"
         return
     length = _length(product, layer)
     words = quantizer.explain(length)
@@ -143,19 +143,9 @@ def _slots(quantizer: Any, product: str, operand: str, recipe: LinearRecipe, lay
     )
     yield "scale", words["scale_format"]
     yield "bits", _bits(quantizer, product, operand, recipe, layer)
-    if layer is not None and operand == "weight" and product == "out":
-        yield "kernel", _kernel(recipe, layer)
-
-
-def _kernel(recipe: LinearRecipe, layer: Layer) -> str:
-    """What computes the forward product, and what would on a GPU."""
-    if isinstance(layer.packed, PlaneTensor):
-        name, chosen = kernel_name(recipe, layer.packed), layer.packed.implementation
-        if chosen in ("kernel", "interpret") or (chosen == "auto" and sees_gpu()):
-            return f"{name}, packed"
-        return f"xla ({name} on a GPU), packed" if chosen == "auto" else "xla, packed"
-    state = "packed" if layer.packed is not None else "prepared" if recipe.rhs_ready else ""
-    return f"xla, {state}" if state else "xla"
+    if layer is not None and product == "out":
+        which = kernels.of_product if operand == "weight" else kernels.of_activation
+        yield "kernel", which(recipe, layer.site, layer.packed, layer.compute or layer.dtype)
 
 
 def _length(product: str, layer: Layer | None) -> int | None:

@@ -6,6 +6,9 @@ from typing import Any, Literal
 from lowbit_jax.nn.policy import Rules, make_policy
 from lowbit_jax.ops import LinearRecipe
 
+CODES = "lowbit_codes"
+"""Name, for `jax.checkpoint_policies.save_only_these_names`, of what `keep_codes` keeps."""
+
 
 def framework(module: Any, who: str) -> Literal["nnx", "linen"]:
     """Which API the module belongs to. Raises: TypeError, with the way out, for what is no module."""
@@ -109,6 +112,22 @@ def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
     from lowbit_jax.nn import linen_convert
 
     return linen_convert.prepare(model, *args, **kwargs)
+
+
+def keep_codes(model: Any) -> Any:
+    """A view of an NNX model for rematerialization: each quantized operand can be kept as packed codes, scales and what
+    its estimator needs, instead of being rotated, fitted and rounded again in the backward pass.
+
+        policy = jax.checkpoint_policies.save_only_these_names(lb.nn.CODES)
+        layer = nnx.remat(lambda x, block: lb.nn.keep_codes(block)(x), policy=policy)
+
+    Values and gradients stay the same. It computes through XLA; weights that are packed and layers that are not
+    quantized stay as they are. Raises: TypeError for what is no NNX module."""
+    if framework(model, "lb.nn.keep_codes") != "nnx":
+        raise TypeError("lb.nn.keep_codes takes an nnx module; under Linen rematerialize the whole layer.")
+    from lowbit_jax.nn import kept_codes
+
+    return kept_codes.keep_codes(model)
 
 
 def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:

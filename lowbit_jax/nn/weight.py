@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from lowbit_jax import packing, rounding
 from lowbit_jax.nn.site import Site, operand, stacked
 from lowbit_jax.ops import LinearRecipe, pack_rhs, quantize_rhs
-from lowbit_jax.ops.backend import IMPLEMENTATIONS
+from lowbit_jax.ops.backend import IMPLEMENTATIONS, sees_gpu
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import LAYOUT as PLANES
 from lowbit_jax.ops.plane_tensor import to_planes, why_not
@@ -67,7 +67,7 @@ class Storage:
 
 def default_layout() -> str:
     """The layout for the backend that JAX runs on."""
-    return PLANES if jax.default_backend() == "gpu" else packing.LAYOUT
+    return PLANES if sees_gpu() else packing.LAYOUT
 
 
 def packed_weight(
