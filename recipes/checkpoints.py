@@ -7,21 +7,20 @@ A checkpoint is written under a hidden name, flushed, and renamed, so a kill lea
 does not notice a flipped bit; the manifest does, and `latest` then warns and answers with the checkpoint before it.
 Several processes write one checkpoint together, each the parts that it holds; it can be read by any number of them."""
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import shutil
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+
+from recipes import orbax_errors
 
 VERSION = 1
 Tree = Any
@@ -48,8 +47,7 @@ class Checkpoints:
                 shutil.rmtree(hidden, ignore_errors=True)
                 hidden.mkdir(parents=True)
             _all_here(f"folder of step {step}")
-            with _without_tracebacks():
-                write(hidden, tree, step=step, **extra)
+            write(hidden, tree, step=step, **extra)
             _all_here(f"arrays of step {step}")
             if first:
                 if final.exists():  # the same step of an earlier try; what is there did not verify
@@ -60,8 +58,9 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             shutil.rmtree(hidden, ignore_errors=True)
             raise OSError(
-                f"Checkpoints could not write step {step} to {self.folder}: {str(error)[-300:]}. Earlier checkpoints"
-                f" ({self.steps() or 'none'}) are untouched; free space or choose another --out, and run again."
+                f"Checkpoints could not write step {step} to {self.folder}: {orbax_errors.reason(error)}. Earlier"
+                f" checkpoints ({self.steps() or 'none'}) are untouched; free space or choose another --out, and run"
+                " again."
             ) from error
         for old in self.steps()[: -self.keep] if first else ():
             shutil.rmtree(self._path(old), ignore_errors=True)
@@ -102,8 +101,8 @@ def write(folder: pathlib.Path, tree: Tree, *, step: int = 0, alone: bool = Fals
 
     All processes call it, or with `alone` the first one, for arrays of its own."""
     together = jax.process_count() > 1 and not alone
-    arrays = {name: leaf if together else np.asarray(leaf) for name, leaf in _named(tree).items()}
-    with _checkpointer(alone) as writer:
+    arrays = {name: leaf if together else np.asarray(leaf) for name, leaf in named(tree).items()}
+    with orbax_errors.silenced(), _checkpointer(alone) as writer:
         writer.save((folder / "arrays").absolute(), {name: array for name, array in arrays.items() if array.size})
     digest = (lambda array: {"sum64": sum64(array)}) if together else (lambda array: {"sha256": _digest(array)})
     entries = {name: _describe(array) | digest(array) for name, array in arrays.items()}
@@ -118,7 +117,7 @@ def write(folder: pathlib.Path, tree: Tree, *, step: int = 0, alone: bool = Fals
 
 
 def read(folder: pathlib.Path, like: Tree, *, a_device: str | None = None) -> tuple[Tree, dict]:
-    """Arrays in the structure of `like`, and the manifest.
+    """NumPy arrays in the structure of `like`, and the manifest: what they are put on is the caller's to say.
 
     Raises: CorruptCheckpoint; ValueError when names, shapes or dtypes are not those of `like`."""
     try:
@@ -132,17 +131,17 @@ def read(folder: pathlib.Path, like: Tree, *, a_device: str | None = None) -> tu
         raise ValueError(
             f"Checkpoint {folder} is of version {manifest['version']}; this recipe reads version {VERSION}."
         )
-    wanted = _named(like)
+    wanted = named(like)
     _refuse_other_structure(folder, manifest["arrays"], wanted, a_device)
     try:
-        with ocp.PyTreeCheckpointer() as reader:
+        with orbax_errors.silenced(), ocp.PyTreeCheckpointer() as reader:
             empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in wanted.items() if not leaf.size}
             as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted if name not in empty}
             arrays = (
                 reader.restore((folder / "arrays").absolute(), restore_args=as_numpy) | empty
             )  # Orbax refuses those
     except Exception as error:  # whatever a damaged file makes the readers raise
-        raise CorruptCheckpoint(f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise CorruptCheckpoint(orbax_errors.reason(error)) from error
     for name, entry in manifest["arrays"].items():
         array = np.asarray(arrays[name])
         whole = "sha256" in entry
@@ -151,7 +150,7 @@ def read(folder: pathlib.Path, like: Tree, *, a_device: str | None = None) -> tu
     for name, leaf in wanted.items():
         if tuple(arrays[name].shape) != tuple(leaf.shape):
             arrays[name] = np.broadcast_to(arrays[name].mean(axis=0), leaf.shape)
-    leaves = [jax.numpy.asarray(arrays[name]) for name in wanted]
+    leaves = [np.asarray(arrays[name]) for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest
 
 
@@ -182,7 +181,8 @@ def _refuse_other_structure(folder: pathlib.Path, entries: dict, wanted: dict, a
             )
 
 
-def _named(tree: Tree) -> dict[str, Any]:
+def named(tree: Tree) -> dict[str, Any]:
+    """The leaves by their paths, in the order of `jax.tree.leaves`."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     assert len(set(names)) == len(names), names
@@ -236,18 +236,6 @@ def _all_here(what: str) -> None:
 
 def _digest_of_json(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Orbax logs the tracebacks of its threads before it raises; the error that we raise says it in one sentence."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _flush(folder: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from recipes import train_loop
+from recipes import display, train_loop
 
 
 def run(
@@ -15,11 +15,18 @@ def run(
     """Parses, runs and ends: 1 after an error, 143 or 130 after SIGTERM or Ctrl-C. `python -X dev` shows tracebacks."""
     parsed = tyro.cli(config, args=arguments, description=description)
     try:
-        main(parsed)
+        with display.plain_warnings():
+            main(parsed)
     except train_loop.Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit(f"{name}: {error}\n(python -X dev -m recipes.{name} shows where it was raised.)")
+        sys.exit(f"{name}: {_words(error)}\n(python -X dev -m recipes.{name} shows where it was raised.)")
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)

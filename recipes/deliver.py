@@ -6,14 +6,16 @@ import math
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import lowbit_jax as lb
-from recipes import checkpoints, display, plots, sampling, text, train_loop
+from recipes import checkpoints, display, orbax_errors, plots, sampling, text, train_loop
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +29,17 @@ class Delivery:
     temperature: float
     seed: int
     title: str
+    started: float  # by time.monotonic
 
     @classmethod
-    def of(cls, config, corpus: text.Corpus, plan: train_loop.Plan) -> "Delivery":
+    def of(cls, config, corpus: text.Corpus, plan: train_loop.Plan, *, started: float) -> "Delivery":
         corpus.check(plan.context, plan.batch)
         plots.check()
         prompt = corpus.validation[:12] if config.prompt is None else corpus.tokenizer.encode(config.prompt)
         sampling.check(prompt, config.sample_tokens, config.temperature, corpus.vocab_size)
         return cls(corpus=corpus, plan=plan, prompt=prompt, sample_tokens=config.sample_tokens, seed=config.seed,
-                   temperature=config.temperature, title=f"{config.preset}, {corpus.note}")  # fmt: skip
+                   temperature=config.temperature, title=f"{config.preset}, {corpus.note}",
+                   started=started)  # fmt: skip
 
     def make(self, folder: pathlib.Path, runs: dict[str, train_loop.Trained]) -> dict:
         """Prints the tables and writes the files; answers with what `results.json` holds."""
@@ -54,12 +58,20 @@ class Delivery:
         name, run = list(runs.items())[-1]
         model = run.model
         if name != "unquantized":
-            model = _convert(run.model)
-            answer["packed"] = save_both(folder, run.model, model) | {"validation_loss": self.held_out_loss(model)}
+            packed = _convert(run.model)
+            answer["packed"] = save_both(folder, run.model, packed)
+            model = load(folder / "packed", packed)
+            answer["packed"]["validation_loss"] = loss = self.held_out_loss(model)
+            if not math.isfinite(loss):
+                raise RuntimeError(
+                    f"deliver: the packed model's held-out loss is {loss}, and the trained one's {run.validation_loss}."
+                    " Pack with more bits, or keep the layers at fault out by --rules."
+                )
         ids = sampling.generate(model, self.prompt, tokens=self.sample_tokens, context=self.plan.context,
                                 temperature=self.temperature, key=jax.random.key(self.seed))  # fmt: skip
         answer["sample"] = self.corpus.tokenizer.decode(ids)
         plots.curves(folder / "curves.png", {name: run.lines for name, run in runs.items()}, title=self.title)
+        answer["seconds"] = round(time.monotonic() - self.started, 1)
         (folder / "results.json").write_text(json.dumps(answer, indent=1))
         show(answer, folder)
         return answer
@@ -98,8 +110,15 @@ def save_both(folder: pathlib.Path, trained: Any, packed: Any) -> dict:
             shutil.rmtree(path, ignore_errors=True)
         hidden.mkdir()
         state = nnx.state(model)
-        checkpoints.write(hidden, state, alone=True)
-        os.rename(hidden, final)
+        try:
+            checkpoints.write(hidden, state, alone=True)
+            os.rename(hidden, final)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise OSError(
+                f"deliver: the {name} weights could not be written to {final}: {orbax_errors.reason(error)}. Free space"
+                " and run the same command again: the training is done and its checkpoint is kept."
+            ) from error
         sizes |= {
             f"{name}_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
             f"{name}_on_disk": checkpoints.size_on_disk(final),
@@ -110,12 +129,34 @@ def save_both(folder: pathlib.Path, trained: Any, packed: Any) -> dict:
     return sizes
 
 
+def load(folder: pathlib.Path, like: Any) -> Any:
+    """The model `like` with the arrays that `save_both` wrote: every checksum and every packed tensor is checked.
+
+    Raises: ValueError for files or packed weights that are damaged."""
+    graph, state = nnx.split(like)
+    try:
+        state, _ = checkpoints.read(folder, state)
+        for tensor in jax.tree.leaves(state, is_leaf=_checks_itself):
+            if _checks_itself(tensor):
+                tensor.validate()
+    except (checkpoints.CorruptCheckpoint, ValueError) as error:
+        raise ValueError(
+            f"deliver: the weights in {folder} are damaged: {error}. Run the same command again: it writes them anew."
+        ) from error
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+
+
+def _checks_itself(leaf: Any) -> bool:
+    return isinstance(leaf, lb.QTensor) and hasattr(leaf, "validate")
+
+
 def show(answer: dict, folder: pathlib.Path) -> None:
     columns = ["run", "nats a token", "bits a byte", "above unquantized", "tokens/s", "skipped steps"]
     rows = []
     for name, run in answer["runs"].items():
         numbers = [run["validation_loss"], run["bits_per_byte"], run.get("above_unquantized"), run["tokens_per_second"]]
         formats = ["{:.4f}", "{:.4f}", "{:+.4f}", "{:,.0f}"]
+        numbers[-1] = numbers[-1] or None  # a run that had nothing left to do measured no speed
         cells = ["-" if n is None else form.format(n) for form, n in zip(formats, numbers, strict=True)]
         rows.append([name, *cells, str(run["skipped_steps"])])
     by_frequency = f"guessing by frequency alone: {answer['unigram_entropy']:.4f} nats"
@@ -127,5 +168,7 @@ def show(answer: dict, folder: pathlib.Path) -> None:
             rows.append([part, display.size(before), display.size(after), f"{before / after:.2f}x"])
         display.table("Weights", ["", "float", "packed", "smaller"], rows)
         print(f"held-out loss of the packed model: {packed['validation_loss']:.4f} nats a token")
-    print(f"\nWritten by the {'packed' if packed else 'trained'} model:\n{answer['sample']}\n")
+    sample = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in answer["sample"])
+    print(f"\nWritten by the {'packed' if packed else 'trained'} model:\n{sample}\n")
     print(f"curves: {folder / 'curves.png'}; numbers: {folder / 'results.json'}")
+    print(f"wall time of this command, without imports: {display.clock(answer['seconds'])}")

@@ -1,7 +1,10 @@
 """What a person sees while a model trains: a progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 
 import rich.console
 import rich.progress
@@ -35,8 +38,12 @@ class Progress:
         else:
             print(line, flush=True)
 
+    def compiled(self, step: int) -> None:
+        """The first step of this process is computed: the speed is that of the steps after it."""
+        self.mark = (time.monotonic(), step)
+
     def update(self, step: int, loss: float, skipped: int) -> float:
-        """Shows the state after `step`; answers with tokens a second since the last call (0 at the first)."""
+        """Shows the state after `step`; answers with tokens a second since the last call (0 when nothing is known)."""
         now = time.monotonic()
         if self.mark is not None and step > self.mark[1]:
             speed = (step - self.mark[1]) / max(now - self.mark[0], 1e-9)
@@ -44,9 +51,11 @@ class Progress:
         else:
             speed = 0.0
         self.mark = (now, step)
-        tokens = self.speed * self.tokens_per_step
-        left = f"{_clock((self.steps - step) / self.speed)} left" if self.speed else "time left unknown"
-        note = f"loss {loss:.4f} | {tokens:,.0f} tokens/s | {left}" + (f" | {skipped} steps skipped" if skipped else "")
+        note = f"loss {loss:.4f}"
+        if self.speed:
+            note += f" | {self.speed * self.tokens_per_step:,.0f} tokens/s"
+            note += f" | {clock((self.steps - step) / self.speed)} left" if step < self.steps else ""
+        note += f" | {skipped} steps skipped" if skipped else ""
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)
         elif step == self.steps or step - self.last_line >= self.steps // 20:
@@ -73,6 +82,19 @@ def size(count: int) -> str:
     return f"{count / 1000**power:.{2 if power else 0}f} {('B', 'kB', 'MB', 'GB')[power]}"
 
 
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, a warning is one line of text, without the place in the source."""
+
+    def show(message, category, *_, **__) -> None:
+        kind = "" if category is UserWarning else f"{category.__name__}: "
+        print(f"warning: {kind}{message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def _bar() -> rich.progress.Progress:
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
@@ -80,7 +102,7 @@ def _bar() -> rich.progress.Progress:
     )  # fmt: skip
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

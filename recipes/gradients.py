@@ -31,7 +31,8 @@ def whole(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | None = 
 
 def accumulated(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | None = None, *, microbatches: int,
                 prepare: Callable | None = None) -> tuple[Array, Tree]:  # fmt: skip
-    """Mean over the microbatches; the weights are quantized once and their gradient is taken back once."""
+    """Mean over the microbatches, summed in float32; the weights are quantized once and their gradient is taken back
+    once."""
 
     def ready(params):
         model = (prepare or _as_it_is)(nnx.merge(graph, params, rest))
@@ -39,46 +40,38 @@ def accumulated(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | N
         return prepared, (prepared_graph, prepared_rest)
 
     prepared, back, (prepared_graph, prepared_rest) = jax.vjp(ready, params, has_aux=True)
-
-    def one(total, tokens):
-        value, gradient = jax.value_and_grad(
-            lambda prepared: _scaled(next_token_loss(nnx.merge(prepared_graph, prepared, prepared_rest), tokens), scale)
-        )(prepared)
-        return jax.tree.map(lambda a, b: a + b / microbatches, total, (value, gradient)), None
-
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, prepared))
-    (value, gradient), _ = jax.lax.scan(one, zero, tokens)
-    return value, back(gradient)[0]
+    loss = lambda prepared, tokens: _scaled(
+        next_token_loss(nnx.merge(prepared_graph, prepared, prepared_rest), tokens), scale
+    )
+    value, gradient = _mean(loss, prepared, tokens)
+    if prepare is None:
+        return value, gradient
+    return value, back(jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, prepared))[0]
 
 
 def on_shards(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | None, errors: Tree, *, layout: Layout,
               microbatches: int) -> tuple[Array, Tree, Tree]:  # fmt: skip
     """Of each device's share, inside `shard_map`: weights gathered layer by layer, gradients summed as `layout` says.
 
-    Answers with the loss, the gradient, and what the compression has yet to send."""
+    Answers with the loss, the gradient, and what the compression has yet to send, in units of the unscaled gradient; a
+    gradient that is not finite on one device is NaN on all and leaves that as it was."""
     placed = layout.shardings(params)
     cuts = layout.along(placed, "fsdp")
 
     def local(params, rest, tokens, scale, errors):
         def loss(params, tokens):
             model = lb.parallel.gather_layers(nnx.merge(graph, params, rest), placed, packed=layout.gather == "packed",
-                                              reduction=layout.reduction)  # fmt: skip
+                                              reduction=layout.reduction, shards=layout.ways)  # fmt: skip
             return _scaled(next_token_loss(model, tokens), scale) / layout.mesh.shape["fsdp"]
-
-        def one(total, tokens):
-            answer = jax.value_and_grad(loss)(params, tokens)
-            return jax.tree.map(lambda a, b: a + b / microbatches, total, answer), None
 
         if microbatches == 1:
             value, gradient = jax.value_and_grad(loss)(params, tokens)
         else:
-            zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-            (value, gradient), _ = jax.lax.scan(one, zero, tokens.reshape(microbatches, -1, tokens.shape[-1]))
+            value, gradient = _mean(loss, params, tokens.reshape(microbatches, -1, tokens.shape[-1]))
         gradient = jax.tree.map(lambda g, cut: g if any(cut) else jax.lax.psum(g, "fsdp"), gradient, cuts)
         value = jax.lax.pmean(jax.lax.psum(value, "fsdp"), "data")
         if layout.compress:
-            gradient, state = layout.compressor().update(gradient, errors)
-            return value, gradient, state
+            return value, *_compressed(gradient, errors, scale, layout)
         n = layout.mesh.shape["data"]
         return value, jax.tree.map(lambda g: layout.reduction.everywhere(g, "data") / n, gradient), errors
 
@@ -90,6 +83,30 @@ def on_shards(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | Non
         out_specs=(whole, cuts, error_specs), check_vma=False,
     )  # fmt: skip
     return mapped(params, rest, tokens, scale, errors)
+
+
+def _mean(loss: Callable, params: Tree, tokens: Array) -> tuple[Array, Tree]:
+    """Mean of loss and gradient over the leading axis of `tokens`, in float32."""
+    microbatches = tokens.shape[0]
+
+    def one(total, tokens):
+        answer = jax.value_and_grad(loss)(params, tokens)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / microbatches, total, answer), None
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    return jax.lax.scan(one, zero, tokens)[0]
+
+
+def _compressed(gradient: Tree, errors: Tree, scale: Array | None, layout: Layout) -> tuple[Tree, Tree]:
+    """The gradient's mean over `data` in few bits, in the units it came in, and the new errors.
+
+    Whether it is finite is asked over the whole mesh, so that no shard of a parameter moves on alone; errors outlive
+    the loss scale of a step, so it is taken out before."""
+    good = jax.lax.pmin(lb.optim.all_finite(gradient, "data").astype(jnp.int32), "fsdp") > 0
+    inverse = 1.0 if scale is None else 1 / scale
+    true = jax.tree.map(lambda g: jnp.where(good, g * inverse, jnp.nan), gradient)
+    mean, state = layout.compressor().update(true, errors)
+    return (mean if scale is None else jax.tree.map(lambda g: g * scale, mean)), state
 
 
 def _scaled(loss: Array, scale: Array | None) -> Array:

@@ -60,7 +60,7 @@ class Layout:
     def attach(self, model: Any) -> Any:
         """The model, told where its activations and weights lie while it computes; left to XLA alone, which would cut
         activations along features where weights are cut over fsdp, and move more than the weights."""
-        if not self.on_shards and self.ways > 1:
+        if self.mesh.size > 1:
             model.placement = self
         return model
 
@@ -70,18 +70,23 @@ class Layout:
         model.placement = None
         return model
 
-    def whole_weights(self, name: str, module: nnx.Module) -> nnx.Module:
-        """The module with weights whole along fsdp, where it uses them: XLA gathers them there."""
-        if self.mesh.shape["fsdp"] == 1:
+    def whole_weights(self, name: str, module: nnx.Module, *, everywhere: bool = False) -> nnx.Module:
+        """The module with weights whole along fsdp, where it uses them: XLA gathers them there. `everywhere`: along all
+        axes."""
+        if (self.mesh.shape["fsdp"] == 1 or self.on_shards) and not everywhere:
             return module
         graph, params, rest = nnx.split(module, nnx.Param, ...)
         placed = lb.parallel.shardings({name: params}, self.mesh, self.rules, unused="ignore")[name]
-        specs = jax.tree.map(lambda s: NamedSharding(self.mesh, _without(s.spec, "fsdp")), placed)
+        spec = lambda s: PartitionSpec() if everywhere else _without(s.spec, "fsdp")
+        specs = jax.tree.map(lambda s: NamedSharding(self.mesh, spec(s)), placed)
         return nnx.merge(graph, jax.lax.with_sharding_constraint(params, specs), rest)
 
-    def cut_batch(self, x: jax.Array) -> jax.Array:
-        """Activations with the batch cut, all else whole; as they are where the batch is too small to cut."""
-        if x.shape[0] % self.ways:
+    def cut_batch(self, x: jax.Array, *, everywhere: bool = False) -> jax.Array:
+        """Activations with the batch cut, all else whole; as they are where the batch is too small to cut.
+        `everywhere`: not cut either."""
+        if everywhere:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec()))
+        if self.on_shards or self.ways == 1 or x.shape[0] % self.ways:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.batch_spec))
 
@@ -133,10 +138,10 @@ class Layout:
         if self.offload if offload is None else offload:
             moments = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), moments)
         answer["optimizer"] = moments
-        if self.compress:
+        if "errors" in state:
             specs = self.error_specs(state["errors"], state["params"])
             answer["errors"] = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-        return answer
+        return jax.tree.map(_as_jit_answers, answer)
 
     def build(self, make: Callable[[], nnx.Module]) -> nnx.Module:
         """`make()` with every parameter made where it belongs, and never whole on one device."""
@@ -160,7 +165,7 @@ class Layout:
         if not self.compress:
             return ()
         n = self.mesh.shape["data"]
-        zeros = self.compressor().init(params)
+        zeros = jax.eval_shape(self.compressor().init, params)
         return jax.tree.map(lambda e: np.zeros((n, *e.shape[1:]), e.dtype), zeros)
 
     def error_specs(self, errors: Tree, params: Tree) -> Tree:
@@ -188,14 +193,29 @@ class Layout:
 
 
 def fetch(tree: Tree) -> Tree:
-    """Every array whole, in the memory of this process's first device; all processes call it."""
-    return jax.tree.map(lambda leaf: jax.numpy.asarray(whole(leaf)), tree)
+    """Every array whole, as NumPy in this process's own memory and not on a device; all processes call it."""
+    return jax.tree.map(whole, tree)
 
 
-def whole(leaf: jax.Array) -> np.ndarray:
+def whole(leaf: jax.Array) -> Any:
+    """Random keys, which NumPy has no type for, come back as arrays of JAX."""
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
     if getattr(leaf, "is_fully_addressable", True) or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _as_jit_answers(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding as compiled programs write it, without axes of length 1 and trailing Nones: a step then finds
+    the state of the step before where its own first state was, and looks its program up once."""
+    mesh, spec = sharding.mesh, []
+    for cut in sharding.spec:
+        names = [name for name in ((cut,) if isinstance(cut, str) else cut or ()) if mesh.shape[name] > 1]
+        spec.append(tuple(names) if len(names) > 1 else names[0] if names else None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
 def _without(spec: PartitionSpec, axis_name: str) -> PartitionSpec:

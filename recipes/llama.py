@@ -10,7 +10,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+import lowbit_jax as lb
+
+PRODUCT = "product"  # name of what the layers' products answer, for rematerialization
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +119,12 @@ class Llama(nnx.Module):
         rotary = rotary_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta)
 
         def layer(x, block):
-            return self._placed("blocks", block)(self._cut(x), rotary)
+            placed = self._placed("blocks", block)
+            placed = lb.nn.keep_codes(placed) if self.remat == "codes" else placed
+            x = placed(self._cut(x), rotary)
+            if placed is not block and self._calibrating():  # the scales that it set are in a copy
+                nnx.update(block, nnx.state(placed, nnx.PathContains("lhs_scale")))
+            return x
 
         if self.remat != "none":
             layer = nnx.remat(layer, policy=remat_policy(self.remat))
@@ -124,15 +134,25 @@ class Llama(nnx.Module):
         return self._placed("lm_head", self.lm_head)(self.norm(self._cut(x))).astype(jnp.float32)
 
     def _placed(self, name: str, module):
-        return module if self.placement is None else self.placement.whole_weights(name, module)
+        if self.placement is None:
+            return module
+        return self.placement.whole_weights(name, module, everywhere=self._calibrating())
 
     def _cut(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        return x if self.placement is None else self.placement.cut_batch(x)
+        return x if self.placement is None else self.placement.cut_batch(x, everywhere=self._calibrating())
+
+    def _calibrating(self) -> bool:
+        """Whether `lb.calibrate` runs: every device then computes the whole, so that what is learned from it is what
+        one device learns."""
+        return any(getattr(module, "calibrating", False) for _, module in nnx.iter_modules(self))
 
 
 def remat_policy(remat: str):
-    """What a rematerialized layer keeps for its backward pass. Raises: ValueError for another word."""
-    policies = {"full": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    """What a rematerialized layer keeps for its backward pass: nothing; what its products answer (and not what the
+    rotations inside a quantized one do); or the codes of quantized operands, so that only the products run again and
+    nothing is rotated and rounded twice. Raises: ValueError for another word."""
+    keep = jax.checkpoint_policies.save_only_these_names
+    policies = {"full": None, "products": keep(PRODUCT), "codes": keep(lb.nn.CODES)}
     if remat not in policies:
         raise ValueError(f"Llama: remat {remat!r} is unknown; choose one of none, {', '.join(policies)}.")
     return policies[remat]
@@ -158,13 +178,15 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch time width"], rotary) -> Float[Array, "batch time width"]:
         batch, time, _ = x.shape
-        heads = self.qkv(x).reshape(batch, time, self.heads + 2 * self.kv_heads, self.head_dim)
+        heads = checkpoint_name(self.qkv(x), PRODUCT).reshape(
+            batch, time, self.heads + 2 * self.kv_heads, self.head_dim
+        )
         q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
         q, k = rotate(q, rotary), rotate(k, rotary)
         if x.dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no float16 products summed in float32
             q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).astype(x.dtype)
-        return self.out(mixed.reshape(batch, time, self.heads * self.head_dim))
+        return checkpoint_name(self.out(mixed.reshape(batch, time, self.heads * self.head_dim)), PRODUCT)
 
 
 class SwiGLU(nnx.Module):
@@ -175,8 +197,8 @@ class SwiGLU(nnx.Module):
         self.down = linear(config.ffn, config.width, config, dtype, rngs)
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(nnx.silu(gate) * up)
+        gate, up = jnp.split(checkpoint_name(self.gate_up(x), PRODUCT), 2, axis=-1)
+        return checkpoint_name(self.down(nnx.silu(gate) * up), PRODUCT)
 
 
 def linear(size_in: int, size_out: int, config: LlamaConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:

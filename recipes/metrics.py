@@ -3,18 +3,26 @@
 `metrics.jsonl` holds only what the seed decides, so two runs of the same command, one of them killed and resumed, can
 be compared with `cmp`. Times and speeds go to `timing.jsonl`."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
 import pathlib
-from typing import Any
+import shutil
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
 
 
 class Metrics:
-    def __init__(self, folder: pathlib.Path, *, after_step: int, tensorboard: bool):
-        """Drops what was written after the checkpoint of `after_step`: those steps are run again."""
-        self.steps = _LineFile(folder / "metrics.jsonl", after_step)
-        self.timing = _LineFile(folder / "timing.jsonl", after_step)
+    def __init__(self, folder: pathlib.Path, *, after_step: int, tensorboard: bool,
+                 on_error: Literal["stop", "continue"] = "stop"):  # fmt: skip
+        """Drops what was written after the checkpoint of `after_step`: those steps are run again.
+
+        on_error: what a disk that refuses a line does; with "continue" lines wait in memory for a better time."""
+        self.steps = _LineFile(folder / "metrics.jsonl", after_step, on_error)
+        self.timing = _LineFile(folder / "timing.jsonl", after_step, on_error)
         self.board = _tensorboard(folder / "tensorboard", after_step) if tensorboard else None
 
     def step(self, step: int, **values: float) -> None:
@@ -33,9 +41,11 @@ class Metrics:
         return self
 
     def __exit__(self, *_) -> None:
-        self.flush()
-        self.steps.file.close()
-        self.timing.file.close()
+        try:
+            self.flush()
+        finally:
+            self.steps.file.close()
+            self.timing.file.close()
         if self.board is not None:
             self.board.close()
 
@@ -70,28 +80,86 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class _LineFile:
-    def __init__(self, path: pathlib.Path, after_step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n") or json.loads(line)["step"] > after_step:
-                    break  # a line cut short by a kill, or a step that is run again
-                kept.append(line)
-        replacement = path.with_suffix(".new")
-        replacement.write_bytes(b"".join(kept))
-        os.replace(replacement, path)
-        self.file = path.open("a", buffering=1)  # whole lines, so that others can follow
+    def __init__(self, path: pathlib.Path, after_step: int, on_error: str):
+        self.path, self.on_error, self.told, self.waiting = path, on_error, False, b""
+        with _named(path):
+            kept = _kept(path, after_step) if path.exists() else []
+            replacement = path.with_suffix(".new")
+            replacement.write_bytes(b"".join(kept))
+            os.replace(replacement, path)
+            self.file = path.open("ab", buffering=0)  # at once, so that others can follow
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         finite = {
             name: value if not isinstance(value, float) or math.isfinite(value) else None
             for name, value in values.items()
         }
-        self.file.write(json.dumps({"step": step} | finite) + "\n")
+        self.waiting += json.dumps({"step": step} | finite).encode() + b"\n"
+        self._out()
 
     def flush(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self._out(to_disk=True)
+
+    def _out(self, to_disk: bool = False) -> None:
+        try:
+            with _named(self.path):
+                while self.waiting:
+                    self.waiting = self.waiting[self.file.write(self.waiting) :]
+                if to_disk:
+                    os.fsync(self.file.fileno())
+        except OSError as error:
+            if self.on_error == "stop":
+                raise
+            if not self.told:
+                warnings.warn(f"{error} Its lines wait in memory.", stacklevel=4)
+            self.told = True
+
+
+def _kept(path: pathlib.Path, after_step: int) -> list[bytes]:
+    """The lines up to `after_step`. A last line cut short by a kill goes silently; a file with other lines that cannot
+    be read is set aside under another name, and its good lines are kept."""
+    kept, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        step = _step_of(line)
+        if step is None:
+            damaged.append(number)
+        elif step > after_step:
+            break  # this and all that follow are run again
+        else:
+            kept.append(line)
+    if damaged:
+        aside = next(name for n in itertools.count(1) if not (name := path.with_suffix(f".damaged{n}")).exists())
+        shutil.copyfile(path, aside)
+        lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines from line {damaged[0]} on"
+        warnings.warn(
+            f"metrics: {path}, {lines} cannot be read as JSON with a step. The file is kept as {aside.name}; the run"
+            f" goes on with its {len(kept)} good lines up to step {after_step}.",
+            stacklevel=4,
+        )
+    return kept
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        content = json.loads(line)
+    except ValueError:  # also bytes that are not UTF-8
+        return None
+    step = content.get("step") if isinstance(content, dict) else None
+    return step if isinstance(step, int) else None
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """Says which file the system refused."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"metrics: {path}: {error.strerror}. Free space or choose another --out; what the last"
+            " checkpoint holds is safe."
+        ) from error
 
 
 def _tensorboard(folder: pathlib.Path, after_step: int):

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -19,7 +20,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import lowbit_jax as lb
-from recipes import command, deliver, llama, run_directory, schemes, text, train_loop
+from recipes import command, deliver, init_from, llama, quantized, run_directory, schemes, text, train_loop
 from recipes.layout import Layout
 
 NOT_NUMBERS = {"numbers": False}  # metadata: this setting changes no number, or is compared in another form
@@ -40,6 +41,8 @@ class Pretrain:
     """Width of weights and activations; 4 unless given."""
     weight_only: bool = False
     """Keep activations in high precision."""
+    backward: Literal[8] | None = free(None)
+    """Width of the gradients in the backward products, which then multiply integers; --dtype's unless given."""
     rules: tuple[str, ...] = ()
     """More (pattern=method:bits or pattern=none), tried before the rest, e.g. blocks/mlp/down=quest:8."""
     data: str = free("stdlib")
@@ -69,7 +72,7 @@ class Pretrain:
     """Of the stored parameters; bfloat16 is updated by stochastic rounding, without a float32 copy."""
     optimizer_bits: Literal[8, 4, "e4m3", "coat"] | None = None
     """Of the optimizer's moments; float32 unless given."""
-    remat: Literal["none", "full", "products"] = "none"
+    remat: Literal["none", "full", "products", "codes"] = "none"
     """What the backward pass computes again instead of keeping it: nothing; each layer; all but its products."""
     mesh: str | None = free(None)
     """Devices as data=2,fsdp=2,tensor=2: data and fsdp cut the batch, fsdp and tensor the weights; one may be -1."""
@@ -98,6 +101,12 @@ class Pretrain:
     """Checkpoints kept."""
     log_every: int = free(10)
     tensorboard: bool = free(True)
+    init_from: pathlib.Path | None = free(None)
+    """Start from the newest checkpoint of another run: its directory, or RUN/quest-w4a4 where it holds several."""
+    skip_spikes: float | None = free(None)
+    """Skip steps whose loss or gradient norm is so many standard deviations above the recent ones, such as 6."""
+    on_save_error: Literal["stop", "continue"] = free("stop")
+    """What a disk that refuses a checkpoint does: end the run, or cost only that checkpoint."""
     prompt: str | None = free(None)
     """What the sample goes on from; the first words of the held-out text unless given."""
     sample_tokens: int = free(200)
@@ -106,26 +115,34 @@ class Pretrain:
 
 def main(config: Pretrain) -> dict:
     """Trains, evaluates, packs and samples; answers with the numbers that `results.json` holds."""
+    started = time.monotonic()
     if (config.coordinator, config.processes, config.process) != (None, None, None):
         lb.parallel.start(config.coordinator, config.processes, config.process)
     size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
                         learning_rate=config.learning_rate)  # fmt: skip
-    scheme = schemes.Scheme(method=config.method, bits=config.bits, weight_only=config.weight_only, rules=config.rules)
+    scheme = schemes.Scheme(method=config.method, bits=config.bits, weight_only=config.weight_only, rules=config.rules,
+                            backward=config.backward)  # fmt: skip
     if scheme.name == "none" and config.baseline:
         raise ValueError("pretrain: method 'none' is the unquantized model, so --baseline cannot take effect.")
     plan = train_loop.Plan.of(size, config)
     layout = layout_of(config)
     corpus = text.load(config.data, tokenizer=config.tokenizer, held_out=config.held_out, glob=config.glob,
                        hf_bytes=config.hf_bytes)  # fmt: skip
-    delivery = deliver.Delivery.of(config, corpus, plan)
+    delivery = deliver.Delivery.of(config, corpus, plan, started=started)
     settings = run_directory.fields_that_matter(
         config, text=corpus.fingerprint, vocabulary=corpus.vocab_size, scheme=scheme.name, **dataclasses.asdict(size)
     )
+    for name in ("init_from", "skip_spikes"):  # what a run had before they were there stays the same run
+        if getattr(config, name) is not None:
+            settings[name] = repr(str(getattr(config, name)))
     folder = config.out or pathlib.Path("runs") / f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
+
+    origin = None if config.init_from is None else init_from.Origin.of(config.init_from)
 
     def new_model() -> nnx.Module:
         make = lambda: llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed)
-        return make() if layout is None else layout.attach(layout.build(make))
+        model = make() if layout is None else layout.attach(layout.build(make))
+        return model if origin is None else origin.model(model)
 
     with one_of_many(folder, settings), run_directory.StopRequest() as stop:
         print(f"{config.preset}: {size.block_params:,} parameters in the blocks")
@@ -133,11 +150,13 @@ def main(config: Pretrain) -> dict:
         runs = {}
         if config.baseline or scheme.name == "none":
             runs["unquantized"] = train_loop.train("unquantized", new_model(), corpus, plan, folder, stop,
-                                                   layout=layout)  # fmt: skip
+                                                   layout=layout, origin=origin)  # fmt: skip
         if scheme.name != "none":
             model = scheme.apply(new_model(), corpus.sample(size.context, size.batch))
+            if jax.process_index() == 0:
+                print(quantized.write(folder / "quantized.txt", model, scheme.name, stacked=size.layers))
             runs[scheme.name] = train_loop.train(scheme.name, model, corpus, plan, folder, stop, quantized=True,
-                                                 layout=layout)  # fmt: skip
+                                                 layout=layout, origin=origin)  # fmt: skip
         return delivery.make(folder, runs) if jax.process_index() == 0 else {}
 
 

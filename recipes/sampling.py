@@ -25,10 +25,10 @@ def generate(
 
 def check(prompt: np.ndarray, tokens: int, temperature: float, vocab_size: int) -> None:
     """Raises: ValueError for what cannot be sampled."""
-    if len(prompt) == 0 or tokens < 1 or not temperature >= 0 or np.max(prompt) >= vocab_size:
+    if len(prompt) == 0 or tokens < 1 or not 0 <= temperature < np.inf or np.max(prompt) >= vocab_size:
         raise ValueError(
             f"sampling: {len(prompt)} prompt ids below {vocab_size}, {tokens} new tokens, temperature {temperature}. It"
-            " needs a prompt within the vocabulary, at least one new token and a temperature of 0 or more."
+            " needs a prompt within the vocabulary, at least one new token and a finite temperature of 0 or more."
         )
 
 

@@ -18,11 +18,13 @@ class Scheme:
     bits: Bits | None = None  # the method's default, 4 for most
     weight_only: bool = False
     rules: tuple[str, ...] = ()
+    backward: int | None = None  # bits of the cotangents; in high precision without
 
     def __post_init__(self):
-        if self.method == "none" and (self.bits is not None or self.weight_only or self.rules):
+        if self.method == "none" and (self.bits is not None or self.weight_only or self.backward or self.rules):
             raise ValueError(
-                "schemes: method 'none' quantizes nothing, so --bits, --weight-only and --rules cannot take effect."
+                "schemes: method 'none' quantizes nothing, so --bits, --weight-only, --backward and --rules cannot take"
+                " effect."
             )
 
     @property
@@ -44,6 +46,8 @@ class Scheme:
         options = {} if bits is None else {"bits": bits}
         if self.weight_only:
             options["activations"] = False
+        if self.backward is not None:
+            options["backward"] = self.backward
         try:
             return lb.methods.get(method, **options)
         except TypeError as error:  # an option that this method does not have
@@ -60,7 +64,10 @@ class Scheme:
             )
         if method == "none":
             return pattern, None
-        return pattern, self.recipe(method, int(bits) if bits.isdigit() else bits or None)
+        try:
+            return pattern, self.recipe(method, int(bits) if bits.isdigit() else bits or None)
+        except ValueError as error:
+            raise ValueError(f"schemes: the rule {rule!r}: {error}") from error
 
 
 def _learns(rule: tuple[str, lb.LinearRecipe | None]) -> bool:

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from lowbit_jax.estimators import LSQ
 from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import needs_key, operand
@@ -50,13 +52,14 @@ class GatheredProduct:
 
 
 def gather_layers(model: Any, placed: Any, axis_name: str = "fsdp", *, packed: bool = True,
-                  reduction: Reduction = FLOAT) -> Any:  # fmt: skip
+                  reduction: Reduction = FLOAT, shards: int = 1) -> Any:  # fmt: skip
     """A view of `model`, whose parameters are this device's shards, that computes what the whole model would.
 
     `placed` is `shardings` of the whole model's parameters; what it cuts over `axis_name` is gathered: by its layer
     when it computes, packed where its recipe quantizes the weight (`packed=False`: as it is), other parameters at once.
     The cotangents are summed over `axis_name` by `reduction`, so a loss that is the mean of a device's own share of the
-    batch has to be divided by the devices.
+    batch has to be divided by the devices. `shards` is the number of devices that have a share each: LSQ divides the
+    gradient of an activation's step by the root of the elements that share it, of which a device counts its own only.
     Raises: NotImplementedError for a quantized layer that has no packed gather: learned scales, stochastic weights,
     convolutions, several contraction axes, and backward products that quantize the weight again."""
     cuts = _cuts(placed, axis_name)
@@ -67,6 +70,8 @@ def gather_layers(model: Any, placed: Any, axis_name: str = "fsdp", *, packed: b
 
     def change(module: Any, found: tuple[str, Product | None]) -> None:
         path, product = found
+        if product is not None and isinstance(held := getattr(module, attribute_of(module)), StatefulProduct):
+            _count_all_elements(held, shards)
         for name, variable in list(vars(module).items()):
             axis = cuts.get(f"{path}/{name}" if path else name)
             if axis is None or not hasattr(variable, "get_value"):
@@ -81,6 +86,19 @@ def gather_layers(model: Any, placed: Any, axis_name: str = "fsdp", *, packed: b
             setattr(module, name, variable.replace(all_gather(variable.get_value(), axis_name, axis, reduction)))
 
     return edited(model, layers, change)
+
+
+def _count_all_elements(held: StatefulProduct, shards: int) -> None:
+    """Makes the gradient of a learned activation step that of an activation which is `shards` times as long."""
+    quantizer, variable = held.product.recipe.out.lhs, vars(held).get("lhs_scale")
+    if variable is not None and shards > 1 and isinstance(getattr(quantizer, "estimator", None), LSQ):
+        value = _with_gradient_times(variable.get_value(), shards**-0.5)
+        setattr(held, "lhs_scale", variable.replace(value))  # noqa: B010  its type does not tell that it has one
+
+
+def _with_gradient_times(x: Float[Array, "*s"], factor: float) -> Float[Array, "*s"]:
+    still = lax.stop_gradient(x)
+    return still + factor * (x - still)
 
 
 def _cuts(placed: Any, axis_name: str) -> Mapping[str, int]:

@@ -1,7 +1,10 @@
 """A checkpoint comes back whole or not at all."""
 
 import json
+import re
 import shutil
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +153,61 @@ def test_full_disk(saved, monkeypatch):
     monkeypatch.undo()
     assert_is(saved.latest(tree(0.0)), 20, 2.5)
     assert [path.name for path in saved.folder.iterdir() if path.name.startswith(".")] == []
+
+
+class TestOneSentence:
+    """What Orbax's threads report beside it would be printed by `sys.unraisablehook`."""
+
+    @pytest.fixture
+    def reported(self, monkeypatch):
+        found = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: found.append(unraisable.exc_value))
+        yield found
+        time.sleep(0.3)  # late threads
+        assert found == []
+
+    def arrays(self):
+        return {f"a{i}": jnp.asarray(np.random.default_rng(i).normal(size=(200, 100))) for i in range(24)}
+
+    def test_a_disk_that_is_really_full(self, saved, reported):
+        """The system refuses files above 8 kB, as `ulimit -f` does."""
+        resource = pytest.importorskip("resource")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        try:
+            with pytest.raises(OSError) as refused:
+                saved.save(30, self.arrays())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert str(refused.value) == (
+            f"Checkpoints could not write step 30 to {saved.folder}: File too large. Earlier checkpoints ([10, 20]) are"
+            " untouched; free space or choose another --out, and run again."
+        )
+
+    def test_all_truncated(self, tmp_path, reported):
+        store, arrays = Checkpoints(tmp_path / "c"), self.arrays()
+        for step in (1, 2):
+            store.save(step, arrays)
+        for file in files(store.folder):
+            if "arrays" in str(file):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.warns(UserWarning, match="is damaged") as warned:
+            with pytest.raises(ValueError, match="No checkpoint in .* verifies"):
+                store.latest(arrays)
+        for warning in warned:
+            assert re.search(r"is damaged \([^\n]*\); trying the one before it.$", str(warning.message))
+            assert "tensorstore_spec" not in str(warning.message)
+
+    def test_other_reports_still_come(self, saved, reported):
+        class Fails:
+            def __del__(self):
+                raise KeyError("not of Orbax")
+
+        saved.save(30, tree(3.5))
+        del_me = Fails()
+        del del_me
+        assert [type(error) for error in reported] == [KeyError]
+        reported.clear()
 
 
 def test_saving_a_step_again_replaces_it(saved):

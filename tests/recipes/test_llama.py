@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax._src.ad_checkpoint import saved_residuals  # public is only print_saved_residuals, which prints it
 
+import lowbit_jax as lb
 from recipes import llama, optimizer, sampling
 
 SMALL = llama.preset("smoke")
@@ -98,17 +100,55 @@ def test_attention_against_float64():
     np.testing.assert_allclose(got[0], expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "products"])
-def test_remat_changes_nothing_but_memory(remat):
-    def gradient(remat):
-        graph, params = nnx.split(llama.build(SMALL, 256, remat=remat))
-        return jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(tokens((2, 8))).std()))(params)
+def of_a_layer(remat: str, quantized: bool):
+    """(graph, parameters) of the smoke model, QuEST W4A4 or in float."""
+    model = llama.build(dataclasses.replace(SMALL, kv_heads=SMALL.heads), 256, dtype="float32", remat=remat)
+    return nnx.split(lb.quantize(model, rules=[("blocks", lb.quest(4))]) if quantized else model)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient("none"), gradient(remat))
+
+@pytest.fixture(scope="module")
+def without_remat():
+    return {quantized: gradient_of(*of_a_layer("none", quantized)) for quantized in (False, True)}
+
+
+def gradient_of(graph, params):
+    return jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(tokens((2, 8))).std()))(params)
+
+
+@pytest.mark.parametrize(
+    ("remat", "quantized"), [("full", False), ("products", False), ("products", True), ("codes", True)]
+)
+def test_remat_changes_nothing_but_memory(remat, quantized, without_remat):
+    found = gradient_of(*of_a_layer(remat, quantized))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), without_remat[quantized], found)
+
+
+def kept_bytes(remat: str, quantized: bool) -> dict[str, int]:
+    """Bytes that a forward pass of 8 x 32 tokens keeps for the backward pass, by dtype, without its arguments and
+    without matrices of rotations, which are one constant for all tokens and layers."""
+    graph, params = of_a_layer(remat, quantized)
+    kept: dict[str, int] = {}
+    for aval, source in saved_residuals(lambda p: nnx.merge(graph, p)(tokens((8, 32))).std(), params):
+        if "argument" not in source and aval.ndim > 2:
+            kept[aval.dtype.name] = kept.get(aval.dtype.name, 0) + aval.size * aval.dtype.itemsize
+    return kept
+
+
+def test_a_quantized_layer_keeps_no_more_than_one_in_float():
+    """With "products" the same arrays, and not what each rotation answers as well; with "codes" each operand at its
+    4 bits and a boolean, for 8 x 32 tokens and the weights of both layers."""
+    full, products = kept_bytes("full", False), kept_bytes("products", False)
+    assert kept_bytes("products", True) == products and sum(products.values()) > 2 * sum(full.values())
+    codes = kept_bytes("codes", True)
+    per_token, weights = 64 + 64 + 64 + 128, 64 * 192 + 64 * 64 + 64 * 256 + 128 * 64
+    elements = 2 * (8 * 32 * per_token + weights)
+    assert elements / 2 <= codes["uint8"] < 0.501 * elements and elements <= codes["bool"] < 1.001 * elements
+    assert sum(codes.values()) < sum(products.values())
+    assert codes["float32"] <= 1.1 * full["float32"], "and a scale a row"
 
 
 def test_unknown_remat():
-    with pytest.raises(ValueError, match="remat 'some' is unknown; choose one of none, full, products"):
+    with pytest.raises(ValueError, match="remat 'some' is unknown; choose one of none, full, products, codes"):
         forward(llama.build(SMALL, 256, remat="some"), tokens((1, 4)))
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 import lowbit_jax as lb
 from recipes import checkpoints, gradients, llama, memory, optimizer, pretrain, train_loop
-from recipes.layout import Layout
+from recipes.layout import Layout, fetch
 from recipes.ramp import Ramp
 
 SMALL = llama.preset("smoke")
@@ -42,18 +42,71 @@ def steps_of(layout=None, count=2, bits=None, **options):
     return losses, state
 
 
+def fetched(monkeypatch) -> list:
+    """From now on gets an entry for each array whose value this process asks for."""
+    fetches, kind = [], type(jnp.zeros(1))
+    value = kind._value
+    monkeypatch.setattr(kind, "_value", property(lambda array: fetches.append(array.shape) or value.fget(array)))
+    return fetches
+
+
 @pytest.fixture(scope="module")
 def plain():
     return steps_of()
 
 
 class TestLayout:
-    def test_steps_on_a_mesh(self, plain):
-        losses, state = steps_of(Layout(mesh=lb.parallel.make_mesh(fsdp=2, tensor=2)))
+    def test_steps_on_a_mesh(self, plain, monkeypatch):
+        """One trace and one program for all of them, and nothing is fetched between them."""
+        layout, traces = Layout(mesh=lb.parallel.make_mesh(fsdp=2, tensor=2)), []
+        counted = lambda model, tokens, loss=gradients.next_token_loss: traces.append(1) or loss(model, tokens)
+        monkeypatch.setattr(gradients, "next_token_loss", counted)
+        graph, params, rest = nnx.split(build(layout, None), nnx.Param, ...)
+        adamw = optimizer.AdamW(peak=1e-2, steps=10)
+        state = train_loop.first_state(params, adamw, layout)
+        state, rest = layout.place(state, layout.state_shardings(state)), layout.everywhere(rest)
+        step, waiting = train_loop.make_step(graph, adamw, 1, None, layout), []
+        for i in range(3):
+            state, numbers = step(state, rest, layout.batch(batch(i)))
+            waiting.append(numbers["loss"])
+            if i == 0:
+                fetches = fetched(monkeypatch)
+        assert (len(traces), step._cache_size(), fetches) == (1, 1, [])
+        losses = [float(loss) for loss in waiting[:2]]
+        assert fetches, "this is how a fetch is seen"
         np.testing.assert_allclose(losses, plain[0], rtol=1e-5)
         moment = state["optimizer"][1].mu["blocks"]["mlp"]["down"]["kernel"][...]
         assert moment.sharding == state["params"]["blocks"]["mlp"]["down"]["kernel"][...].sharding
         assert moment.sharding.shard_shape(moment.shape)[2] == moment.shape[2] // 2
+
+    def test_low_bit_moments_start_where_they_stay(self):
+        """Their words are never whole on a device: a quarter of them on each of four."""
+        layout = Layout(mesh=lb.parallel.make_mesh(fsdp=2, tensor=2))
+        graph, params, _ = nnx.split(build(layout, None), nnx.Param, ...)
+        state = train_loop.first_state(params, optimizer.AdamW(peak=1e-2, steps=10, bits=8), layout)
+        places = jax.tree.leaves(layout.state_shardings(state)["optimizer"])
+        words = [leaf for leaf in jax.tree.leaves(state["optimizer"]) if leaf.dtype == jnp.uint8]
+        assert words
+        for leaf in words:
+            assert leaf.addressable_shards[0].data.size == leaf.size // 4
+        for leaf, place in zip(jax.tree.leaves(state["optimizer"]), places, strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+    def test_a_checkpoint_and_the_model_at_the_end_stay_off_the_devices(self, tmp_path):
+        """What is read is NumPy, of which `place` gives each device its part; what is fetched is NumPy, keys apart."""
+        layout = Layout(mesh=lb.parallel.make_mesh(fsdp=4))
+        tree = {"w": jnp.arange(64.0).reshape(8, 8), "count": jnp.int32(3)}
+        store = checkpoints.Checkpoints(tmp_path / "c")
+        store.save(1, tree)
+        _, found, _ = store.latest(tree)
+        assert {type(leaf) for leaf in jax.tree.leaves(found)} == {np.ndarray}
+        place = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+        placed = layout.place({"w": found["w"]}, {"w": place})["w"]
+        assert {shard.data.shape for shard in placed.addressable_shards} == {(8, 2)}
+        back = fetch({"w": placed, "key": jax.random.key(3)})
+        assert type(back["w"]) is np.ndarray
+        np.testing.assert_array_equal(back["w"], tree["w"])
+        assert back["key"] == jax.random.key(3)
 
     def test_a_model_is_the_same_wherever_it_is_made(self):
         there = build(Layout(mesh=lb.parallel.make_mesh(fsdp=2, tensor=2)), bits=None)

@@ -1,13 +1,31 @@
 """The main job from the command line's words to its results, interrupted in every way."""
 
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import os
+import shutil
 import signal
 
+import jax
+import numpy as np
 import pytest
 
-from recipes import checkpoints, display, llama, metrics, pretrain, run_directory, schemes, train_loop
+from recipes import (
+    checkpoints,
+    deliver,
+    display,
+    llama,
+    metrics,
+    out_of_memory,
+    pretrain,
+    quantized,
+    run_directory,
+    schemes,
+    train_loop,
+)
 from recipes.pretrain import Pretrain
 
 STEPS = 20
@@ -71,7 +89,38 @@ def test_what_a_run_delivers(reference):
     assert packed["packed_block_bytes"] < packed["float_block_bytes"] / 5
     assert packed["packed_block_bytes"] >= kernels / 2 and packed["float_block_bytes"] >= 4 * kernels
     assert packed["packed_on_disk"] < packed["float_on_disk"]
+    table = (config.out / "quantized.txt").read_text()
+    assert "blocks/mlp/down" in table and "in high precision: embed (Embed), lm_head (Linear)" in table
+    assert answer["seconds"] > 0
     assert answer["sample"].startswith("the ") and (config.out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_line_about_what_is_quantized(tmp_path):
+    """74,048 - 320 weights in kernels; down has 128 inputs and a float32 scale a row: 4 + 32 / 128 bits."""
+    scheme = schemes.Scheme(rules=("blocks/attention=none", "blocks/mlp/down=quest:8"))
+    model = scheme.apply(llama.build(llama.preset("smoke"), 256), np.zeros((4, 32), np.int32))
+    line = quantized.write(tmp_path / "quantized.txt", model, scheme.name, stacked=2)
+    assert line.startswith("quantized by quest-w4a4-rules: ")
+    assert "1 layers x 2 in midrise8 (8.25 bits a weight)" in line
+    assert "1 layers x 2 in midrise4 (4.50 bits a weight)" in line
+    high = "blocks/attention/out, blocks/attention/qkv, embed, lm_head"
+    assert line.endswith(f"in high precision: {high} (quantized.txt)")
+
+
+def test_packed_weights_that_are_damaged_are_refused(reference):
+    config, _ = reference
+    scheme = schemes.Scheme()
+    model = scheme.apply(llama.build(llama.preset("smoke"), 256), np.zeros((4, 32), np.int32))
+    packed = deliver._convert(model)
+    deliver.load(config.out / "packed", packed)
+    copy = config.out.parent / "damaged"
+    shutil.copytree(config.out / "packed", copy)
+    file = max((f for f in (copy / "arrays").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match="deliver: the weights in .* are damaged"):
+        deliver.load(copy, packed)
 
 
 @pytest.mark.parametrize("death", [2, 11, 19])
@@ -122,6 +171,95 @@ def test_a_damaged_checkpoint_costs_only_time(config, reference, monkeypatch):
         assert finish(config, monkeypatch) == curve(reference[0])
 
 
+def test_a_damaged_line_of_the_metrics_costs_that_line(config, reference, monkeypatch):
+    """Resumed from step 14: the line is gone, its file is kept aside, all others are those of a whole run."""
+    finish(config, monkeypatch)
+    folder = config.out / "quest-w4a4"
+    shutil.rmtree(folder / "checkpoints" / f"step_{STEPS:08d}")
+    lines = curve(config).splitlines(keepends=True)
+    damaged = b"".join([*lines[:4], lines[4][:9] + b"\x00\xff\n", *lines[5:]])
+    (folder / "metrics.jsonl").write_bytes(damaged)
+    with pytest.warns(UserWarning, match="metrics.jsonl, line 5 cannot be read.*kept as metrics.damaged1"):
+        after = finish(config, monkeypatch)
+    whole = curve(reference[0]).splitlines(keepends=True)
+    assert after == b"".join(whole[:4] + whole[5:]) and (folder / "metrics.damaged1").read_bytes() == damaged
+
+
+def test_a_finished_run_without_its_last_held_out_loss_finds_it_again(config, reference, monkeypatch):
+    finish(config, monkeypatch)
+    path = config.out / "quest-w4a4" / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    again = pretrain.main(config)["runs"]["quest-w4a4"]
+    assert again["validation_loss"] == reference[1]["runs"]["quest-w4a4"]["validation_loss"]
+
+
+class TestABadEnd:
+    def bad_tail(self, monkeypatch, first: int):
+        """Steps from `first` on are not finite: nothing moves, as the real step has it."""
+        real = train_loop.make_step
+
+        def make(*arguments):
+            step, count = real(*arguments), itertools.count(1)
+
+            def one(state, rest, tokens):
+                if next(count) < first:
+                    return step(state, rest, tokens)
+                state = state | {name: state[name] + 1 for name in ("skipped", "in_a_row")}
+                nan = np.float32(np.nan)
+                return state, {"loss": nan, "gradient_norm": nan, **{n: state[n] for n in ("skipped", "in_a_row")}}
+
+            one.lower = step.lower
+            return functools.cache(lambda: one)()
+
+        monkeypatch.setattr(train_loop, "make_step", functools.cache(make))
+
+    def test_the_last_good_parameters_are_delivered(self, config, monkeypatch, capsys):
+        self.bad_tail(monkeypatch, 18)
+        entry = pretrain.main(config)["runs"]["quest-w4a4"]
+        assert entry["skipped_steps"] == 3 and math.isfinite(entry["validation_loss"])
+        assert "the last 3 steps were skipped; what follows is of step 17" in capsys.readouterr().out
+
+    def test_an_end_that_is_not_finite_is_told(self, config, monkeypatch):
+        self.bad_tail(monkeypatch, 18)
+        monkeypatch.setattr(train_loop, "evaluate", lambda *_: float("nan"))
+        for _ in range(2):  # and so does the same command again
+            with pytest.raises(train_loop.Diverged, match="held-out loss after step 20 is not finite; 3 steps"):
+                pretrain.main(config)
+
+
+class TestADiskThatRefuses:
+    @pytest.fixture
+    def full(self, monkeypatch):
+        save = checkpoints.Checkpoints.save
+
+        def refuse(self, step, tree, **extra):
+            if step == 14:
+                raise OSError("Checkpoints could not write step 14")
+            return save(self, step, tree, **extra)
+
+        monkeypatch.setattr(checkpoints.Checkpoints, "save", refuse)
+
+    def test_stops(self, config, full):
+        with pytest.raises(OSError, match="step 14"):
+            pretrain.main(config)
+        assert checkpoints.Checkpoints(config.out / "quest-w4a4" / "checkpoints").steps() == [7]
+
+    def test_goes_on_if_told(self, config, reference, full, monkeypatch, capsys):
+        config = dataclasses.replace(config, on_save_error="continue")
+        assert finish(config, monkeypatch) == curve(reference[0])
+        assert checkpoints.Checkpoints(config.out / "quest-w4a4" / "checkpoints").steps() == [7, STEPS]
+        assert "step 14 was not saved, training goes on: Checkpoints could not write" in capsys.readouterr().out
+
+
+def test_out_of_memory_names_what_helps(config, monkeypatch):
+    def exhausted(self, step):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+
+    monkeypatch.setattr(train_loop.Steps, "at", exhausted)
+    with pytest.raises(out_of_memory.OutOfMemory, match=r"4 x 32 tokens needs an estimated [\d.]+ MB.*--microbatches"):
+        pretrain.main(config)
+
+
 def test_other_settings_in_the_same_directory_are_refused(config):
     config.out.mkdir()
     run_directory.claim(config.out, {"seed": "5"})
@@ -140,7 +278,10 @@ def test_settings_that_change_no_number_may_change(config):
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"), ({"microbatches": 3}, "cut into 3"),
-     ({"steps": 0}, "steps must be"), ({"learning_rate": -1.0}, "rate -1.0"), ({"sample_tokens": 0}, "sampling"),
+     ({"steps": 0}, "steps must be"), ({"learning_rate": -1.0}, "rate -1.0"),
+     ({"learning_rate": float("nan")}, "rate nan.*finite"), ({"weight_decay": float("inf")}, "decay inf.*finite"),
+     ({"temperature": float("nan")}, "temperature nan"), ({"skip_spikes": 1.0}, "--skip-spikes 1.0"),
+     ({"sample_tokens": 0}, "sampling"),
      ({"prompt": ""}, "sampling"), ({"method": "none", "baseline": True}, "--baseline cannot take effect"),
      ({"context": 10**6}, "training part"), ({"preset": "huge"}, "no preset")],
 )  # fmt: skip

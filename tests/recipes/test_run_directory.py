@@ -82,6 +82,42 @@ class TestMetrics:
             log.step(4, loss=4.5)
         assert self.lines(tmp_path) == [{"step": s, "loss": s / 3} for s in (1, 2, 3)] + [{"step": 4, "loss": 4.5}]
 
+    @pytest.mark.parametrize("line", [b"{", b"\xff\x00", b"[1]", b'{"loss": 2.0}', b'{"step": "3"}', b""])
+    def test_a_damaged_line_sets_the_file_aside_and_the_rest_stays(self, tmp_path, line):
+        path = tmp_path / "metrics.jsonl"
+        for n in (1, 2):
+            path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"step": 3}\n')
+            with pytest.warns(UserWarning, match=rf"metrics.jsonl, line 2 .*kept as metrics.damaged{n}.*2 good lines"):
+                with metrics.Metrics(tmp_path, after_step=2, tensorboard=False):
+                    pass
+            assert self.lines(tmp_path) == [{"step": 1}, {"step": 2}]
+            assert (tmp_path / f"metrics.damaged{n}").read_bytes().splitlines()[1] == line
+
+    def test_a_full_disk_names_the_file_and_can_be_outlasted(self, tmp_path):
+        class Full:
+            refuses = True
+
+            def __init__(self, inner):
+                self.inner, self.fileno, self.close = inner, inner.fileno, inner.close
+
+            def write(self, data):
+                if self.refuses:
+                    raise OSError(28, "No space left on device")
+                return self.inner.write(data[:5])  # a part at a time, as the system may
+
+        with pytest.raises(OSError, match=f"{tmp_path}/metrics.jsonl: No space left on device. Free space"):
+            with metrics.Metrics(tmp_path, after_step=0, tensorboard=False) as log:
+                log.steps.file = Full(log.steps.file)
+                log.step(1, loss=2.0)
+        with metrics.Metrics(tmp_path, after_step=0, tensorboard=False, on_error="continue") as log:
+            log.steps.file = Full(log.steps.file)
+            with pytest.warns(UserWarning, match="No space left .*wait in memory"):
+                log.step(1, loss=2.0)
+            log.step(2, loss=3.0)
+            log.steps.file.refuses = False
+            log.step(3, loss=4.0)
+        assert [line["loss"] for line in self.lines(tmp_path)] == [2.0, 3.0, 4.0]
+
     def test_not_a_number_is_null(self, tmp_path):
         with metrics.Metrics(tmp_path, after_step=0, tensorboard=False) as log:
             log.step(1, loss=float("nan"), gradient_norm=float("inf"), skipped=1)

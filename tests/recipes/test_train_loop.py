@@ -1,6 +1,7 @@
 """The training step: microbatches, steps that are not finite, and the loss it minimizes."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import lowbit_jax as lb
-from recipes import gradients, llama, metrics, optimizer, train_loop
+from recipes import display, gradients, llama, metrics, optimizer, train_loop
 
 SMALL = llama.preset("smoke")
 
@@ -72,7 +73,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert np.isfinite(kernel).all() and (np.asarray(kernel) != before["params"]["lm_head"]["kernel"][...]).any()
 
 
-def test_skips_are_logged_and_too_many_stop_the_run(tmp_path):
+def test_skips_are_logged_and_too_many_stop_the_run(tmp_path, capsys):
     schedule = optimizer.one_cycle(1e-3, 100)
 
     def values(loss, skipped, in_a_row):
@@ -81,6 +82,8 @@ def test_skips_are_logged_and_too_many_stop_the_run(tmp_path):
 
     with metrics.Metrics(tmp_path, after_step=0, tensorboard=False) as log:
         train_loop._write(log, [(1, values(2.0, 0, 0)), (2, values(np.nan, 1, 1)), (3, values(1.5, 1, 0))], schedule)
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["step 2 was skipped: loss nan, gradient norm nan (1 in a row, 1 in all); nothing moved"]
     lines = metrics.read(tmp_path / "metrics.jsonl")
     assert [line["loss"] for line in lines] == [2.0, None, 1.5]
     assert [line.get("skipped") for line in lines] == [None, 1, None]
@@ -88,6 +91,21 @@ def test_skips_are_logged_and_too_many_stop_the_run(tmp_path):
     with metrics.Metrics(tmp_path, after_step=3, tensorboard=False) as log:
         with pytest.raises(train_loop.Diverged, match="25 steps in a row up to step 28"):
             train_loop._write(log, [(28, values(np.nan, 26, 25))], schedule)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_person_sees_which_step_was_skipped(tmp_path, capsys, monkeypatch, terminal):
+    """On a terminal above the progress bar, elsewhere as a line of its own, with the scale that it was skipped at."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    values = {"loss": np.float32(2), "gradient_norm": np.float32(np.inf), "skipped": np.int32(3),
+              "in_a_row": np.int32(1), "loss_scale": np.float32(2**15)}  # fmt: skip
+    bar = display.Progress("quest-w4a4", start=6, steps=100, tokens_per_step=64)
+    assert (bar.bar is not None) == terminal
+    with metrics.Metrics(tmp_path, after_step=6, tensorboard=False) as log, bar:
+        train_loop._write(log, [(7, values)], optimizer.one_cycle(1e-3, 100), bar.say)
+    line = "quest-w4a4 | step 7 was skipped: loss 2, gradient norm inf, loss scale 32768 (1 in a row, 3 in all)"
+    assert line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out), "beside its colors"
 
 
 def test_the_loss_is_the_cross_entropy_of_the_next_token():
