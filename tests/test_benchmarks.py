@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import breakdown, train_step
+from benchmarks import breakdown, packed, train_step
 from benchmarks.contenders import contenders
 from benchmarks.models import WORKLOADS
 from benchmarks.timing import compile_program, ratio
@@ -64,3 +64,13 @@ def test_every_operation_has_an_owner():
     assert {"product", "optimizer"} <= set(found)
     assert any("rotation" in name for name in found)
     assert all(seconds > 0 for seconds in found.values())
+
+
+def test_packed_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "RECIPES", {"w4a4": packed.RECIPES["w4a4"]})
+    packed.main(packed.Config(width=128, rows=(2,), rounds=2, output=tmp_path))
+    rows = json.loads((tmp_path / "packed_cpu.json").read_text())["rows"]
+    assert {row["layout"] for row in rows} == set(packed.LAYOUTS)
+    for row in rows:
+        assert row["packed_ms"] > 0 and row["packed_mib"] < row["float_mib"] / 4
+        assert packed.markdown_row(row) in (tmp_path / "packed_cpu.md").read_text()
