@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels import launch, masks, planes, tuning
+from pallas_kernels import chips, launch, masks, planes, tuning
 from pallas_kernels.checks import check_bits, check_matrix, fail
 from pallas_kernels.hadamard import (
     MASK_BLOCK,
@@ -113,6 +113,8 @@ def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) ->
     runs of 64 bytes with axis=0."""
     wide = jnp.dtype(dtype).itemsize // 2
     if axis == 0:
+        if packed and wide == 2 and (8, 0) <= chips.traced_capability() < (9, 0):  # 64 rows spill on Ampere
+            return Tile(rows=16, columns=32 // wide, warps=4, stages=1)
         return Tile(rows=64, columns=32 // wide, warps=8, stages=1)
     each = launch.power_of_two(-(-k // MASK_BLOCK), 1, 1 << 30)
     if each > 128 // wide:
