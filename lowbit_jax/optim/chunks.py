@@ -16,7 +16,7 @@ from jax import lax
 from lowbit_jax.optim.lanes import Lane, Ranked, lane_of, row_length
 from lowbit_jax.optim.state_codecs import Stored
 
-ELEMENTS = 1 << 15  # of a chunk: the arrays of a step fit in the cache of a core
+ELEMENTS = 1 << 13  # of a chunk: the arrays of a step stay near a core (2^15 takes a seventh longer)
 ALONE = 1 << 19  # leaves of so many elements have a loop of their own, in place; smaller ones are joined, by copying
 TOGETHER = 1 << 22  # elements of the leaves that are joined: what the copies may take
 
