@@ -76,8 +76,8 @@ def calls(recipe: lb.LinearRecipe, layout: str, rows: int, width: int) -> dict[s
         found[name] = Call.of(run(graph), state, x)
     weight = packed.kernel.get_value()
     found["dequantize"] = Call.of(lambda w: w.values(jnp.float32), weight)
-    quantizer = recipe.out.lhs
-    rotation = None if recipe.out.rhs is None else recipe.out.rhs.rotation
+    quantizer, of_weight = recipe.forward_quantizers
+    rotation = None if of_weight is None else of_weight.rotation
     if quantizer is not None:
         found["activation"] = Call.of(quantizer.in_rotated_space, x)
     elif rotation is not None:

@@ -51,7 +51,8 @@ def _of_training(recipe: LinearRecipe, site: Site, dtype: Any) -> str | None:
     if site.kind == "conv_general_dilated":
         return None
     columns = max(1, _count(site) // max(1, site.length))
-    lhs, rhs = jax.ShapeDtypeStruct((1, site.length), dtype), jax.ShapeDtypeStruct((site.length, columns), jnp.float32)
+    lhs: Any = jax.ShapeDtypeStruct((1, site.length), dtype)  # shapes and dtypes are all that is asked
+    rhs: Any = jax.ShapeDtypeStruct((site.length, columns), jnp.float32)
     reason = integer_product.why_not(recipe, _forward(Dims(1, 0, (), ()), dtype), lhs, rhs)
     return "matmul_i8" if reason is None else None
 
@@ -67,9 +68,8 @@ def _reason(recipe: LinearRecipe, site: Site, packed: QTensor, dtype: Any) -> st
     one = packed
     for _ in range(packed.ndim - (len(site.shape) - len(site.contract) + 1)):  # layers stacked for a scan
         one = jax.eval_shape(lambda stack: jax.tree.map(lambda leaf: leaf[0], stack), one)
-    product = PackedProduct(
-        _forward(Dims(1, one.ndim + one.axis, (), ()), dtype), recipe, recipe.shared_rotation, lambda *_: None
-    )
+    forward = _forward(Dims(1, one.ndim + one.axis, (), ()), dtype)
+    product = PackedProduct(forward, recipe, recipe.shared_rotation, forward)
     return product.why_not(jax.ShapeDtypeStruct((1, one.length), dtype), one)
 
 

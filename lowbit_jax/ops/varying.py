@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 
-def vary_alike(*operands: Any) -> tuple[Any, ...]:
+def vary_alike(*operands: Any) -> Any:
     """The operands (arrays, pytrees of arrays or None), each varying over every manual axis that one of them does.
 
     Outside `shard_map`, and with `check_vma=False`, they come back as they are."""
