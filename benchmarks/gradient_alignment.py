@@ -127,7 +127,7 @@ def too_small(rows: Sequence[Mapping]) -> list[str]:
     """What is wrong: the mean margin of the seeds at 2, 3 or 4 bits is below MARGIN, or is not a number."""
     means = {bits: sum(found) / len(found) for bits, found in margins(rows).items() if 2 <= bits <= 4}
     return [
-        f"gradient_alignment: at {bits} bits rotation wins by {mean:.3f}, and {MARGIN} is the least (METHODS 6.3)."
+        f"gradient_alignment: at {bits} bits rotation wins by {mean:.3f}, and {MARGIN} is the least."
         for bits, mean in means.items()
         if not mean >= MARGIN
     ]

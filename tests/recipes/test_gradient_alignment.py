@@ -19,7 +19,7 @@ def test_margins_are_paired_and_judged_at_two_to_four_bits():
     assert found[2] == pytest.approx([0.05, 0.15]) and found[4] == pytest.approx([0.15, 0.05])
     assert gradient_alignment.too_small([row(2, [0.3, 0.5], [0.15, 0.35])]) == []
     assert gradient_alignment.too_small([row(3, [0.5], [0.41])]) == [
-        "gradient_alignment: at 3 bits rotation wins by 0.090, and 0.1 is the least (METHODS 6.3)."
+        "gradient_alignment: at 3 bits rotation wins by 0.090, and 0.1 is the least."
     ]
     assert len(gradient_alignment.too_small([row(3, [np.nan], [0.1])])) == 1
 
