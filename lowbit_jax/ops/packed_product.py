@@ -25,7 +25,6 @@ from lowbit_jax.scaling import FLOAT32, PerRow, PerTensor, rms_optimal
 from lowbit_jax.scaling.gaussian import optimal_scale
 
 MOST_ELEMENTS = (1 << 31) - 1
-LARGEST_A16 = 256  # rows above which XLA multiplies by the dequantized weight: 16-bit products gain nothing there
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,7 +110,7 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
     if lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the activation is {lhs.dtype}, and the kernel takes bfloat16 and float16"
     rows = lhs.size // lhs.shape[dims.lhs]
-    if rows > LARGEST_A16 and rhs.implementation == "auto":
+    if rows > mx_product.LARGEST_A16 and rhs.implementation == "auto":
         return f"with {rows} rows XLA's product with the dequantized weight is as fast"
     return None
 

@@ -50,7 +50,8 @@ def test_a_method_that_goes_around_its_layer_is_refused(wrapped):
 
 def test_a_layer_that_stays_in_high_precision_may_be_gone_around():
     model = nnx.Sequential(Around(nnx.Rngs(0)), nnx.Linear(16, 16, rngs=nnx.Rngs(1)))
-    lb.quantize(model, rules=[("layers/1", lb.quest(4))])
+    quantized = lb.quantize(model, rules=[("layers/1", lb.quest(4))])
+    assert {row.layer for row in lb.explain(quantized).rows} == {"layers/1"}
 
 
 @pytest.mark.parametrize("kind", [Regularized, WithRecipe])
