@@ -5,6 +5,7 @@ one bit of the same words. g is read once and the result written once, in the la
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, masks, planes
+from pallas_kernels import launch, masks, planes, tuning
 from pallas_kernels.checks import MATRIX_DTYPES, check_matrix, check_shape, fail
 from pallas_kernels.hadamard import (
     CHUNK,
@@ -62,11 +63,18 @@ def hadamard_backward(
         out = _reference(g, mask, block).astype(dtype)
         return out if axis == 1 else out.T
     check_chunk(who, k)
-    return _run(g, mask, block, dtype, axis, tile or default_tile(m), impl)
+    return _run(g, mask, block, dtype, axis, tile or default_tile(m, k, axis, dtype), impl)
 
 
-def default_tile(m: int) -> Tile:
-    """64 rows, which a warp group's product takes, where there are as many."""
+def tuning_key(m: int, k: int, axis: int, dtype: Any) -> str:
+    """Of the tile table."""
+    return tuning.key(f"hadamard_backward_axis{axis}_{jnp.dtype(dtype).name}", 8, m, 1, k)
+
+
+def default_tile(m: int, k: int, axis: int, dtype: Any) -> Tile:
+    """The tuned tile of this shape's bucket, or 64 rows, which a warp group's product takes, if there are as many."""
+    if found := tuning.lookup(tuning_key(m, k, axis, dtype)):
+        return Tile(**found)
     return Tile(rows=launch.power_of_two(m, 16, 64), stages=1)
 
 

@@ -109,8 +109,10 @@ def hadamard_quantize(
 
 
 def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) -> Tile:
-    """Whole rows in registers up to K of 32768 (16384 in float32), in as many programs as a GPU runs at once;
-    runs of 64 bytes with axis=0."""
+    """The tuned tile of this shape's bucket, or: whole rows in registers up to K of 32768 (16384 in float32), in many
+    small programs, so that some read while others compute; runs of 64 bytes with axis=0."""
+    if found := tuning.lookup(tuning_key(m, k, axis, dtype, packed)):
+        return Tile(**found)
     wide = jnp.dtype(dtype).itemsize // 2
     if axis == 0:
         if packed and wide == 2 and (8, 0) <= chips.traced_capability() < (9, 0):  # 64 rows spill on Ampere
@@ -119,10 +121,16 @@ def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) ->
     each = launch.power_of_two(-(-k // MASK_BLOCK), 1, 1 << 30)
     if each > 128 // wide:
         return Tile(rows=64, warps=8, stages=1)
-    rows = max(64, each)
-    while rows > max(16, each) and m * each < tuning.PROGRAMS * rows:
-        rows //= 2
+    rows = max(16, each)
+    if rows == 16 and wide == 1:
+        return Tile(rows=16, warps=2, stages=1)
     return Tile(rows=rows, warps=4 if rows <= 32 or packed and wide == 1 and rows == 64 else 8, stages=1)
+
+
+def tuning_key(m: int, k: int, axis: int, dtype: Any, packed: bool) -> str:
+    """Of the tile table; all widths take one tile."""
+    name = f"hadamard_quantize_axis{axis}_{jnp.dtype(dtype).name}{'_packed' if packed else ''}"
+    return tuning.key(name, 8, m, 1, k)
 
 
 def grid(bits: int, midrise: bool) -> tuple[int, int, float]:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, masks, occupancy, planes, tuning
+from pallas_kernels import launch, masks, matmul_i8, occupancy, planes, tuning
 from pallas_kernels.checks import (
     SCALE_DTYPES,
     check_bits,
@@ -32,6 +32,7 @@ from pallas_kernels.launch import Tile
 from pallas_kernels.unpack import held, plane, to_int8
 
 WORD_BITS = 8
+MANY = 512  # rows from which on the weights are unpacked first, on a chip where `matmul_i8` is that much faster
 _TURN = 128  # contraction indices of one turn of the loop, at least: a shorter body is unrolled into thousands of lines
 
 
@@ -96,6 +97,8 @@ def matmul_a8(
         codes = planes.unpack(tuple(words), bits, n, k).astype(jnp.int32) - (integer_zero(bits) - _about(bits))
         sums = lax.dot_general(x, codes.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         return finish(sums, *sides).astype(out_dtype)
+    if tile is None and impl == "triton" and m >= MANY and matmul_i8.best(m, n, k) == "mosaic":
+        return _unpacked_first(x, words, sides, bits, x_zero, w_zero, out_dtype, "mosaic")
     tile = default_tile(m, n, k, bits) if tile is None else tile
     check_offsets(who, x=x.shape, out=(tile.split, m, n), **{f"words[{i}]": word.shape for i, word in enumerate(words)})
     return _run(x, tuple(words), sides, finish, bits, out_dtype, tile, impl)
@@ -162,6 +165,17 @@ def _step(k: int, bits: int, rows: int = 16) -> int:
 
 def _steps(k: int, bits: int, rows: int = 16) -> int:
     return -(-k // _step(k, bits, rows))
+
+
+def _unpacked_first(x, words, sides, bits, x_zero, w_zero, out_dtype, impl):
+    """By `matmul_i8` from codes that XLA unpacks: N K bytes are written and read, which many rows make up for."""
+    x_scales, w_scales, x_sums, w_sums = sides
+    n, k, zero = w_scales.shape[0], x.shape[1], integer_zero(bits)
+    codes = (planes.unpack(tuple(words), bits, n, k) - jnp.uint8(zero)).astype(jnp.int8)  # wraps around to code - zero
+    return matmul_i8.matmul_i8(
+        x, codes, x_scales.astype(jnp.float32), w_scales.astype(jnp.float32), x_offset=-x_zero, w_offset=zero - w_zero,
+        x_sums=x_sums, w_sums=None if w_sums is None else w_sums - k * zero, out_dtype=out_dtype, impl=impl,
+    )  # fmt: skip
 
 
 def _run(x, words, sides, finish, bits, out_dtype, tile, impl):

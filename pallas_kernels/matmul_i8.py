@@ -7,7 +7,7 @@ The first sum is an int32; the sums of the codes come from whoever made them (`h
 on a mid-rise grid and 0 on an integer one. Nothing of the size of the result is written but the result.
 
 Programs go down columns of `_GROUP` tiles of rows before they take the next columns, so that those that run together
-share what they read in the L2 cache. Edges are masked: no operand is padded.
+share what they read in the L2 cache. Edges are masked: no operand is padded. `impl="mosaic"` is matmul_i8_hopper.py.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels import chips, launch, masks, tuning
+from pallas_kernels import chips, launch, masks, matmul_i8_hopper, tuning
 from pallas_kernels.checks import check_matrix, check_offsets, check_out_dtype, check_shape, fail
 from pallas_kernels.launch import Tile
 
@@ -44,12 +44,14 @@ def matmul_i8(
 ) -> Float[Array, "m n"]:
     """x times W transposed; the value of a code c is scale (c + offset).
 
+    impl="mosaic" is for Hopper alone, and for sizes that `matmul_i8_hopper.why_not` has nothing against; `best` tells.
     x_sums, w_sums: the sum of each row's codes, needed where the other side's offset is not 0. Reference: `impl="xla"`;
     the integers are equal, the rest are four float32 operations in the same order and the rounding of the result.
     Raises: ValueError for sizes that do not fit, missing sums, K above 131071, where a sum could overflow int32, and
     (the kernel) arrays of more than 2^31 - 1 elements; TypeError for dtypes."""
     who = "matmul_i8"
-    launch.check_impl(who, impl)
+    if impl != "mosaic":
+        launch.check_impl(who, impl)
     m, k = check_matrix(who, "x", x, (jnp.int8,))
     n, k_of_w = check_matrix(who, "w", w, (jnp.int8,))
     if k != k_of_w:
@@ -67,7 +69,19 @@ def matmul_i8(
         by_column = tuple(a if a is None else a[None, :] for a in (sums[1], w_scales))
         return _finished(total, k, offsets, *by_row, *by_column).astype(out_dtype)
     check_offsets(who, x=(m, k), w=(n, k), out=(m, n))
+    if impl == "mosaic":
+        finish = functools.partial(_finish, k=k, offsets=offsets)
+        sides = [(sums[0], x_scales), (sums[1], w_scales)]
+        return matmul_i8_hopper.run(x, w, sides, finish, out_dtype, tile or matmul_i8_hopper.default_tile(m, n, k))
     return _run(x, w, x_scales, w_scales, sums, offsets, out_dtype, tile or default_tile(m, n, k), impl)
+
+
+def best(m: int, n: int, k: int) -> str:
+    """The impl for these sizes on the GPU traced for: "mosaic" on Hopper where its tiles divide them, else "triton"."""
+    if chips.traced_capability() != (9, 0) or jax.__version_info__ < (0, 11):
+        return "triton"
+    tile = matmul_i8_hopper.default_tile(m, n, k)
+    return "triton" if matmul_i8_hopper.why_not(m, n, k, tile) else "mosaic"
 
 
 def default_tile(m: int, n: int, k: int) -> Tile:
@@ -107,6 +121,10 @@ def cases() -> list[tuple]:
         ("matmul_i8_float32", functools.partial(matmul_i8, out_dtype=jnp.float32),
          arguments(4096, 14336, 4096, sums=False), chips),
         ("matmul_i8_few_rows", midrise, arguments(48, 4096, 4096), chips),
+        ("matmul_i8_hopper", functools.partial(midrise, impl="mosaic"), arguments(4096, 14336, 4096),
+         {"sm_90": "IGMMA"}),
+        ("matmul_i8_hopper_square", functools.partial(midrise, impl="mosaic"), arguments(2048, 2048, 2048),
+         {"sm_90": "IGMMA"}),
     ]  # fmt: skip
 
 
@@ -138,6 +156,10 @@ def _finished(total, k, offsets, x_sums, x_scales, w_sums, w_scales):
     if x_offset * w_offset:
         y = y + k * x_offset * w_offset
     return y * x_scales * w_scales
+
+
+def _finish(total, x_sums, x_scales, w_sums, w_scales, *, k, offsets):
+    return _finished(total, k, offsets, x_sums, x_scales, w_sums, w_scales)
 
 
 def _run(x, w, x_scales, w_scales, sums, offsets, out_dtype, tile, impl):

@@ -90,9 +90,9 @@ def unpack(words: tuple[Int[Array, "blocks rows 32"], ...], bits: int, n: int, k
     for word, field in zip(words, FIELDS[bits], strict=True):
         above -= field
         rows = jnp.transpose(lax.bitcast_convert_type(word, _UNSIGNED[word_bits]), (1, 0, 2))
-        planes = [(rows >> (field * p)) & ((1 << field) - 1) for p in range(word_bits // field)]
-        part = jnp.stack(planes, axis=2).reshape(codes.shape).astype(jnp.uint8)
-        codes |= part << above
+        moves = jnp.arange(0, word_bits, field, dtype=rows.dtype)[None, None, :, None]  # one loop, not one a plane
+        part = (rows[:, :, None, :] >> moves) & jnp.asarray((1 << field) - 1, rows.dtype)
+        codes |= part.reshape(codes.shape).astype(jnp.uint8) << above
     return codes[:n, :k]
 
 

@@ -1,18 +1,23 @@
 """`benchmarks.gpu` where no GPU is: its checks interpreted, its programs lowered for one."""
 
+import json
+import subprocess
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, model, speed
+from benchmarks.gpu import checks, model, profile, speed
 from benchmarks.gpu.operands import KERNELS, Product, poisoned, relative_error
 from pallas_kernels import chips
 
 
 def test_the_cases_hold_every_width_dtype_and_kernel():
-    found = list(checks.cases(512, interpreted=False))
+    with chips.abstract_gpu("sm_90"):
+        found = list(checks.cases(512, interpreted=False))
     a16 = [p for p in found if p.kernel == "matmul_a16"]
     assert {p.bits for p in a16} == {p.bits for p in found if p.kernel == "matmul_a8"} == set(range(1, 9))
     assert {p.group for p in a16} == {None, 32, 64, 128} and {p.dtype for p in a16} == {"bfloat16", "float16"}
@@ -24,7 +29,7 @@ def test_the_cases_hold_every_width_dtype_and_kernel():
 def test_a_product_holds_against_its_float64_reference(kernel):
     p = Product(kernel=kernel, bits=4 if kernel in ("matmul_a16", "matmul_a8") else 8, m=3, n=64, k=128)
     x, w = p.activation(1), p.weight(2)
-    assert relative_error(poisoned(p.run("interpret"), x, w), p.reference(x, w)) <= checks.LIMIT["bfloat16"]
+    assert relative_error(poisoned(p.run("interpret"), x, w)(), p.reference(x, w)) <= checks.LIMIT["bfloat16"]
     other = p.weight(3)
     assert relative_error(p.run("xla")(x, other), p.reference(x, w)) > 0.1  # another weight is seen
 
@@ -38,7 +43,7 @@ def test_microscaled_operands_hold_against_their_float64_reference(bits):
 
 def test_an_element_that_nobody_wrote_is_not_a_number():
     assert np.isnan(relative_error(jnp.asarray([1.0, jnp.nan]), np.ones(2)))
-    y = poisoned(lambda x: (x + 1, x.astype(jnp.int32)), jnp.ones((4,)))
+    y = poisoned(lambda x: (x + 1, x.astype(jnp.int32)), jnp.ones((4,)))()
     np.testing.assert_array_equal(y[0], 2.0)
     np.testing.assert_array_equal(y[1], 1)
 
@@ -47,7 +52,7 @@ def test_candidates_begin_with_the_default_and_are_distinct():
     for kernel, m in (("matmul_a16", 16), ("matmul_a8", 4096), ("matmul_i8", 4096), ("matmul_mx", 1)):
         p = Product(kernel=kernel, bits=4, m=m, n=4096, k=4096)
         tiles = speed.candidates(p)
-        assert tiles[0] == speed.default(p) and len(set(tiles)) == len(tiles) >= 5
+        assert tiles[tiles[0] is None] == speed.default(p) and len(set(tiles)) == len(tiles) >= 5
 
 
 KERNELS_OF_A_STEP = {
@@ -68,17 +73,65 @@ def test_the_training_steps_lower_for_a_gpu_with_their_kernels(name):
     assert found == KERNELS_OF_A_STEP[name]
 
 
-def test_a_machine_without_a_gpu_is_told_what_it_can_run(capsys):
+def test_a_machine_without_a_gpu_is_told_what_it_can_run(capfd):
     if jax.default_backend() == "gpu":
         pytest.skip("there is a GPU")
-    assert command.main(command.Config()) == 2 and "--smoke" in capsys.readouterr().out
+    assert command.main(command.Config()) == 2 and "--smoke" in capfd.readouterr().out
 
 
 def test_the_report_shows_what_failed_and_what_was_left_out():
     report = {"environment": {"device": "x"}, "seed": 1, "checks": [dict(kernel="w4a16", error=1e-3)],
-              "decode_error": "RuntimeError: no", "left_out": ["one_token"]}  # fmt: skip
+              "errors": {"decode": "RuntimeError: no"}, "left_out": ["one_token"]}  # fmt: skip
     text = command.markdown(report)
     assert "| w4a16 | 0.001 |" in text and "decode failed: RuntimeError: no" in text and "one_token" in text
+
+
+def test_a_check_that_fails_is_a_row_and_others_run():
+    def broken():
+        raise RuntimeError("no such instruction")
+
+    saved = []
+    told = [({"kernel": "a", "limit": 1.0}, lambda: lambda: 0.5), ({"kernel": "b", "limit": 1.0}, lambda: broken),
+            ({"kernel": "c", "limit": 1.0}, lambda: lambda: float("nan"))]  # fmt: skip
+    rows = [{"kernel": "a", "limit": 1.0, "error": 0.25}]  # of the process before
+    checks.run(told, lambda rows: saved.append([row["kernel"] for row in rows]), rows)
+    assert [row["kernel"] for row in rows] == ["a", "b", "c"] and rows[0]["error"] == 0.25
+    assert "no such instruction" in rows[1]["failed"] and rows[1]["error"] is None
+    assert [row["kernel"] for row in checks.wrong(rows)] == ["b", "c"]
+    assert saved[0] == ["a", "b"], "what runs is on disk before it runs"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_part_that_ends_the_process_runs_again_once_and_the_rest_run(monkeypatch, tmp_path, again):
+    runs = []
+
+    def process(arguments):
+        runs.append([part for part in arguments[arguments.index("--parts") + 1 :] if part in command.PARTS])
+        path = tmp_path / "gpu_writing.json"
+        fresh = {"environment": {"device": "x"}, "seed": 1, "name": "x", "ended": [], "errors": {}, "left_out": []}
+        report = json.loads(path.read_text()) if path.exists() else fresh
+        dies = len(runs) == 1 or again and len(runs) == 2
+        ended = runs[-1][: runs[-1].index("large")] if dies else runs[-1]
+        path.write_text(json.dumps(report | {"ended": report["ended"] + ended}))
+        path.with_suffix(".md").write_text("")
+        return subprocess.CompletedProcess(arguments, -6 if dies else 0)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    assert command.main(command.Config(parts=("fused", "large", "decode"), output=tmp_path)) == again
+    assert runs == [["fused", "large", "decode"], ["large", "decode"], ["decode"]][: 2 + again]
+    report = json.loads((tmp_path / "gpu_x.json").read_text())
+    assert set(report["ended"]) == {"fused", "large", "decode"}
+    assert report["errors"] == ({"large": "the process ended with status -6"} if again else {})
+
+
+def test_kernel_times_are_those_of_the_gpus_streams():
+    event = lambda name, ns: SimpleNamespace(name=name, duration_ns=ns)
+    line = lambda name, *events: SimpleNamespace(name=name, events=list(events))
+    gpu = SimpleNamespace(name="/device:GPU:0", lines=[
+        line("Stream #14", event("a", 1000.0), event("b", 5000.0)), line("Stream #15", event("a", 500.0)),
+        line("XLA Modules", event("module", 9000.0))])  # fmt: skip
+    host = SimpleNamespace(name="/host:CPU", lines=[line("Stream of thoughts", event("a", 7.0))])
+    assert profile.summed(SimpleNamespace(planes=[host, gpu])) == pytest.approx({"b": 5e-6, "a": 1.5e-6})
 
 
 @pytest.mark.slow

@@ -12,25 +12,36 @@ benchmarks/results/gpu_<device>.json and .md, after each part.
 import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 import lowbit_jax as lb
-from benchmarks.gpu import checks, model, speed
+from benchmarks.gpu import checks, model, rotations, speed
 from benchmarks.timing import environment
 from pallas_kernels import tuning
 
 DECODE = (
-    *(("matmul_a16", bits, 128) for bits in (4, 3, 8, 2, 1, 6)),
+    *(("matmul_a16", bits, 128) for bits in (4, 3, 8)),
     *(("matmul_a8", bits, None) for bits in (2, 1, 4, 8)),
     ("matmul_mx", 4, None),
 )
-LARGE = (("matmul_i8", 8, None), ("matmul_a8", 4, None), ("matmul_a8", 8, None), ("matmul_fp8", 8, None))
-ONE_TOKEN = {"w4a16": lb.quest(4, activations=False), "w4a4": lb.quest(4), "w8a8": lb.quest(8)}
+LARGE = (
+    ("matmul_i8_hopper", 8, None), ("matmul_i8", 8, None), ("matmul_a8", 4, None), ("matmul_a8", 8, None),
+    ("matmul_fp8", 8, None),
+)  # fmt: skip
+ONE_TOKEN = {"w4a16": lb.quest(4, activations=False), "w4a4": lb.quest(4), "w2a2": lb.quest(2)}
+
+
+PARTS = ("checks", "fused", "large", "training", "decode", "one_token")  # tiles are tuned before models take them
+NO_GPU = 2  # the exit status
+NOT_IN_TABLES = ("tile", "tried_us", "kernels_ms")
+MOST_RESTARTS = 8  # of the checks, each of which a kernel ended by stopping the GPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,80 +58,143 @@ class Config:
     large: tuple[int, ...] = (4096,)
     """Rows of the products of training and prefill."""
     preset: str = "800M"
-    batch: int = 8
+    batch: int = 16
     context: int = 512
     minutes: float = 8.0
     """What is not begun by then is left out, and the report says so."""
+    parts: tuple[str, ...] = PARTS
+    """Which parts, in this order."""
     package: bool = False
     """Write the tuned tiles of this chip into the package's own table too."""
     output: pathlib.Path = pathlib.Path("benchmarks/results")
-
-
-def parts(config: Config, report: dict, until: float) -> dict[str, Callable[[], list[dict]]]:
-    """Name -> what it measures, in the order in which they run: what matters most first."""
-    impl, size = ("interpret", 64) if config.smoke else ("kernel", 512)
-    pallas = "interpret" if config.smoke else "triton"
-    named = {
-        "checks": lambda: [
-            *checks.products(impl, size, config.seed),
-            *checks.rotations(pallas, size, config.seed),
-            *checks.codecs(pallas, size, config.seed),
-        ]
-    }
-    if config.smoke:
-        return named
-    roof = speed.Roof.measured()
-    report["roof"] = dataclasses.asdict(roof)
-    shapes = lambda rows: [(m, *config.shape) for m in rows]
-    return named | {
-        "training": lambda: model.training(config.preset, config.batch, config.context, config.rounds),
-        "large": lambda: speed.compare(shapes(config.large), LARGE, config.rounds, roof, until),
-        "fused": lambda: speed.fused(8192, 4096, config.rounds, roof),
-        "decode": lambda: speed.compare(shapes(config.decode), DECODE, config.rounds, roof, until),
-        "one_token": lambda: model.one_token(config.preset, 1, config.rounds, ONE_TOKEN, "auto"),
-    }
+    until: float | None = None
+    """For the command itself: this process is the one that uses the GPU, to this time of the clock."""
 
 
 def main(config: Config) -> int:
-    """Runs the parts in order and writes the report after each; 1 when a kernel is wrong."""
+    """Runs the parts, each time one stops the GPU the rest in a new process; 1 when a kernel is wrong."""
+    if config.until is not None:
+        return work(config)
+    if config.smoke:
+        config = dataclasses.replace(config, parts=("checks",))
+    path, until = config.output / "gpu_writing.json", time.time() + 60 * config.minutes
+    path.unlink(missing_ok=True)
+    left, report = list(config.parts), {}
+    while left:
+        own = dataclasses.replace(config, parts=tuple(left), until=until)
+        ended = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *arguments(own)]).returncode
+        report = json.loads(path.read_text()) if path.exists() else {}
+        if ended == NO_GPU or not report:
+            return ended or 1
+        before, left = left, [name for name in left if name not in report["ended"]]
+        stopped = [row for row in report.get("checks", []) if "failed" in row]
+        if left == before and left[:1] != ["checks"]:
+            report.setdefault("errors", {})[left[0]] = f"the process ended with status {ended}"
+            report["ended"].append(left.pop(0))
+        elif left == before and len(stopped) > MOST_RESTARTS:
+            report["ended"].append(left.pop(0))
+        path.write_text(json.dumps(report))
+    for suffix in (".json", ".md"):
+        path.with_suffix(suffix).replace(config.output / f"gpu_{report['name']}{suffix}")
+    wrong = checks.wrong(report.get("checks", []))
+    for row in wrong:
+        print(f"WRONG: {row}")
+    if "checks" in report:
+        print(f"{len(report['checks']) - len(wrong)} of {len(report['checks'])} checks hold")
+    chip = report["environment"]["device"]
+    if config.package and not config.smoke and not wrong:
+        own = json.loads(tuning.user_file().read_text()).get(chip, {}) if tuning.user_file().exists() else {}
+        print(f"{len(own)} tiles into {tuning.store(own, chip, tuning.PACKAGED)}")
+    return 1 if wrong or report.get("errors") else 0
+
+
+def arguments(config: Config) -> list[str]:
+    """The flags that make this configuration."""
+    told: list[str] = []
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            told += [flag] if value else []
+        elif isinstance(value, tuple):
+            told += [flag, *map(str, value)]
+        elif value is not None:
+            told += [flag, str(value)]
+    return told
+
+
+def work(config: Config) -> int:
+    """The parts of one process, the report written after each and after each check."""
     if not config.smoke and jax.default_backend() != "gpu":
         print(
             f"benchmarks.gpu: JAX runs on {jax.default_backend()} here, and times need an NVIDIA GPU. --smoke runs the"
             " checks anywhere."
         )
-        return 2
-    start, report = time.perf_counter(), {"environment": environment(), "seed": config.seed, "left_out": []}
-    until = start + 60 * config.minutes
-    for name, part in parts(config, report, until).items():
-        if time.perf_counter() > until:
-            report["left_out"].append(name)
-            continue
-        began = time.perf_counter()
-        try:
-            report[name] = part()
-        except Exception as error:  # the other parts' numbers are worth having
-            report[name + "_error"] = f"{type(error).__name__}: {error}"
-            print(f"{name}: {report[name + '_error']}", file=sys.stderr)
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-        _write(report, config)
-    wrong = [row for row in report.get("checks", []) if not row["error"] <= row["limit"]]
-    for row in wrong:
-        print(f"WRONG: {row}")
-    print(f"{len(report.get('checks', [])) - len(wrong)} of {len(report.get('checks', []))} checks hold")
-    if config.package and not config.smoke and not wrong:
-        chip = jax.devices()[0].device_kind
-        own = json.loads(tuning.user_file().read_text()).get(chip, {}) if tuning.user_file().exists() else {}
-        print(f"{len(own)} tiles into {tuning.store(own, chip, tuning.PACKAGED)}")
-    return 1 if wrong or any(name.endswith("_error") for name in report) else 0
-
-
-def _write(report: Mapping, config: Config) -> None:
-    device = jax.devices()[0].device_kind.lower().replace(" ", "_")
+        return NO_GPU
+    path = config.output / "gpu_writing.json"
     config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"gpu_{'smoke_' if config.smoke else ''}{device}.json"
-    tables = {"tuning": json.loads(tuning.user_file().read_text())} if tuning.user_file().exists() else {}
-    path.write_text(json.dumps({**report, **tables}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(report))
+    device = ("smoke_" if config.smoke else "") + jax.devices()[0].device_kind.lower().replace(" ", "_")
+    report = {"environment": environment(), "seed": config.seed, "name": device, "ended": [], "errors": {}}
+    report |= {"left_out": [], "checks": []} | (json.loads(path.read_text()) if path.exists() else {})
+
+    def save(rows: list[dict] | None = None) -> None:
+        tables = {"tuning": json.loads(tuning.user_file().read_text())} if tuning.user_file().exists() else {}
+        text = json.dumps({**report, **tables}, indent=1) + "\n"
+        whole = path.with_suffix(".half")
+        whole.write_text(text)
+        whole.replace(path)  # never half a report, whatever stops this process
+        path.with_suffix(".md").write_text(markdown(report))
+
+    until = time.perf_counter() + config.until - time.time()
+    named = parts(config, report, until, save)
+    for name in config.parts:
+        began = time.perf_counter()
+        if began > until:
+            report["left_out"].append(name)
+        else:
+            try:
+                rows = named[name]()
+                report |= {} if rows is None else {name: rows}
+            except Exception as error:  # the other parts' numbers are worth having
+                report["errors"][name] = f"{type(error).__name__}: {str(error)[:2000]}"
+                print(f"{name}: {report['errors'][name]}", file=sys.stderr)
+        alive = answers()
+        if alive or name != "checks":
+            report["ended"].append(name)
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        save()
+        if not alive:
+            return 1
+    return 0
+
+
+def answers() -> bool:
+    """Whether the device still computes: after an illegal access nothing does in this process."""
+    try:
+        return float(jnp.ones(4).sum()) == 4
+    except Exception:
+        return False
+
+
+def parts(config: Config, report: dict, until: float, save: Callable) -> dict[str, Callable[[], list[dict] | None]]:
+    """Name -> what it measures."""
+    shapes = lambda rows: [(m, *config.shape) for m in rows]
+
+    def roof() -> speed.Roof:
+        if "roof" not in report:
+            report["roof"] = dataclasses.asdict(speed.Roof.measured())
+        return speed.Roof(**report["roof"])
+
+    def check() -> None:
+        checks.run(checks.every(config.smoke, 64 if config.smoke else 512, config.seed), save, report["checks"])
+
+    return {
+        "checks": check,
+        "training": lambda: model.training(config.preset, config.batch, config.context, config.rounds),
+        "large": lambda: speed.compare(shapes(config.large), LARGE, config.rounds, roof(), until),
+        "fused": lambda: rotations.measure(config.rounds, roof()),
+        "decode": lambda: speed.compare(shapes(config.decode), DECODE, config.rounds, roof(), until),
+        "one_token": lambda: model.one_token(config.preset, 1, config.rounds, ONE_TOKEN, "auto"),
+    }
 
 
 def markdown(report: Mapping) -> str:
@@ -130,15 +204,15 @@ def markdown(report: Mapping) -> str:
     if roof := report.get("roof"):
         lines += [f"The roof, measured: {roof['bandwidth'] / 1e12:.2f} TB/s of a copy, {roof['bfloat16'] / 1e12:.0f}"
                   " TFLOP/s of bfloat16, twice that of int8 and FP8.", ""]  # fmt: skip
-    for part in ("checks", "training", "large", "fused", "decode", "one_token"):
-        rows = [{k: v for k, v in row.items() if k not in ("tile", "tried_ms")} for row in report.get(part, [])]
+    for part in PARTS:
+        rows = [{k: v for k, v in row.items() if k not in NOT_IN_TABLES} for row in report.get(part, [])]
         if rows:
             names = list(dict.fromkeys(key for row in rows for key in row))
             lines += [f"## {part}", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
             cell = lambda v: f"{v:.3g}" if isinstance(v, float) else "" if v is None else str(v)
             lines += ["| " + " | ".join(cell(row.get(name)) for name in names) + " |" for row in rows] + [""]
-        if f"{part}_error" in report:
-            lines += [f"{part} failed: {report[f'{part}_error']}", ""]
+        if part in report.get("errors", {}):
+            lines += [f"{part} failed: {report['errors'][part]}", ""]
     if report["left_out"]:
         lines.append(f"Left out for lack of time: {', '.join(report['left_out'])}.")
     return "\n".join(lines) + "\n"

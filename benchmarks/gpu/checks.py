@@ -1,7 +1,13 @@
 """Every kernel on data of this run, into outputs poisoned first: products and rotations against float64, codecs and
-stochastic roundings bit for bit against their references (which the test suite checks against ml_dtypes)."""
+stochastic roundings bit for bit against their references (which the test suite checks against ml_dtypes).
 
+Programs are compiled, operands drawn and references computed on all cores; kernels run one after another, so that one
+that stops the GPU is known by name.
+"""
+
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,14 +15,54 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.operands import Product, bits_of, poisoned, relative_error
-from pallas_kernels import block_scaled, matmul_mx, planes, stochastic
+from pallas_kernels import block_scaled, chips, matmul_i8_hopper, matmul_mx, planes, stochastic
 from pallas_kernels.hadamard_backward import hadamard_backward
 from pallas_kernels.hadamard_quantize import hadamard_quantize, signed_hadamard
 
 LIMIT = {
     "bfloat16": 2.0**-7,
     "float16": 2.0**-9,
+    "float32": 2.0**-20,
 }  # a rounding of the result, and of a value twice as small as the largest
+
+Check = tuple[dict, Callable[[], Callable[[], float]]]  # (what is checked, compile and draw -> run and compare)
+
+
+def run(checks: list[Check], save: Callable[[list[dict]], None], done: list[dict]) -> None:
+    """Appends one row a check to `done`, without those that are there, and saves before and after each.
+
+    Raises: what a kernel raises, after its row has the message."""
+    known = {_name(row) for row in done}
+    left = [(told, prepare) for told, prepare in checks if _name(told) not in known]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ready = [pool.submit(prepare) for _, prepare in left]
+        for (told, _), future in zip(left, ready, strict=True):
+            done.append(told | {"error": None, "failed": "the process ended here"})
+            save(done)
+            try:
+                done[-1] = told | {"error": future.result()()}
+            except Exception as error:
+                done[-1]["failed"] = f"{type(error).__name__}: {str(error)[:2000]}"
+    save(done)
+
+
+def wrong(rows: list[dict]) -> list[dict]:
+    """Those whose error is above the limit, is not a number, or is not there."""
+    return [row for row in rows if row["error"] is None or not row["error"] <= row["limit"]]
+
+
+def _name(row: dict) -> str:
+    return str([value for key, value in row.items() if key not in ("error", "failed")])
+
+
+def every(interpreted: bool, size: int, seed: int) -> list[Check]:
+    """All checks: of products, rotations and codecs."""
+    pallas = "interpret" if interpreted else "triton"
+    return [
+        *rotations(pallas, size, seed),
+        *products("interpret" if interpreted else "kernel", size, seed),
+        *codecs(pallas, size, seed),
+    ]
 
 
 def cases(size: int, interpreted: bool) -> Iterator[Product]:
@@ -31,6 +77,13 @@ def cases(size: int, interpreted: bool) -> Iterator[Product]:
         yield Product(kernel="matmul_a16", bits=bits, m=3, n=size + 32, k=2 * size, group=32, zeros=True)
     for m in rows if interpreted else (*rows, 512):
         yield Product(kernel="matmul_i8", bits=8, m=m, n=size, k=2 * size)
+    if not interpreted and on_hopper():
+        for m, n, dtype in ((512, size, "bfloat16"), (256, size, "float32"), (384, 2 * size, "bfloat16")):
+            for tile in matmul_i8_hopper.TILES:
+                if m % tile[0] == 0:
+                    yield Product(kernel="matmul_i8_hopper", bits=8, m=m, n=n, k=2 * size, dtype=dtype, tile=tile)
+        for bits in (4, 8):  # unpacked first
+            yield Product(kernel="matmul_a8", bits=bits, m=512, n=size, k=2 * size)
     for m in (16,) if interpreted else (16, 512):
         yield Product(kernel="matmul_fp8", bits=8, m=m, n=size, k=2 * size)
         if not interpreted and matmul_mx.why_not() is None:
@@ -38,60 +91,87 @@ def cases(size: int, interpreted: bool) -> Iterator[Product]:
             yield Product(kernel="matmul_mx", bits=8, m=m, n=size, k=2 * size)
 
 
-def products(impl: str, size: int, seed: int) -> list[dict]:
-    """One row a case: kernel, shape, error, limit."""
+def on_hopper() -> bool:
+    return chips.traced_capability() == (9, 0)
+
+
+def products(impl: str, size: int, seed: int) -> list[Check]:
+    """Products against float64."""
     found = []
     for number, p in enumerate(cases(size, impl == "interpret")):
-        x, w = p.activation(seed + number), p.weight(seed + 1000 + number)
-        error = relative_error(poisoned(p.run(impl), x, w), p.reference(x, w))
-        found.append({"kernel": p.name, "m": p.m, "n": p.n, "k": p.k, "group": p.group, "dtype": p.dtype,
-                      "zeros": p.zeros, "error": error, "limit": LIMIT[p.dtype]})  # fmt: skip
+
+        def prepare(p=p, number=number):
+            x, w = p.activation(seed + number), p.weight(seed + 1000 + number)
+            run, reference = poisoned(p.run(impl), x, w), p.reference(x, w)
+            return lambda: relative_error(run(), reference)
+
+        told = {"kernel": p.name, "m": p.m, "n": p.n, "k": p.k, "group": p.group, "dtype": p.dtype, "zeros": p.zeros,
+                "tile": p.tile}  # fmt: skip
+        found.append((told | {"limit": LIMIT[p.dtype]}, prepare))
     return found
 
 
-def rotations(impl: str, size: int, seed: int) -> list[dict]:
+def rotations(impl: str, size: int, seed: int) -> list[Check]:
     """The fused quantization's codes, sums, scales and masks, and the masked rotation back."""
     found = []
-    random = np.random.default_rng(seed)
-    matrix = signed_hadamard(128).astype(np.float64) / np.sqrt(128)
     for bits, axis, dtype in ((1, 1, jnp.bfloat16), (4, 1, jnp.bfloat16), (8, 1, jnp.float16), (4, 0, jnp.float32),
                               (8, 0, jnp.bfloat16)):  # fmt: skip
-        x = jnp.asarray(random.standard_normal((size, 2 * size), np.float32), dtype)
-        exact = np.asarray(x, np.float64)
-        scale = np.sqrt((exact**2).mean(1)) * 0.4
-        v = (exact.reshape(size, -1, 128) @ matrix).reshape(exact.shape) / scale[:, None]
-        codes = np.clip(np.round(v + 0.5) - 1, -(1 << bits - 1), (1 << bits - 1) - 1)
-        limit = 2.0 ** (bits - 1)
-        away = 1e-3 if dtype != jnp.float32 else 1e-2  # float32 is taken to 16 bits of mantissa
-        sure = np.abs(v + 0.5 - np.floor(v + 0.5) - 0.5) > away  # not at a decision point
-        run = lambda x, bits=bits, axis=axis, limit=limit: hadamard_quantize(
-            x, bits=bits, alpha=0.4, trust=limit, axis=axis, packed=True, impl=impl
-        )
-        got = poisoned(run, x if axis == 1 else x.T)
-        rows = planes.padded_n(size)
-        whole = lambda words, rows=rows: jnp.pad(words, ((0, 0), (0, rows - words.shape[1]), (0, 0)))
+        told = {"kernel": f"hadamard_quantize{bits} {jnp.dtype(dtype).name} axis{axis}", "m": size, "k": 2 * size}
+        found.append((told | {"limit": 1e-6}, lambda b=bits, a=axis, d=dtype: _quantize(impl, size, seed, b, a, d)))
+    for axis in (0, 1):
+        told = {"kernel": f"hadamard_backward axis{axis}", "m": size, "k": 2 * size, "limit": LIMIT["bfloat16"]}
+        found.append((told, lambda axis=axis: _rotate_back(impl, size, seed, axis)))
+    return found
+
+
+_MATRIX = signed_hadamard(128).astype(np.float64) / np.sqrt(128)
+
+
+def _rotated(x: np.ndarray) -> np.ndarray:
+    return (x.reshape(len(x), -1, 128) @ _MATRIX).reshape(x.shape)
+
+
+def _quantize(impl: str, size: int, seed: int, bits: int, axis: int, dtype: Any) -> Callable[[], float]:
+    """The share of wrong codes, mask bits, packed codes and sums together, or the error of the scales if that is more.
+
+    Codes and bits so near a decision point that float32 may decide otherwise are not counted."""
+    x = jnp.asarray(np.random.default_rng([seed, bits, axis]).standard_normal((size, 2 * size), np.float32), dtype)
+    exact, limit = np.asarray(x, np.float64), 2.0 ** (bits - 1)
+    scale = np.sqrt((exact**2).mean(1)) * 0.4
+    v = _rotated(exact) / scale[:, None]
+    codes = np.clip(np.round(v + 0.5) - 1, -(1 << bits - 1), (1 << bits - 1) - 1)
+    away = 1e-3 if dtype != jnp.float32 else 1e-2  # float32 is taken to 16 bits of mantissa
+    sure = np.abs(v + 0.5 - np.floor(v + 0.5) - 0.5) > away
+    one = lambda x: hadamard_quantize(x, bits=bits, alpha=0.4, trust=limit, axis=axis, packed=True, impl=impl)
+    run = poisoned(one, x if axis == 1 else x.T)
+    rows = planes.padded_n(size)
+    whole = lambda words: jnp.pad(words, ((0, 0), (0, rows - words.shape[1]), (0, 0)))
+
+    def compare() -> float:
+        got = run()
         trusted = np.asarray(planes.unpack((whole(got.mask),), 1, size, 2 * size), bool)
         packed = np.asarray(planes.unpack(tuple(map(whole, got.words)), bits, size, 2 * size), np.int64)
         held = np.asarray(got.codes, np.int64)
-        wrong = ((held != codes) & sure).mean() + (
-            (trusted != (np.abs(v) <= limit)) & (np.abs(np.abs(v) - limit) > away)
-        ).mean()
+        wrong = ((held != codes) & sure).mean()
+        wrong += ((trusted != (np.abs(v) <= limit)) & (np.abs(np.abs(v) - limit) > away)).mean()
         wrong += (packed != held + (1 << bits - 1)).mean() + (np.asarray(got.sums) != held.sum(1)).mean()
-        found.append({"kernel": f"hadamard_quantize{bits} {jnp.dtype(dtype).name} axis{axis}", "m": size, "k": 2 * size,
-                      "error": max(float(wrong), relative_error(got.scales, scale)), "limit": 1e-6})  # fmt: skip
-        g = jnp.asarray(random.standard_normal(x.shape, np.float32), jnp.bfloat16)
-        back = poisoned(lambda g, mask, axis=axis: hadamard_backward(g, mask, axis=axis, impl=impl), g, got.mask)
-        kept = trusted * np.asarray(g, np.float64)
-        expected = (kept.reshape(size, -1, 128) @ matrix).reshape(kept.shape)
-        found.append({"kernel": f"hadamard_backward axis{axis}", "m": size, "k": 2 * size,
-                      "error": relative_error(back, expected if axis == 1 else expected.T),
-                      "limit": LIMIT["bfloat16"]})  # fmt: skip
-    return found
+        return max(float(wrong), relative_error(got.scales, scale))
+
+    return compare
 
 
-def codecs(impl: str, size: int, seed: int) -> list[dict]:
+def _rotate_back(impl: str, size: int, seed: int, axis: int) -> Callable[[], float]:
+    random = np.random.default_rng([seed, axis])
+    trusted = random.random((size, 2 * size)) < 0.9
+    mask = planes.pack(jnp.asarray(trusted, jnp.uint8), 1, 8)[0][:, :size]
+    g = jnp.asarray(random.standard_normal((size, 2 * size), np.float32), jnp.bfloat16)
+    expected = _rotated(trusted * np.asarray(g, np.float64))
+    run = poisoned(lambda g, mask: hadamard_backward(g, mask, axis=axis, impl=impl), g, mask)
+    return lambda: relative_error(run(), expected if axis == 1 else expected.T)
+
+
+def codecs(impl: str, size: int, seed: int) -> list[Check]:
     """Block-scaled formats and stochastic roundings: the share of bits that differ from the reference's, which is 0."""
-    x = jax.random.normal(jax.random.key(seed), (size, 2 * size)) * jnp.exp2(jnp.arange(size) % 20 - 10.0)[:, None]
     key = jnp.asarray([seed & 0xFFFFFFFF, 7], jnp.uint32)
     functions: dict[str, Callable[..., Any]] = {
         f"quantize_{name}": lambda x, impl, name=name: block_scaled.quantize_mx(x, format=name, impl=impl)
@@ -108,14 +188,18 @@ def codecs(impl: str, size: int, seed: int) -> list[dict]:
     functions["stochastic_codes4"] = lambda x, impl: stochastic.stochastic_codes(
         x, jnp.full((size,), 0.1, jnp.float32), key, bits=4, impl=impl
     )
-    found = []
-    for name, function in functions.items():
-        got = poisoned(lambda x, function=function: function(x, impl), x)
-        expected = jax.jit(lambda x, function=function: function(x, "xla"))(x)
-        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-        found.append({"kernel": name, "m": size, "k": 2 * size, "error": max(_differ(a, b) for a, b in pairs),
-                      "limit": 0.0})  # fmt: skip
-    return found
+
+    def prepare(function: Callable) -> Callable[[], float]:
+        x = jax.random.normal(jax.random.key(seed), (size, 2 * size))
+        x = x * jnp.exp2(jnp.arange(size) % 20 - 10.0)[:, None]
+        run, expected = poisoned(lambda x: function(x, impl), x), jax.jit(lambda x: function(x, "xla"))(x)
+        pairs = lambda: zip(jax.tree.leaves(run()), jax.tree.leaves(expected), strict=True)
+        return lambda: max(_differ(a, b) for a, b in pairs())
+
+    return [
+        ({"kernel": name, "m": size, "k": 2 * size, "limit": 0.0}, lambda f=function: prepare(f))
+        for name, function in functions.items()
+    ]
 
 
 def _differ(a, b) -> float:

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 import lowbit_jax as lb
+from benchmarks.gpu import profile
 from benchmarks.gpu.speed import seconds
 from recipes import llama, train_loop
 
@@ -42,66 +44,135 @@ KINDS = (
 )
 
 
-def build(preset: str, dtype=jnp.bfloat16) -> nnx.Module:
+def build(preset: str, dtype=jnp.bfloat16, attention: str = "auto") -> llama.Llama:
     """The preset's model with bfloat16 compute."""
-    return llama.Llama(llama.preset(preset), 256, rngs=nnx.Rngs(0), dtype=dtype)
+    return llama.Llama(llama.preset(preset), 256, rngs=nnx.Rngs(0), dtype=dtype, attention=attention)
 
 
-def training_step(kind: Kind, preset: str, batch: int, context: int) -> tuple[Any, tuple]:
-    """The jitted training step, and its arguments: the state, what of the model does not train, tokens."""
+def training_step(kind: Kind, preset: str, batch: int, context: int, attention: str = "auto") -> tuple[Any, tuple]:
+    """The jitted training step, and the shapes of its arguments: the state, what does not train, tokens."""
     plan = train_loop.Plan.of(llama.preset(preset), batch=batch, context=context)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, context + 1)), jnp.int32)
-    graph, params, rest = nnx.split(kind.quantized(build(preset)), nnx.Param, ...)
-    state = jax.tree.map(jnp.copy, train_loop.first_state(params, plan.optimizer()))
+    model = nnx.eval_shape(lambda: kind.quantized(build(preset, attention=attention)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    state = jax.eval_shape(lambda params: train_loop.first_state(params, plan.optimizer()), params)
+    tokens = jax.ShapeDtypeStruct((batch, context + 1), jnp.int32)
     return train_loop.make_step(graph, plan.optimizer()), (state, rest, tokens)
 
 
+def first(preset: str, batch: int, context: int) -> tuple[Any, Any, Any]:
+    """(state, what does not train, tokens) of a step; the state serves every kind."""
+    plan = train_loop.Plan.of(llama.preset(preset), batch=batch, context=context)
+
+    def made():
+        _, params, rest = nnx.split(build(preset), nnx.Param, ...)
+        return jax.tree.map(jnp.copy, train_loop.first_state(params, plan.optimizer())), rest
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (batch, context + 1)), jnp.int32)
+    return *jax.jit(made)(), tokens
+
+
 def training(preset: str, batch: int, context: int, rounds: int, kinds: Sequence[Kind] = KINDS) -> list[dict]:
-    """Milliseconds a step of each kind, and the ratio over the first."""
-    states, programs, compile_s, temporaries = {}, {}, {}, {}
-    for kind in kinds:
-        step, (states[kind.name], *rest) = training_step(kind, preset, batch, context)
+    """Milliseconds a step of each kind, the ratio over the first, and the kernels that take most of it.
+
+    All kinds train one state in turn: several would not fit beside each other."""
+
+    def compiled(kind: Kind, attention: str):
+        step, arguments = training_step(kind, preset, batch, context, attention)
         start = time.perf_counter()
-        compiled = step.lower(states[kind.name], *rest).compile()
-        compile_s[kind.name] = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        temporaries[kind.name] = None if memory is None else memory.temp_size_in_bytes / 2**30
+        program = step.lower(*arguments).compile()
+        return program, time.perf_counter() - start, program.memory_analysis()
 
-        def run(name=kind.name, compiled=compiled, rest=rest):
-            states[name], numbers = compiled(states[name], *rest)
-            return numbers["loss"]
+    def all_compiled(attention: str) -> dict:
+        with ThreadPoolExecutor() as pool:
+            programs = pool.map(functools.partial(compiled, attention=attention), kinds)
+            return dict(zip((kind.name for kind in kinds), programs, strict=True))
 
-        programs[kind.name] = run
-    times = seconds(programs, rounds)
+    attention = "auto"
+    try:
+        made = all_compiled(attention)
+    except Exception as error:  # cuDNN is not part of JAX
+        print(f"training: {type(error).__name__}: {str(error)[:1000]}; again with XLA's attention", flush=True)
+        made = all_compiled(attention := "xla")
+    state, rest, tokens = first(preset, batch, context)
+    held = [state]
+
+    def run(program):
+        held[0], numbers = program(held[0], rest, tokens)
+        return numbers["loss"]
+
+    programs = {name: functools.partial(run, program) for name, (program, *_) in made.items()}
+    times = seconds(programs, rounds, calls=2)
     base = np.asarray(times[kinds[0].name])
-    return [
-        {"step": name, "preset": preset, "tokens": batch * context, "ms": 1e3 * float(np.median(times[name])),
-         "ratio": float(np.median(base / np.asarray(times[name]))), "compile_s": compile_s[name],
-         "temp_gib": temporaries[name]}
-        for name in programs
-    ]  # fmt: skip
+    rows = []
+    for name, (_, compile_s, memory) in made.items():
+        rows.append({
+            "step": name, "preset": preset, "attention": attention, "tokens": batch * context,
+            "loss": float(programs[name]()), "ms": 1e3 * float(np.median(times[name])),
+            "ratio": float(np.median(base / np.asarray(times[name]))), "compile_s": compile_s,
+            "temp_gib": None if memory is None else memory.temp_size_in_bytes / 2**30,
+        })  # fmt: skip
+        try:
+            kernels = profile.kernel_seconds(programs[name])
+            rows[-1] |= {"device_ms": 1e3 * sum(kernels.values()),
+                         "kernels_ms": {k: round(1e3 * t, 4) for k, t in list(kernels.items())[:80]}}  # fmt: skip
+        except Exception as error:  # no profiler here: the times stand without it
+            rows[-1] |= {"device_ms": None, "kernels_ms": {}, "profiler": f"{type(error).__name__}: {error}"}
+    return rows
 
 
 def one_token(
     preset: str, batch: int, rounds: int, recipes: dict[str, lb.LinearRecipe], implementation: str
 ) -> list[dict]:
-    """Forward of one token a sequence (no attention cache): the products of a decode step, packed over bfloat16."""
+    """Forward of one token a sequence (no attention cache): the products of a decode step, packed over bfloat16.
+
+    The layers are separate arguments, one after the other: a loop over stacked ones copies each layer's weights out of
+    the stack before a kernel reads them."""
     tokens = jnp.zeros((batch, 1), jnp.int32)
-    programs = {}
+    made = {}
     for name, recipe in {"bfloat16": None, **recipes}.items():
         model = build(preset)
         if recipe is not None:
             quantized = lb.quantize(model, rules=[("blocks", recipe.with_implementation("reference"))])
             model = lb.convert(quantized, layout="planes/1", implementation=implementation)
-        graph, state = nnx.split(model)
+        run, state = unrolled(model)
         if recipe is None:
             state = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, state)
-        run = jax.jit(lambda state, tokens, graph=graph: nnx.merge(graph, state)(tokens))
-        programs[name] = functools.partial(run, state, tokens)
+        made[name] = jax.jit(run).lower(state, tokens), state
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda lowered: lowered.compile(), [lowered for lowered, _ in made.values()])
+    programs = {name: functools.partial(program, state, tokens)
+                for program, (name, (_, state)) in zip(compiled, made.items(), strict=True)}  # fmt: skip
     times = seconds(programs, rounds)
     base = np.asarray(times["bfloat16"])
-    return [
-        {"model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)),
-         "tokens_a_second": batch / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t)))}
-        for name, t in times.items()
-    ]  # fmt: skip
+    rows = []
+    for name, t in times.items():
+        rows.append({
+            "model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)),
+            "tokens_a_second": batch / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t))),
+        })  # fmt: skip
+        try:
+            kernels = profile.kernel_seconds(programs[name])
+            rows[-1] |= {"device_ms": 1e3 * sum(kernels.values()),
+                         "kernels_ms": {k: round(1e3 * t, 4) for k, t in list(kernels.items())[:20]}}  # fmt: skip
+        except Exception as error:  # no profiler here: the times stand without it
+            rows[-1] |= {"device_ms": None, "kernels_ms": {}, "profiler": f"{type(error).__name__}: {error}"}
+    return rows
+
+
+def unrolled(model: llama.Llama) -> tuple[Callable, tuple]:
+    """`(state, tokens) -> logits` with every layer written out, and the state: that of each layer, and the rest."""
+    graph, stacked = nnx.split(model.blocks)
+    count = model.config.layers
+    layers = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(count)]
+    outer = nnx.split((model.embed, model.norm, model.lm_head))
+
+    def run(state, tokens):
+        layers, rest = state
+        embed, norm, head = nnx.merge(outer[0], rest)
+        x = embed(tokens)
+        rotary = llama.rotary_table(tokens.shape[1], model.config.head_dim, model.config.rope_theta)
+        for layer in layers:
+            x = nnx.merge(graph, layer)(x, rotary)
+        return head(norm(x))
+
+    return run, (layers, outer[1])

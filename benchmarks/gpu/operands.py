@@ -20,7 +20,8 @@ from pallas_kernels.matmul_fp8 import matmul_fp8
 from pallas_kernels.matmul_i8 import matmul_i8
 from pallas_kernels.matmul_mx import matmul_mx
 
-KERNELS = ("matmul_a16", "matmul_a8", "matmul_i8", "matmul_fp8", "matmul_mx")
+KERNELS = ("matmul_a16", "matmul_a8", "matmul_i8", "matmul_i8_hopper", "matmul_fp8", "matmul_mx")
+HALF = 0.5  # what a mid-rise grid adds to a code; int8 products are measured with it, as QuEST uses them
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,8 @@ class Product:
     """A product as a function of its activation's and one weight's arrays.
 
     bits: of the weights. group: scales along the contraction for matmul_a16 (None: channels). zeros: matmul_a16 with a
-    zero point for each group, drawn at random. impl of a run: "kernel" (what a GPU runs), "interpret" or "xla"."""
+    zero point for each group, drawn at random. tile: rows and columns of a tile other than the default. impl of a run:
+    "kernel" (what a GPU runs), "interpret" or "xla"."""
 
     kernel: str
     bits: int
@@ -38,6 +40,7 @@ class Product:
     group: int | None = None
     dtype: str = "bfloat16"
     zeros: bool = False
+    tile: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -45,8 +48,8 @@ class Product:
             return f"mxfp{self.bits}a16"
         if self.kernel == "matmul_fp8":
             return "fp8"
-        if self.kernel == "matmul_i8":
-            return "i8"
+        if self.kernel.startswith("matmul_i8"):
+            return "i8" + self.kernel.removeprefix("matmul_i8")
         return f"w{self.bits}a{self.kernel.removeprefix('matmul_a')}"
 
     @property
@@ -55,18 +58,25 @@ class Product:
         return 2 if self.kernel in ("matmul_a16", "matmul_mx") else 1
 
     def activation(self, seed: int) -> tuple[Array, ...]:
-        keys = jax.random.split(jax.random.key(seed))
+        return _activation(self, jax.random.key(seed))
+
+    def weight(self, seed: int) -> tuple[Array, ...]:
+        """Scales, then what holds the elements; for zeros the zero points in between."""
+        return _weight(self, jax.random.key(seed))
+
+    def _draw_activation(self, key: Array) -> tuple[Array, ...]:
+        keys = jax.random.split(key)
         shape = self.m, self.k
         if self.kernel in ("matmul_a16", "matmul_mx"):
             return (jax.random.normal(keys[0], shape, self.dtype),)
         scales = jax.random.uniform(keys[1], (self.m,), jnp.float32, 0.5, 1.5)
         if self.kernel == "matmul_fp8":
             return jax.random.normal(keys[0], shape).astype(jnp.float8_e4m3fn), scales
-        return jax.random.randint(keys[0], shape, -127, 128, jnp.int8), scales
+        codes = jax.random.randint(keys[0], shape, -127, 128, jnp.int8)
+        return (codes, scales, codes.astype(jnp.int32).sum(1)) if self._sums else (codes, scales)
 
-    def weight(self, seed: int) -> tuple[Array, ...]:
-        """Scales, then what holds the elements; for zeros the zero points in between."""
-        keys = jax.random.split(jax.random.key(seed), 3)
+    def _draw_weight(self, key: Array) -> tuple[Array, ...]:
+        keys = jax.random.split(key, 3)
         bytes_of = lambda shape: jax.random.bits(keys[0], shape, jnp.uint8)
         uniform = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, 0.5, 1.5)
         if self.kernel == "matmul_mx":
@@ -75,9 +85,9 @@ class Product:
             return scales, jnp.where(words & 0x7F == 0x7F, jnp.uint8(0x40), words) if self.bits == 8 else words
         if self.kernel == "matmul_fp8":
             return uniform(keys[1], (self.n,)), jax.random.normal(keys[0], (self.n, self.k)).astype(jnp.float8_e4m3fn)
-        if self.kernel == "matmul_i8":
+        if self._sums:
             codes = jax.random.randint(keys[0], (self.n, self.k), -128, 128, jnp.int32).astype(jnp.int8)
-            return uniform(keys[1], (self.n,)), codes
+            return uniform(keys[1], (self.n,)), codes, codes.astype(jnp.int32).sum(1)
         groups = 1 if self.group is None else self.k // self.group
         scales = uniform(keys[1], (groups, self.n))
         words = planes.pack(bytes_of((self.n, self.k)) >> (8 - self.bits), self.bits, 16 if self._wide else 8)
@@ -89,9 +99,16 @@ class Product:
     def _wide(self) -> bool:
         return self.kernel == "matmul_a16"
 
+    @property
+    def _sums(self) -> bool:
+        """Whether the sums of the codes come with them."""
+        return self.kernel.startswith("matmul_i8")
+
     def run(self, impl: str, tile: Tile | None = None) -> Callable[[tuple, tuple], Array]:
         """`(activation, weight) -> y`, in the dtype of 16-bit activations, else bfloat16."""
         own = {"kernel": "triton", "interpret": "interpret", "xla": "xla"}[impl]
+        if self.tile is not None:
+            tile = Tile(rows=self.tile[0], columns=self.tile[1], warps=8, stages=4)
         options: dict[str, Any] = dict(tile=tile, impl=own)
         match self.kernel:
             case "matmul_a16":
@@ -102,8 +119,11 @@ class Product:
                 )
             case "matmul_a8":
                 return lambda x, w: matmul_a8(x[0], x[1], w[1:], w[0], bits=self.bits, **options)
-            case "matmul_i8":
-                return lambda x, w: matmul_i8(x[0], w[1], x[1], w[0], **options)
+            case "matmul_i8" | "matmul_i8_hopper":
+                if self.kernel == "matmul_i8_hopper" and impl == "kernel":
+                    options["impl"] = "mosaic"
+                halves = dict(x_offset=HALF, w_offset=HALF, out_dtype=self.dtype)
+                return lambda x, w: matmul_i8(x[0], w[1], x[1], w[0], x_sums=x[2], w_sums=w[2], **halves, **options)
             case "matmul_fp8":
                 hopper = impl == "kernel" and jax.devices()[0].device_kind.startswith(("NVIDIA H100", "NVIDIA H200"))
                 options["impl"] = "mosaic" if hopper else own
@@ -116,6 +136,8 @@ class Product:
     def reference(self, activation: tuple, weight: tuple) -> Float64[np.ndarray, "m n"]:
         """The product in float64, on the host."""
         x = np.asarray(activation[0]).astype(np.float64)
+        if self._sums:
+            x = x + HALF
         if len(activation) > 1:
             x = x * np.asarray(activation[1], np.float64)[:, None]
         return x @ self._values(weight).T
@@ -129,7 +151,9 @@ class Product:
             else:
                 codes = raw.view(ml_dtypes.float8_e4m3fn)
             return codes.astype(np.float64) * np.repeat(np.exp2(scales - 127), 32, 1)
-        if self.kernel in ("matmul_fp8", "matmul_i8"):
+        if self._sums:
+            return (np.asarray(weight[1]).astype(np.float64) + HALF) * scales[:, None]
+        if self.kernel == "matmul_fp8":
             return np.asarray(weight[1]).astype(np.float64) * scales[:, None]
         codes = np.asarray(planes.unpack(weight[2 if self.zeros else 1 :], self.bits, self.n, self.k), np.float64)
         scales = scales.reshape(-1, self.n)
@@ -138,18 +162,24 @@ class Product:
         return (codes - zero) * each(scales)
 
 
+_activation = jax.jit(Product._draw_activation, static_argnums=0)
+_weight = jax.jit(Product._draw_weight, static_argnums=0)
+
+
 def relative_error(y: Array, reference: np.ndarray) -> float:
     """Largest difference over largest value; NaN where an element was not written."""
     return float(np.abs(np.asarray(y).astype(np.float64) - reference).max() / np.abs(reference).max())
 
 
-def poisoned(function: Callable, *arguments) -> Any:
-    """`function(*arguments)` compiled so that its results lie where NaN (or, of integers, 0x5A) was written before."""
+def poisoned(function: Callable, *arguments) -> Callable[[], Any]:
+    """`function(*arguments)`, compiled now and run when called, so that its results lie where NaN (or, of integers,
+    0x5A) was written before."""
     shapes = jax.eval_shape(function, *arguments)
     fill = lambda s: jnp.full(s.shape, jnp.nan if jnp.issubdtype(s.dtype, jnp.inexact) else 0x5A, s.dtype)
     # The outputs take over the donated buffers of equal shape and dtype.
     run = jax.jit(lambda before, *rest: function(*rest), donate_argnums=0, keep_unused=True)
-    return run(jax.block_until_ready(jax.tree.map(fill, shapes)), *arguments)
+    compiled = run.lower(shapes, *arguments).compile()
+    return lambda: compiled(jax.block_until_ready(jax.tree.map(fill, shapes)), *arguments)
 
 
 def bytes_of(tree: object) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.operands import Product, bytes_of
-from pallas_kernels import matmul_a8, matmul_a16, matmul_fp8, matmul_i8, matmul_mx, planes, tuning
-from pallas_kernels.hadamard_quantize import hadamard_quantize
+from benchmarks.gpu import profile
+from benchmarks.gpu.operands import Product
+from pallas_kernels import (
+    chips,
+    matmul_a8,
+    matmul_a16,
+    matmul_fp8,
+    matmul_i8,
+    matmul_i8_hopper,
+    matmul_mx,
+    tuning,
+)
 from pallas_kernels.launch import Tile
 
-L2 = 64 << 20  # bytes that the weights of one timing exceed several times
+XLA_COPIES = 2  # weights in XLA's program, which writes each out in full: more would change nothing
 NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
 
 
@@ -47,8 +57,8 @@ class Roof:
         return max(size / self.bandwidth, 2 * p.m * p.n * p.k / rate)
 
 
-def seconds(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Name -> seconds a call in each round; programs take turns in a random order."""
+def seconds(programs: Mapping[str, Callable[[], object]], rounds: int, calls: int = 5) -> dict[str, list[float]]:
+    """Name -> seconds a call in each round, of `calls` in a row; programs take turns in a random order."""
     for run in programs.values():
         jax.block_until_ready(run())
     found: dict[str, list[float]] = {name: [] for name in programs}
@@ -57,14 +67,20 @@ def seconds(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
         random.shuffle(names)
         for name in names:
             start = time.perf_counter()
-            jax.block_until_ready([programs[name]() for _ in range(5)][-1])
-            found[name].append((time.perf_counter() - start) / 5)
+            jax.block_until_ready([programs[name]() for _ in range(calls)][-1])
+            found[name].append((time.perf_counter() - start) / calls)
     return found
 
 
-def over_weights(run: Callable) -> Callable:
-    """`(x, weights) -> results`: one program that runs the product with each weight in turn."""
-    return jax.jit(lambda x, weights: [run(x, w) for w in weights])
+def over_weights(run: Callable, name: str) -> Callable:
+    """`(x, weights) -> results`: one program, called `name`, that runs the product with each weight in turn."""
+    one = jax.jit(run)  # traced once
+
+    def each(x, weights):
+        return [one(x, w) for w in weights]
+
+    each.__name__ = name
+    return jax.jit(each)
 
 
 def default(p: Product) -> Tile:
@@ -76,112 +92,140 @@ def default(p: Product) -> Tile:
             return matmul_a8.default_tile(p.m, p.n, p.k, p.bits)
         case "matmul_i8":
             return matmul_i8.default_tile(p.m, p.n, p.k)
+        case "matmul_i8_hopper":
+            return matmul_i8_hopper.default_tile(p.m, p.n, p.k)
         case "matmul_mx":
             return matmul_mx.default_tile(p.m, p.n, p.k, f"mxfp{p.bits}")
         case _:
             return matmul_fp8.default_tile(p.m, p.n, p.k)
 
 
-def candidates(p: Product, count: int = 10) -> list[Tile]:
-    """The default first, then tiles like it; what a kernel refuses or a chip cannot hold falls out when compiled."""
-    first, small = default(p), p.m <= 64
-    rows = {first.rows} if small else {64, 128}
-    columns = [c for c in ((32, 64, 128) if small else (64, 128, 256)) if planes.padded_n(p.n) % c == 0]
-    splits = (1, 2, 4, 8) if small and p.kernel != "matmul_i8" else (1,)
-    warps = (2, 4, 8) if small else (4, 8)
-    grid = itertools.product(rows, columns, warps, (2, 3, 4), splits)
-    found = [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in grid]
-    distance = lambda t: sum(
-        abs(np.log2(getattr(t, f) / getattr(first, f))) for f in ("columns", "split", "warps", "stages")
-    )
-    return list(dict.fromkeys([first, *sorted(found, key=distance)]))[:count]
-
-
-def tune(p: Product, rounds: int = 3, workers: int = 12) -> tuple[Tile, dict[str, float]]:
-    """The fastest candidate that compiles without spills, and the milliseconds of each."""
-    x, weights = p.activation(0), weights_of(p)
-
-    def build(tile: Tile):
-        try:
-            lowered = over_weights(p.run("kernel", tile)).lower(x, weights)
-            return tile, lowered.compile(compiler_options=NO_SPILLS)
-        except Exception:  # this tile does not fit the shape or the chip: not a candidate
-            return tile, None
-
-    with ThreadPoolExecutor(workers) as pool:
-        built = [(t, c) for t, c in pool.map(build, candidates(p)) if c is not None]
-    if not built:
-        raise RuntimeError(f"benchmarks.gpu: no tile of {p.name} for {p.m} rows compiles without spills.")
-    programs = {str(i): (lambda c=c: c(x, weights)) for i, (_, c) in enumerate(built)}
-    times = seconds(programs, rounds)
-    each = {i: float(np.median(t)) / len(weights) for i, t in times.items()}
-    best = min(each, key=each.__getitem__)
-    return built[int(best)][0], {json.dumps(dataclasses.asdict(built[int(i)][0])): 1e3 * t for i, t in each.items()}
+def candidates(p: Product) -> list[Tile | None]:
+    """The default first, then tiles that were among the best of a wide search on an H100 for such a product; what a
+    kernel refuses or a chip cannot hold falls out when compiled."""
+    if p.kernel == "matmul_fp8":
+        return [None]
+    if p.m > 64:
+        wide = [(r, c, 8, s) for r, c in matmul_i8_hopper.TILES for s in ((4, 6) if r == c else (3, 4))]
+        plain = [(128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 4), (64, 256, 8, 3)]
+        sizes = [(*t, 1) for t in (wide if p.kernel == "matmul_i8_hopper" else plain)]
+    else:
+        two, four = [(64, 2, s, k) for s, k in ((3, 1), (4, 1), (3, 2), (4, 2), (3, 4), (2, 4))], [(128, 4, 3, 2)]
+        if p.kernel == "matmul_a16":
+            four += [(64, 4, s, k) for s, k in ((3, 1), (4, 2), (2, 4), (3, 2))] + [(32, 2, 4, 1)]
+        if p.kernel == "matmul_mx":
+            two, four = [(64, 2, 3, k) for k in (1, 2, 4)], [(64, 1, 3, 2), (128, 2, 3, 2)]
+        sizes = [(default(p).rows, c, w, s, k) for c, w, s, k in (*two, *four)]
+    tiles = [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in sizes]
+    none = [None] if p.kernel == "matmul_a8" and p.m > 64 else []  # what it does without a tile: unpacks first
+    return list(dict.fromkeys([*none, default(p), *tiles]))
 
 
 def weights_of(p: Product) -> list[tuple]:
-    """As many weights as exceed the cache four times, at least 8."""
+    """As many weights as `copies` says, several times the cache."""
     first = p.weight(0)
-    return [first, *(p.weight(i) for i in range(1, max(8, min(32, -(-4 * L2 // bytes_of(first))))))]
+    return [first, *(p.weight(i) for i in range(1, copies(p.m)))]
 
 
-def compare(shapes: Sequence[tuple[int, int, int]], products: Sequence[tuple[str, int, int | None]], rounds: int,
+def copies(m: int) -> int:
+    """How many weights: with few rows so many that what a program costs beside its kernels is little for each."""
+    return 32 if m <= 64 else 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Built:
+    """A product's programs over all its weights: one a tile that compiles without spills, and XLA's."""
+
+    product: Product
+    tiles: list[tuple[Tile | None, Callable]]
+    xla: Callable
+
+
+def build(products: Sequence[Product], pool: ThreadPoolExecutor) -> list[Built]:
+    """Compiles everything at once, on all cores."""
+
+    def compiled(p: Product, impl: str, tile: Tile | None):
+        x, w = jax.eval_shape(lambda: p.activation(0)), jax.eval_shape(lambda: p.weight(0))
+        count = copies(p.m) if impl == "kernel" else XLA_COPIES
+        lowered = over_weights(p.run(impl, tile), f"{p.name}_{impl}").lower(x, [w] * count)
+        return lowered.compile(compiler_options=NO_SPILLS if impl == "kernel" else None)
+
+    wanted: list[tuple[Product, list]] = []
+    for p in products:
+        jobs = [(tile, pool.submit(compiled, p, "kernel", tile)) for tile in candidates(p)]
+        wanted.append((p, [*jobs, (None, pool.submit(compiled, p, "xla", None))]))
+    built = []
+    for p, (*jobs, (_, xla)) in wanted:
+        # An error is a tile that does not fit the shape or the chip: not a candidate.
+        tiles = [(tile, job.result()) for tile, job in jobs if job.exception() is None]
+        if not tiles:
+            print(
+                f"{p.name} for {p.m} rows: no tile compiles without spills: {jobs[0][1].exception()}"[:600], flush=True
+            )
+        built.append(Built(p, tiles, xla.result()))
+    return built
+
+
+def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str, int, int | None]], rounds: int,
             roof: Roof, until: float) -> list[dict]:  # fmt: skip
-    """One row a product and shape: milliseconds, ratio over bfloat16, fraction of the roof. Nothing begins after the
-    clock of `time.perf_counter` shows `until`."""
+    """One row a product and shape: the best tile, microseconds, ratio over bfloat16, fraction of the roof. Nothing is
+    timed after the clock of `time.perf_counter` shows `until`."""
+    hopper = chips.traced_capability() == (9, 0)
+    missing = {"matmul_mx": matmul_mx.why_not() is not None, "matmul_i8_hopper": not hopper}
+    kernels = [each for each in kernels if not missing.get(each[0])]
+    products = {(m, n, k): [Product(kernel=kernel, bits=bits, m=m, n=n, k=k, group=group)
+                            for kernel, bits, group in kernels] for m, n, k in shapes}  # fmt: skip
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        built = iter(build(list(itertools.chain(*products.values())), pool))
     rows = []
-    for m, n, k in shapes:
+    for (m, n, k), each in products.items():
         x16 = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
-        count = max(8, -(-4 * L2 // (2 * n * k)))
-        w16 = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(count)]
-        dot = over_weights(jnp.dot)
-        for kernel, bits, group in products:
-            if time.perf_counter() > until or (kernel == "matmul_mx" and matmul_mx.why_not()):
-                continue
-            p = Product(kernel=kernel, bits=bits, m=m, n=n, k=k, group=group)
-            tile, tried = (None, {}) if kernel == "matmul_fp8" else tune(p)
-            x, weights = p.activation(0), weights_of(p)
-            run, xla = over_weights(p.run("kernel", tile)), over_weights(p.run("xla"))
-            programs = {
-                "bfloat16": functools.partial(dot, x16, w16),
-                "kernel": functools.partial(run, x, weights),
-                "xla": functools.partial(xla, x, weights),
-            }
-            times = seconds(programs, rounds)
-            base = np.asarray(times["bfloat16"]) / len(w16)
-            each = {name: np.asarray(times[name]) / len(weights) for name in ("kernel", "xla")}
-            rows.append({
-                "product": p.name, "group": group, "m": m, "n": n, "k": k,
-                "tile": None if tile is None else dataclasses.asdict(tile), "tried_ms": tried,
-                "bfloat16_us": 1e6 * float(np.median(base)), "kernel_us": 1e6 * float(np.median(each["kernel"])),
-                "xla_us": 1e6 * float(np.median(each["xla"])),
-                "ratio": float(np.median(base / each["kernel"])), "xla_ratio": float(np.median(base / each["xla"])),
-                "of_roof": roof.seconds(p) / float(np.median(each["kernel"])),
-            })  # fmt: skip
-            if tile is not None:
-                tuning.store(
-                    {tuning.key(kernel, bits, m, n, k): dataclasses.asdict(tile)}, jax.devices()[0].device_kind
-                )
-            print(line(rows[-1]), flush=True)
+        w16 = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(copies(m))]
+        dot = functools.partial(over_weights(jnp.dot, "bfloat16"), x16, w16)
+        dot_device = on_device(dot, len(w16))
+        for _ in each:
+            b = next(built)
+            if b.tiles and time.perf_counter() < until:
+                rows.append(measured(b, dot, len(w16), dot_device, rounds, roof))
+                print(line(rows[-1]), flush=True)
     return rows
 
 
-def fused(m: int, k: int, rounds: int, roof: Roof) -> list[dict]:
-    """The fused quantization as a fraction of the bandwidth of a copy; bytes are those of its argument and results."""
-    found = []
-    arrays = [jax.random.normal(jax.random.key(i), (m, k), jnp.bfloat16) for i in range(6)]
-    copy = jax.jit(lambda a: [x + jnp.bfloat16(1) for x in a])
-    for bits in (1, 4, 8):
-        one = functools.partial(hadamard_quantize, bits=bits, alpha=0.4, trust=2.0 ** (bits - 1), packed=bits <= 4)
-        quantize = jax.jit(lambda a, one=one: [one(x) for x in a])
-        times = seconds({"copy": lambda: copy(arrays), "quantize": lambda q=quantize: q(arrays)}, rounds)
-        moved = bytes_of(arrays[0]) + bytes_of(jax.eval_shape(one, arrays[0]))
-        each = {name: float(np.median(t)) / len(arrays) for name, t in times.items()}
-        found.append({"kernel": f"hadamard_quantize{bits}", "m": m, "k": k, "us": 1e6 * each["quantize"],
-                      "copy_bytes_a_second": m * k * 4 / each["copy"], "bytes_a_second": moved / each["quantize"],
-                      "of_copy_bandwidth": moved / each["quantize"] / (m * k * 4 / each["copy"]),
-                      "of_roof": moved / roof.bandwidth / each["quantize"]})  # fmt: skip
-    return found
+def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, rounds: int, roof: Roof) -> dict:
+    """The row of one product; its best tile goes into the user's tuning table."""
+    p, x, weights = b.product, b.product.activation(0), weights_of(b.product)
+    programs = {str(i): functools.partial(run, x, weights) for i, (_, run) in enumerate(b.tiles)}
+    tried = {name: float(np.median(t)) / len(weights) for name, t in seconds(programs, 3).items()}
+    best = min(tried, key=tried.__getitem__)
+    tile = b.tiles[int(best)][0]
+    asked = {"bfloat16": dot, "kernel": programs[best], "xla": functools.partial(b.xla, x, weights[:XLA_COPIES])}
+    times = seconds(asked, rounds)
+    base, kernel, xla = (np.asarray(times[name]) / count for name, count in
+                         (("bfloat16", dots), ("kernel", len(weights)), ("xla", XLA_COPIES)))  # fmt: skip
+    device = on_device(asked["kernel"], len(weights))
+    if tile is not None:
+        entry = {tuning.key(p.kernel, p.bits, p.m, p.n, p.k): dataclasses.asdict(tile)}
+        tuning.store(entry, jax.devices()[0].device_kind)
+    return {
+        "product": p.name, "group": p.group, "m": p.m, "n": p.n, "k": p.k,
+        "bfloat16_us": 1e6 * float(np.median(base)), "kernel_us": 1e6 * float(np.median(kernel)),
+        "xla_us": 1e6 * float(np.median(xla)), "ratio": float(np.median(base / kernel)),
+        "xla_ratio": float(np.median(base / xla)), "of_roof": roof.seconds(p) / float(np.median(kernel)),
+        "bfloat16_device_us": None if dot_device is None else 1e6 * dot_device,
+        "kernel_device_us": None if device is None else 1e6 * device,
+        "device_ratio": None if device is None or dot_device is None else dot_device / device,
+        "tile": None if tile is None else dataclasses.asdict(tile),
+        "tried_us": {json.dumps(dataclasses.asdict(t)): 1e6 * tried[str(i)] for i, (t, _) in enumerate(b.tiles) if t},
+    }  # fmt: skip
+
+
+def on_device(run: Callable, count: int) -> float | None:
+    """Seconds of one of `count` products without launch gaps; None where the profiler does not work."""
+    try:
+        return sum(profile.kernel_seconds(run, 1).values()) / count
+    except Exception as error:
+        print(f"no device time: {type(error).__name__}: {error}"[:300], flush=True)
+        return None
 
 
 def line(row: Mapping) -> str:

@@ -202,8 +202,11 @@ def matmul_i8(
     w_offset: float, out_dtype: Any,
 ) -> Array:  # fmt: skip
     """int8 codes [M, K] times int8 codes [N, K], transposed; exact sums, scaled."""
+    from pallas_kernels.matmul_i8 import best
     from pallas_kernels.matmul_i8 import matmul_i8 as run
 
+    if impl == "triton":
+        impl = best(x.shape[0], w.shape[0], x.shape[1])
     return run(
         x,
         w,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import matmul_i8 as module_i8
 from pallas_kernels import planes
 from pallas_kernels.launch import Tile
 from pallas_kernels.matmul_a8 import longest, matmul_a8
@@ -154,6 +155,29 @@ def test_int8_activations_are_exact(bits, m, n, k, rows, split):
     for options in (dict(impl="interpret", tile=Tile(rows=rows, columns=32, split=split)), dict(impl="xla")):
         y = matmul_a8(jnp.asarray(x), ones[0], words, ones[1], bits=bits, w_zero=zero, out_dtype=jnp.float32, **options)
         np.testing.assert_array_equal(y, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_many_rows_of_int8_activations_on_hopper_multiply_unpacked_codes(bits, monkeypatch):
+    """Zero points off the middle on both sides; the product itself is XLA's here, where Hopper takes its own kernel."""
+    monkeypatch.setattr(module_i8, "best", lambda m, n, k: "mosaic")
+    taken = []
+    original = module_i8.matmul_i8
+
+    def by_xla(*arguments, impl, **options):
+        taken.append(impl)
+        return original(*arguments, impl="xla", **options)
+
+    monkeypatch.setattr(module_i8, "matmul_i8", by_xla)
+    random = np.random.default_rng(bits)
+    codes, x = random.integers(0, 1 << bits, (33, 160)), random.integers(-128, 128, (512, 160))
+    words = planes.pack(jnp.asarray(codes, jnp.uint8), bits, 8)
+    sides = jnp.ones(512), jnp.ones(33)
+    zero = (1 << bits) / 2 - 0.5
+    y = matmul_a8(jnp.asarray(x, jnp.int8), sides[0], words, sides[1], bits=bits, x_zero=3.0, w_zero=zero,
+                  out_dtype=jnp.float32)  # fmt: skip
+    np.testing.assert_array_equal(y, (x - 3.0) @ (codes - zero).T)  # halves below 2^23
+    assert taken == ["mosaic"]
 
 
 @pytest.mark.parametrize("split", [1, 2])

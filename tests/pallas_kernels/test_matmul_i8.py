@@ -3,12 +3,13 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import matmul_i8 as kernel
-from pallas_kernels import tuning
+from pallas_kernels import matmul_i8_hopper, tuning
 from pallas_kernels.chips import abstract_gpu
 from pallas_kernels.launch import Tile
 from pallas_kernels.matmul_i8 import matmul_i8
@@ -122,3 +123,40 @@ def test_bad_input():
         matmul_i8(x, w, s, t, impl="cuda")
     with pytest.raises(ValueError, match=r"tile.split=2"):
         matmul_i8(x, w, s, t, tile=Tile(split=2), impl="interpret")
+
+
+class TestHopper:
+    """What impl="mosaic" takes; its numbers need a GPU (`python -m benchmarks.gpu`), its instructions a compiler."""
+
+    @pytest.mark.parametrize(
+        "chip, sizes, expected",
+        [("sm_90", (4096, 14336, 4096), "mosaic"), ("sm_90", (128, 128, 128), "mosaic"),
+         ("sm_90", (4096, 14336, 4080), "triton"), ("sm_90", (100, 128, 128), "triton"),
+         ("sm_80", (4096, 14336, 4096), "triton"), ("sm_100", (4096, 14336, 4096), "triton")],
+    )  # fmt: skip
+    def test_best(self, chip, sizes, expected):
+        with abstract_gpu(chip):
+            found = kernel.best(*sizes)
+        assert found == (expected if jax.__version_info__ >= (0, 11) else "triton")
+
+    @pytest.mark.parametrize(
+        "m, n, rows, columns",
+        [
+            (4096, 14336, 128, 256),
+            (256, 65664, 256, 128),
+            (2048, 4096, 128, 256),
+            (2048, 2048, 128, 128),
+            (1024, 1024, 128, 128),
+        ],
+    )
+    def test_the_largest_tile_that_leaves_no_multiprocessor_idle(self, m, n, rows, columns):
+        tile = matmul_i8_hopper.default_tile(m, n, 1024)
+        assert (tile.rows, tile.columns) == (rows, columns) and matmul_i8_hopper.why_not(m, n, 1024, tile) is None
+
+    def test_sizes_and_tiles_that_do_not_fit(self):
+        x, w, s, t = operands(m=128, n=100, k=128)
+        with pytest.raises(ValueError, match="matmul_i8 got M=128, N=100, K=128.*impl='triton' takes any"):
+            matmul_i8(x, w, s, t, impl="mosaic")
+        x, w, s, t = operands(m=128, n=128, k=128)
+        with pytest.raises(ValueError, match="it takes 128 x 256, 256 x 128 or 128 x 128"):
+            matmul_i8(x, w, s, t, tile=Tile(rows=64, columns=64), impl="mosaic")

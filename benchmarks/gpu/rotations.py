@@ -1,0 +1,95 @@
+"""The fused rotations by their best tiles, as a fraction of the bandwidth that a copy has."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu.operands import bytes_of
+from benchmarks.gpu.speed import NO_SPILLS, Roof, on_device, seconds
+from pallas_kernels import hadamard_backward, hadamard_quantize, planes, tuning
+from pallas_kernels.launch import Tile
+
+ARRAYS = 6  # in one program, together several times the cache
+TILES = (None, *(Tile(rows=r, columns=16, warps=w, stages=1) for r, w in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8))))
+QUANTIZE = (  # bits, M, K, axis, dtype, packed
+    (4, 8192, 4096, 1, "bfloat16", True), (8, 8192, 4096, 1, "bfloat16", False), (1, 8192, 4096, 1, "bfloat16", True),
+    (4, 8192, 2048, 1, "bfloat16", True), (4, 8192, 5632, 1, "bfloat16", True), (8, 8192, 2048, 1, "bfloat16", False),
+    (8, 8192, 5632, 1, "bfloat16", False), (4, 11264, 2048, 0, "float32", True), (4, 2048, 5632, 0, "float32", True),
+    (8, 11264, 2048, 0, "float32", False), (8, 2048, 5632, 0, "float32", False),
+)  # fmt: skip
+BACK = (  # M, K, axis and dtype of the result
+    (8192, 2048, 1, "bfloat16"), (8192, 5632, 1, "bfloat16"), (11264, 2048, 0, "float32"), (2048, 5632, 0, "float32"),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """A rotation: its kernel, the key of its tile in the tuning table, the arguments of each run."""
+
+    name: str
+    key: str
+    run: Callable[..., Any]
+    arguments: list[tuple]
+
+    def compiled(self, tile: Tile | None) -> Callable:
+        each = jax.jit(lambda arguments: [self.run(*a, tile=tile) for a in arguments])
+        return each.lower(self.arguments).compile(compiler_options=NO_SPILLS)
+
+
+def cases() -> Iterator[Case]:
+    """Activations (axis 1) and weights (axis 0) of an 800M model and of the products of `benchmarks.gpu.speed`."""
+    normal = lambda shape, dtype: [jax.random.normal(jax.random.key(i), shape, dtype) for i in range(ARRAYS)]
+    for bits, m, k, axis, dtype, packed in QUANTIZE:
+        options = dict(bits=bits, alpha=0.4, trust=2.0 ** (bits - 1), axis=axis, packed=packed)
+        yield Case(
+            f"hadamard_quantize{bits} {m}x{k} {dtype} axis{axis}{' packed' if packed else ''}",
+            hadamard_quantize.tuning_key(m, k, axis, jnp.dtype(dtype), packed),
+            functools.partial(hadamard_quantize.hadamard_quantize, **options),
+            [(x,) for x in normal((m, k) if axis == 1 else (k, m), dtype)],
+        )
+    for m, k, axis, dtype in BACK:
+        mask = jax.random.randint(jax.random.key(9), (-(-k // 256), m, planes.COLUMNS), -128, 128, jnp.int8)
+        yield Case(
+            f"hadamard_backward {m}x{k} axis{axis}",
+            hadamard_backward.tuning_key(m, k, axis, jnp.dtype(dtype)),
+            functools.partial(hadamard_backward.hadamard_backward, axis=axis, out_dtype=jnp.dtype(dtype)),
+            [(g, mask) for g in normal((m, k), "bfloat16")],
+        )
+
+
+def measure(rounds: int, roof: Roof) -> list[dict]:
+    """One row a case: microseconds by the best tile, which goes into the user's tuning table, and by the default."""
+    every = list(cases())
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in TILES] for case in every]
+        built = [[(tile, job.result()) for tile, job in each if job.exception() is None] for each in jobs]
+    copied, copy = jnp.ones((ARRAYS, 8192, 4096), jnp.bfloat16), jax.jit(lambda a: a + 1)
+    rows = []
+    for case, each in zip(every, built, strict=True):
+        programs = {str(i): functools.partial(program, case.arguments) for i, (_, program) in enumerate(each)}
+        times = seconds(programs | {"copy": lambda: copy(copied)}, rounds)
+        took = {name: float(np.median(t)) / ARRAYS for name, t in times.items()}
+        best = min(programs, key=took.__getitem__)
+        tile, device = each[int(best)][0], on_device(programs[best], ARRAYS)
+        if tile is not None:
+            tuning.store({case.key: dataclasses.asdict(tile)}, jax.devices()[0].device_kind)
+        moved = bytes_of(case.arguments[0]) + bytes_of(jax.eval_shape(case.run, *case.arguments[0]))
+        copied_a_second = 2 * copied.nbytes / ARRAYS / took["copy"]
+        rows.append({
+            "kernel": case.name, "us": 1e6 * took[best], "default_us": 1e6 * took["0"],
+            "bytes_a_second": moved / took[best], "of_copy_bandwidth": moved / took[best] / copied_a_second,
+            "device_us": device and 1e6 * device,
+            "device_of_copy_bandwidth": device and moved / device / roof.bandwidth,
+            "tile": None if tile is None else dataclasses.asdict(tile),
+            "tried_us": {str(tile): 1e6 * took[str(i)] for i, (tile, _) in enumerate(each)},
+        })  # fmt: skip
+        of = 100 * rows[-1]["of_copy_bandwidth"]
+        print(f"{case.name}: {1e6 * took[best]:.1f} us, {of:.0f}% of a copy; {tile or 'the default tile'}", flush=True)
+    return rows
