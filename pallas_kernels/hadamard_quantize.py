@@ -4,10 +4,11 @@
 
 half is 1/2 on a mid-rise grid and 0 on an integer one.
 
-One kernel. Rotation and packing treat all pieces of 256 indices alike, whatever their row, so a program with 64 pieces
-has matrix products of 64 rows from 4 rows of 4096 indices. It holds its rows in registers from the sum of squares to
-the codes: x is read once. Where a row is too long for that, or runs down the columns of a weight, the program reads its
-rows twice, the second time from the end, where the cache still has them.
+One kernel. Rotation and packing treat all pieces of 256 indices alike, whatever their row, so a program with 16 pieces
+has matrix products of 16 rows from one row of 4096 indices or two of 2048. It holds its rows in registers from the sum
+of squares to the codes: x is read once. Where a row is too long for that, or runs down the columns of a weight, the
+program reads its rows twice, the second time from the end, where the cache still has them; that is faster than holding
+longer rows.
 Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
 """
 
@@ -109,22 +110,17 @@ def hadamard_quantize(
 
 
 def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) -> Tile:
-    """The tuned tile of this shape's bucket, or: whole rows in registers up to K of 32768 (16384 in float32), in many
-    small programs, so that some read while others compute; runs of 64 bytes with axis=0."""
+    """The tuned tile of this shape's bucket, or what was fastest at every K on an H100: programs of two warps and 16
+    pieces, whole rows up to K of 4096, so small that many run at once and some read while others compute. With axis=0
+    runs of 64 bytes."""
     if found := tuning.lookup(tuning_key(m, k, axis, dtype, packed)):
         return Tile(**found)
     wide = jnp.dtype(dtype).itemsize // 2
-    if axis == 0:
-        if packed and wide == 2 and (8, 0) <= chips.traced_capability() < (9, 0):  # 64 rows spill on Ampere
-            return Tile(rows=16, columns=32 // wide, warps=4, stages=1)
-        return Tile(rows=64, columns=32 // wide, warps=8, stages=1)
-    each = launch.power_of_two(-(-k // MASK_BLOCK), 1, 1 << 30)
-    if each > 128 // wide:
-        return Tile(rows=64, warps=8, stages=1)
-    rows = max(16, each)
-    if rows == 16 and wide == 1:
+    if axis == 1:
         return Tile(rows=16, warps=2, stages=1)
-    return Tile(rows=rows, warps=4 if rows <= 32 or packed and wide == 1 and rows == 64 else 8, stages=1)
+    if packed and wide == 2 and (8, 0) <= chips.traced_capability() < (9, 0):  # 64 rows spill on Ampere
+        return Tile(rows=16, columns=32 // wide, warps=4, stages=1)
+    return Tile(rows=64, columns=32 // wide, warps=8, stages=1)
 
 
 def tuning_key(m: int, k: int, axis: int, dtype: Any, packed: bool) -> str:

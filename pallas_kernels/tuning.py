@@ -3,8 +3,8 @@ there.
 
 `python -m benchmarks.gpu` writes a file of the user's own, `$LOWBIT_JAX_TUNING` or `~/.cache/lowbit_jax/tuning.json`,
 and with --package also `tuned.json` beside this file, which the user's goes before. An entry is the fields of a
-`launch.Tile`. Tiles of another chip are not taken: without one for the chip that the program is traced for a kernel
-takes a tile that is known to compile without spills.
+`launch.Tile`. Tiles of another chip are not taken, but for those that are `ALIKE`: without one for the chip that the
+program is traced for a kernel takes a tile that is known to compile without spills.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pallas_kernels import chips
 
 FIELDS = {"rows", "columns", "warps", "stages", "split"}  # of a launch.Tile
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: fewer leave some idle
+ALIKE = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # the same processor with other memory: its tiles, where it has none
 PACKAGED = pathlib.Path(__file__).with_name("tuned.json")
 _chip: list[str] = []
 
@@ -33,10 +34,10 @@ def lookup(entry: str, chip: str | None = None) -> dict[str, int] | None:
     chip = chip or (_chip[-1] if _chip else chips.traced_kind())
     if chip is None:
         return None
-    for path in (user_file(), PACKAGED):
-        found = _read(path, _age(path)).get(chip, {}).get(entry)
-        if found:
-            return dict(found)
+    for name in (chip, ALIKE.get(chip)):
+        for path in (user_file(), PACKAGED):
+            if found := _read(path, _age(path)).get(name, {}).get(entry):
+                return dict(found)
     return None
 
 

@@ -14,8 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 import lowbit_jax as lb
+from lowbit_jax.ops import backend
 
 PRODUCT = "product"  # name of what the layers' products answer, for rematerialization
+ATTENTION = ("auto", "cudnn", "xla")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,23 +79,29 @@ def preset(name: str, **changes) -> LlamaConfig:
     return dataclasses.replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})
 
 
-def build(config: LlamaConfig, vocab_size: int, *, dtype: str = "auto", remat: str = "none",
-          seed: int = 0) -> "Llama":  # fmt: skip
+def build(config: LlamaConfig, vocab_size: int, *, dtype: str = "auto", remat: str = "none", seed: int = 0,
+          attention: str = "auto", unroll: bool | None = None) -> "Llama":  # fmt: skip
     """A model with weights drawn from `seed`; float32 masters, activations in `dtype`."""
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return _build(config, vocab_size, jnp.dtype(auto if dtype == "auto" else dtype), remat, jax.random.key(seed))
+    chosen = jnp.dtype(auto if dtype == "auto" else dtype)
+    return _build(config, vocab_size, chosen, remat, attention, unroll, jax.random.key(seed))
 
 
-@functools.partial(nnx.jit, static_argnums=(0, 1, 2, 3))  # one compiled program instead of hundreds of small ones
-def _build(config: LlamaConfig, vocab_size: int, dtype, remat: str, key: Array) -> "Llama":
-    return Llama(config, vocab_size, dtype=dtype, remat=remat, rngs=nnx.Rngs(key))
+@functools.partial(nnx.jit, static_argnums=range(6))  # one compiled program instead of hundreds of small ones
+def _build(config: LlamaConfig, vocab_size: int, dtype, remat: str, attention: str, unroll, key: Array) -> "Llama":
+    return Llama(config, vocab_size, dtype=dtype, remat=remat, attention=attention, unroll=unroll, rngs=nnx.Rngs(key))
 
 
 class Llama(nnx.Module):
-    """Token ids in, float32 logits of the next token out."""
+    """Token ids in, float32 logits of the next token out.
+
+    attention: "cudnn" is the flash attention of NVIDIA's library, "xla" writes the scores to memory, "auto" takes cuDNN
+    where it serves: see `attend`. unroll: whether the program has each layer by itself instead of a loop over them;
+    what a loop keeps for its backward pass is copied into stacks and out again. None: on one GPU, where nothing is
+    rematerialized."""
 
     def __init__(self, config: LlamaConfig, vocab_size: int, *, dtype: jnp.dtype = jnp.float32, remat: str = "none",
-                 rngs: nnx.Rngs):  # fmt: skip
+                 attention: str = "auto", unroll: bool | None = None, rngs: nnx.Rngs):  # fmt: skip
         if config.width % config.heads or config.heads % config.kv_heads or config.head_dim % 2:
             raise ValueError(
                 f"Llama: width {config.width}, {config.heads} heads, {config.kv_heads} key-value heads. The heads must"
@@ -103,10 +111,11 @@ class Llama(nnx.Module):
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stack(rngs):
-            return Block(config, dtype=dtype, rngs=rngs)
+            return Block(config, dtype=dtype, attention=attention, rngs=rngs)
 
         self.config = config
         self.remat = remat
+        self.unroll = unroll
         self.placement = None  # on a mesh: says where activations lie and weights are used, see recipes/layout.py
         self.vocab_size = vocab_size
         embed_init = nnx.initializers.normal(0.02)
@@ -128,10 +137,15 @@ class Llama(nnx.Module):
 
         if self.remat != "none":
             layer = nnx.remat(layer, policy=remat_policy(self.remat))
-        x = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+        x = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self._unrolls(tokens))(
             self._placed("embed", self.embed)(tokens), self.blocks
         )
         return self._placed("lm_head", self.lm_head)(self.norm(self._cut(x))).astype(jnp.float32)
+
+    def _unrolls(self, tokens: Array) -> bool:
+        if self.unroll is not None:
+            return self.unroll
+        return self.remat == "none" and backend.sees_gpu() and backend.why_partitioned(tokens) is None
 
     def _placed(self, name: str, module):
         if self.placement is None:
@@ -159,9 +173,9 @@ def remat_policy(remat: str):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, attention: str = "auto", rngs: nnx.Rngs):
         self.attention_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, implementation=attention, rngs=rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(config, dtype=dtype, rngs=rngs)
 
@@ -171,7 +185,10 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, implementation: str = "auto", rngs: nnx.Rngs):
+        if implementation not in ATTENTION:
+            raise ValueError(f"Llama: attention {implementation!r} is unknown; choose one of {', '.join(ATTENTION)}.")
+        self.implementation = implementation
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.qkv = linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, config, dtype, rngs)
         self.out = linear(self.heads * self.head_dim, config.width, config, dtype, rngs)
@@ -183,10 +200,24 @@ class Attention(nnx.Module):
         )
         q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
         q, k = rotate(q, rotary), rotate(k, rotary)
-        if x.dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no float16 products summed in float32
-            q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).astype(x.dtype)
+        mixed = attend(q, k, v, self.implementation)
         return checkpoint_name(self.out(mixed.reshape(batch, time, self.heads * self.head_dim)), PRODUCT)
+
+
+def attend(
+    q: Float[Array, "batch time heads dim"], k: Float[Array, "batch time kv_heads dim"],
+    v: Float[Array, "batch time kv_heads dim"], implementation: str = "auto",
+) -> Float[Array, "batch time heads dim"]:  # fmt: skip
+    """Causal attention. "auto" takes cuDNN on one NVIDIA GPU of compute capability 8.0 or later for 16-bit heads of a
+    multiple of 8 up to 128 and a multiple of 64 positions, XLA elsewhere."""
+    if implementation == "auto":
+        fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+        fits = fits and q.shape[1] % 64 == 0 and jax.default_backend() == "gpu"
+        implementation = "cudnn" if fits and backend.sees_gpu() and backend.why_partitioned(q) is None else "xla"
+    dtype = q.dtype
+    if dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no float16 products summed in float32
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation).astype(dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -197,7 +228,9 @@ class SwiGLU(nnx.Module):
         self.down = linear(config.ffn, config.width, config, dtype, rngs)
 
     def __call__(self, x: Float[Array, "batch time width"]) -> Float[Array, "batch time width"]:
-        gate, up = jnp.split(checkpoint_name(self.gate_up(x), PRODUCT), 2, axis=-1)
+        gate_up = checkpoint_name(self.gate_up(x), PRODUCT)
+        # the barrier has their cotangent written once, where both backward products read it, and not in halves before
+        gate, up = jnp.split(jax.lax.optimization_barrier(gate_up), 2, axis=-1)
         return checkpoint_name(self.down(nnx.silu(gate) * up), PRODUCT)
 
 

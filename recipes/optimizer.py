@@ -49,6 +49,13 @@ class AdamW:
         tx = lb.optim.dynamic_loss_scale(tx) if self.loss_scale else tx
         return tx if self.param_dtype == "float32" else lb.optim.stochastic_rounding(tx, key=self.seed)
 
+    @property
+    def stays_finite(self) -> bool:
+        """Whether a finite gradient moves finite parameters by a finite update, so that nobody has to look for one that
+        is not, which takes a pass over all of them: no moment exceeds the clipped gradient's, each is divided by its
+        own root and epsilon, and the decay takes no more than the parameter."""
+        return self.bits is None and self.param_dtype == "float32" and self.weight_decay <= 1 and self.clip <= 1e9
+
     def stored(self, params):
         """The parameters in the dtype that they are kept in."""
         return params if self.param_dtype == "float32" else jax.tree.map(lambda p: p.astype(self.param_dtype), params)

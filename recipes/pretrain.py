@@ -74,6 +74,10 @@ class Pretrain:
     """Of the optimizer's moments; float32 unless given."""
     remat: Literal["none", "full", "products", "codes"] = "none"
     """What the backward pass computes again instead of keeping it: nothing; each layer; all but its products."""
+    attention: Literal["auto", "cudnn", "xla"] = free("auto")
+    """cuDNN's flash attention, or XLA's, which writes the scores to memory; auto takes cuDNN on a GPU it serves."""
+    unroll: bool | None = free(None)
+    """Compile each layer by itself: slower to compile, faster to run. By default on one GPU without --remat."""
     mesh: str | None = free(None)
     """Devices as data=2,fsdp=2,tensor=2: data and fsdp cut the batch, fsdp and tensor the weights; one may be -1."""
     gather: Literal["float", "packed"] = free("float")
@@ -140,7 +144,8 @@ def main(config: Pretrain) -> dict:
     origin = None if config.init_from is None else init_from.Origin.of(config.init_from)
 
     def new_model() -> nnx.Module:
-        make = lambda: llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed)
+        make = lambda: llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed,
+                                   attention=config.attention, unroll=config.unroll)  # fmt: skip
         model = make() if layout is None else layout.attach(layout.build(make))
         return model if origin is None else origin.model(model)
 

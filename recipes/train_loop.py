@@ -315,7 +315,7 @@ def make_step(graph, adamw: optimizer.AdamW, microbatches: int = 1, prepare=None
         norm = optax.tree.norm(gradient)
         finite_gradient = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, after = transform.update(gradient, before, params)
-        good = finite_gradient & lb.optim.all_finite(updates)
+        good = finite_gradient if adamw.stays_finite else finite_gradient & lb.optim.all_finite(updates)
         if scale is not None:
             value, norm = value / scale, norm / scale
         if spikes is not None:

@@ -59,7 +59,6 @@ KERNELS_OF_A_STEP = {
     "bfloat16": set(),
     "quest w4a4": {"hadamard_quantize4", "matmul_i8", "hadamard_backward"},
     "quest w8a8, int8 backward": {"hadamard_quantize8", "matmul_i8", "hadamard_backward"},
-    "quest w4a4 by XLA": set(),
 }
 
 

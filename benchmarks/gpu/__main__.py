@@ -58,7 +58,7 @@ class Config:
     large: tuple[int, ...] = (4096,)
     """Rows of the products of training and prefill."""
     preset: str = "800M"
-    batch: int = 16
+    batch: int = 32
     context: int = 512
     minutes: float = 8.0
     """What is not begun by then is left out, and the report says so."""

@@ -40,7 +40,6 @@ KINDS = (
     Kind(name="quest w4a4", bits=4),
     Kind(name="quest w4a4, int8 backward", bits=4, backward=8),
     Kind(name="quest w8a8, int8 backward", bits=8, backward=8),
-    Kind(name="quest w4a4 by XLA", bits=4, implementation="reference"),
 )
 
 
@@ -72,27 +71,25 @@ def first(preset: str, batch: int, context: int) -> tuple[Any, Any, Any]:
 
 
 def training(preset: str, batch: int, context: int, rounds: int, kinds: Sequence[Kind] = KINDS) -> list[dict]:
-    """Milliseconds a step of each kind, the ratio over the first, and the kernels that take most of it.
+    """Milliseconds a step of each kind, the ratio over the first, and the kernels that take most of it."""
+    try:
+        return _training(preset, batch, context, rounds, kinds, "auto")
+    except Exception as error:  # cuDNN is not part of JAX
+        print(f"training: {type(error).__name__}: {str(error)[:1000]}; again with XLA's attention", flush=True)
+    return _training(preset, batch, context, rounds, kinds, "xla")
 
-    All kinds train one state in turn: several would not fit beside each other."""
 
-    def compiled(kind: Kind, attention: str):
+def _training(preset, batch, context, rounds, kinds, attention) -> list[dict]:
+    """All kinds train one state in turn: several would not fit beside each other."""
+
+    def compiled(kind: Kind):
         step, arguments = training_step(kind, preset, batch, context, attention)
         start = time.perf_counter()
         program = step.lower(*arguments).compile()
         return program, time.perf_counter() - start, program.memory_analysis()
 
-    def all_compiled(attention: str) -> dict:
-        with ThreadPoolExecutor() as pool:
-            programs = pool.map(functools.partial(compiled, attention=attention), kinds)
-            return dict(zip((kind.name for kind in kinds), programs, strict=True))
-
-    attention = "auto"
-    try:
-        made = all_compiled(attention)
-    except Exception as error:  # cuDNN is not part of JAX
-        print(f"training: {type(error).__name__}: {str(error)[:1000]}; again with XLA's attention", flush=True)
-        made = all_compiled(attention := "xla")
+    with ThreadPoolExecutor() as pool:
+        made = dict(zip((kind.name for kind in kinds), pool.map(compiled, kinds), strict=True))
     state, rest, tokens = first(preset, batch, context)
     held = [state]
 
@@ -110,14 +107,18 @@ def training(preset: str, batch: int, context: int, rounds: int, kinds: Sequence
             "loss": float(programs[name]()), "ms": 1e3 * float(np.median(times[name])),
             "ratio": float(np.median(base / np.asarray(times[name]))), "compile_s": compile_s,
             "temp_gib": None if memory is None else memory.temp_size_in_bytes / 2**30,
-        })  # fmt: skip
-        try:
-            kernels = profile.kernel_seconds(programs[name])
-            rows[-1] |= {"device_ms": 1e3 * sum(kernels.values()),
-                         "kernels_ms": {k: round(1e3 * t, 4) for k, t in list(kernels.items())[:80]}}  # fmt: skip
-        except Exception as error:  # no profiler here: the times stand without it
-            rows[-1] |= {"device_ms": None, "kernels_ms": {}, "profiler": f"{type(error).__name__}: {error}"}
+        } | kernels_of(programs[name], 80))  # fmt: skip
     return rows
+
+
+def kernels_of(run: Callable, most: int) -> dict:
+    """Milliseconds on the device, and of the kernels that take most of it; None where the profiler does not work."""
+    try:
+        kernels = profile.kernel_seconds(run)
+    except Exception as error:
+        return {"device_ms": None, "kernels_ms": {}, "profiler": f"{type(error).__name__}: {error}"}
+    longest = {name: round(1e3 * t, 4) for name, t in list(kernels.items())[:most]}
+    return {"device_ms": 1e3 * sum(kernels.values()), "kernels_ms": longest}
 
 
 def one_token(
@@ -149,13 +150,7 @@ def one_token(
         rows.append({
             "model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)),
             "tokens_a_second": batch / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t))),
-        })  # fmt: skip
-        try:
-            kernels = profile.kernel_seconds(programs[name])
-            rows[-1] |= {"device_ms": 1e3 * sum(kernels.values()),
-                         "kernels_ms": {k: round(1e3 * t, 4) for k, t in list(kernels.items())[:20]}}  # fmt: skip
-        except Exception as error:  # no profiler here: the times stand without it
-            rows[-1] |= {"device_ms": None, "kernels_ms": {}, "profiler": f"{type(error).__name__}: {error}"}
+        } | kernels_of(programs[name], 20))  # fmt: skip
     return rows
 
 

@@ -230,16 +230,12 @@ def hadamard_quantize(
     block: int | None,
     midrise: bool,
     trust: float | None,
-    axis: int,
     packed: bool = False,
 ) -> Any:
-    """(int8 codes [M, K], scales [M], sums of the codes [M], packed trust mask, packed words) of the rows of x (its
-    columns with axis=0)."""
+    """(int8 codes [M, K], scales [M], sums of the codes [M], packed trust mask, packed words) of the rows of x."""
     from pallas_kernels.hadamard_quantize import hadamard_quantize as run
 
-    return run(
-        x, bits=bits, alpha=alpha, block=block, midrise=midrise, trust=trust, axis=axis, packed=packed, impl=impl
-    )
+    return run(x, bits=bits, alpha=alpha, block=block, midrise=midrise, trust=trust, packed=packed, impl=impl)
 
 
 def hadamard_backward(impl: str, g: Array, mask: Array, *, block: int | None, out_dtype: Any, axis: int = 1) -> Array:

@@ -112,14 +112,14 @@ def _through(product, lhs, rhs):
 
 def _forward(product, lhs, rhs):
     dims, out, out_dtype = product.forward.dims, product.recipe.out, product.forward.out_dtype
-    x, x_kept = _quantized(product.recipe, out.lhs, *_matrix(lhs, dims.lhs))
+    x, x_kept = _quantized(product.recipe, out.lhs, _rows(lhs, dims.lhs))
     if product.recipe.rhs_ready:
         w, w_kept = None, rhs.astype(lhs.dtype)
         x_hat = _values(x_kept, out.lhs, x.codes.shape, lhs.dtype)
         lhs_hat = _array(x_hat, lhs.shape, dims.lhs, 1)
         y = product.forward(lhs_hat, w_kept)
     else:
-        w, w_kept = _quantized(product.recipe, out.rhs, *_matrix(rhs, dims.rhs))
+        w, w_kept = _quantized(product.recipe, out.rhs, _rows(rhs, dims.rhs))
         multiply = functools.partial(
             backend.matmul_i8, x_offset=_offset(out.lhs), w_offset=_offset(out.rhs), out_dtype=out_dtype
         )
@@ -168,13 +168,13 @@ def _run(recipe: LinearRecipe, function: Any, *operands: Any) -> Any:
     )  # fmt: skip
 
 
-def _quantized(recipe: LinearRecipe, quantizer: Quantizer, x: Array, axis: int) -> tuple[Any, _Kept]:
-    """What the fused kernel makes of the rows of a matrix along `axis`, and what of it is kept."""
-    options = fused_options(quantizer, x.shape[axis])
+def _quantized(recipe: LinearRecipe, quantizer: Quantizer, x: Float[Array, "m k"]) -> tuple[Any, _Kept]:
+    """What the fused kernel makes of the rows of a matrix, and what of it is kept."""
+    options = fused_options(quantizer, x.shape[1])
     assert options is not None and isinstance(quantizer.estimator, Trust)
     packed = options["bits"] <= _PACK_UP_TO
     trust = quantizer.estimator.limits(quantizer.format)[1]
-    kernel = functools.partial(backend.hadamard_quantize, **options, trust=trust, axis=axis, packed=packed)
+    kernel = functools.partial(backend.hadamard_quantize, **options, trust=trust, packed=packed)
     made = _run(recipe, kernel, x)
     return made, _Kept(made.words if packed else made.codes, made.scales, made.mask)
 
@@ -237,15 +237,14 @@ def _offset(quantizer: Quantizer) -> float:
 
 
 def _leads(shape: tuple[int, ...], axis: int) -> int:
-    """Where `_matrix` puts the contraction axis: 0 when it leads, so that nothing is moved, else 1."""
+    """Where a gradient's matrix has the contraction axis: 0 when it leads, so that nothing is moved, else 1."""
     return 0 if axis == 0 and len(shape) > 1 else 1
 
 
-def _matrix(x: Array, axis: int) -> tuple[Array, int]:
-    """The array as a matrix, and where its contraction axis is there."""
-    at = _leads(x.shape, axis)
-    length = x.shape[axis]
-    return (x.reshape(length, -1) if at == 0 else jnp.moveaxis(x, axis, -1).reshape(-1, length)), at
+def _rows(x: Array, axis: int) -> Float[Array, "m k"]:
+    """The array as a matrix whose contraction axis is last. A weight is transposed by XLA in the copy that takes it out
+    of the stack of layers: the kernel then holds whole rows, where along columns it reads everything twice."""
+    return jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
 
 
 def _array(matrix: Array, shape: tuple[int, ...], axis: int, at: int) -> Array:

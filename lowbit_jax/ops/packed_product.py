@@ -172,7 +172,7 @@ def int8_rows(
     offset = _int8_offset(quantizer.format)
     rows = jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
     if (options := fused_options(quantizer, x.shape[axis])) is not None:
-        found = backend.hadamard_quantize(impl, rows, **options, trust=None, axis=1)
+        found = backend.hadamard_quantize(impl, rows, **options, trust=None)
         return found.codes, found.scales, found.sums, -offset
     values, scales = quantizer.elements(x, axis=axis, key=key, scale=scale)
     each = jnp.broadcast_to(scales, [1 if a == axis else n for a, n in enumerate(x.shape)]).reshape(-1)

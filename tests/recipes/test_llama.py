@@ -11,6 +11,7 @@ from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals  # public is only print_saved_residuals, which prints it
 
 import lowbit_jax as lb
+from lowbit_jax.ops import backend
 from recipes import llama, optimizer, sampling
 
 SMALL = llama.preset("smoke")
@@ -100,9 +101,71 @@ def test_attention_against_float64():
     np.testing.assert_allclose(got[0], expected, atol=2e-5)
 
 
-def of_a_layer(remat: str, quantized: bool):
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Programs traced inside are for one GPU, as far as the model can see."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(backend, "sees_gpu", lambda: True)
+    monkeypatch.setattr(backend, "why_partitioned", lambda *_: None)
+
+
+def attention_of(monkeypatch, implementation="auto", time=64, heads=4, dim=128, dtype=jnp.bfloat16):
+    """What `attend` asks JAX for."""
+    asked = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, **options: asked.append(options) or q)
+    q, kv = jnp.zeros((1, time, heads, dim), dtype), jnp.zeros((1, time, 2, dim), dtype)
+    llama.attend(q, kv, kv, implementation)
+    assert asked[0]["is_causal"]
+    return asked[0]["implementation"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"dim": 8}, {"dtype": jnp.float16}, {"time": 512}])
+def test_attention_on_a_gpu_is_cudnns(changes, on_a_gpu, monkeypatch):
+    assert attention_of(monkeypatch, **changes) == "cudnn"
+    assert attention_of(monkeypatch, "xla", **changes) == "xla"
+
+
+@pytest.mark.parametrize("changes", [{"dim": 136}, {"dim": 60}, {"dtype": jnp.float32}, {"time": 100}])
+def test_attention_that_cudnn_does_not_serve_is_xlas(changes, on_a_gpu, monkeypatch):
+    assert attention_of(monkeypatch, **changes) == "xla"
+
+
+def test_attention_elsewhere_is_xlas(monkeypatch):
+    assert attention_of(monkeypatch) == "xla"
+
+
+def test_attention_cut_over_devices_is_xlas(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "why_partitioned", lambda *_: "a mesh")
+    assert attention_of(monkeypatch) == "xla"
+    assert attention_of(monkeypatch, "cudnn") == "cudnn"
+
+
+def test_unknown_attention():
+    with pytest.raises(ValueError, match="attention 'flash' is unknown; choose one of auto, cudnn, xla"):
+        llama.build(SMALL, 256, attention="flash")
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_cudnn_attention_lowers_in_a_training_step(remat, unroll, monkeypatch):
+    """For CUDA from any machine: its forward, again where that is rematerialized, its backward, no matrix of scores."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91400)  # of the library, which is on GPU machines only
+    config = dataclasses.replace(SMALL, width=128, heads=2)
+    model = llama.build(config, 256, dtype="bfloat16", remat=remat, attention="cudnn", unroll=unroll)
+    graph, params = nnx.split(model)
+    step = jax.jit(jax.grad(lambda p: nnx.merge(graph, p)(tokens((2, 192))).std()))
+    text = step.trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert "192x192x" not in text
+    forward, backward = (text.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward"))
+    assert backward in {1, SMALL.layers if unroll else 1}, "some versions of JAX write equal layers once"
+    assert forward == backward * (1 + (remat == "full"))
+
+
+def of_a_layer(remat: str, quantized: bool, unroll: bool | None = None):
     """(graph, parameters) of the smoke model, QuEST W4A4 or in float."""
-    model = llama.build(dataclasses.replace(SMALL, kv_heads=SMALL.heads), 256, dtype="float32", remat=remat)
+    config = dataclasses.replace(SMALL, kv_heads=SMALL.heads)
+    model = llama.build(config, 256, dtype="float32", remat=remat, unroll=unroll)
     return nnx.split(lb.quantize(model, rules=[("blocks", lb.quest(4))]) if quantized else model)
 
 
@@ -121,6 +184,29 @@ def gradient_of(graph, params):
 def test_remat_changes_nothing_but_memory(remat, quantized, without_remat):
     found = gradient_of(*of_a_layer(remat, quantized))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), without_remat[quantized], found)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_unrolled_layers_are_the_same_model(quantized, without_remat):
+    graph, params = of_a_layer("none", quantized, unroll=True)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), without_remat[quantized], gradient_of(graph, params)
+    )
+
+
+@pytest.mark.parametrize(("remat", "loops"), [("none", False), ("full", True)])
+def test_layers_are_a_loop_unless_on_one_gpu_with_nothing_rematerialized(remat, loops, on_a_gpu):
+    def text(unroll):
+        graph, params = of_a_layer(remat, False, unroll)
+        return jax.jit(lambda p: nnx.merge(graph, p)(tokens((2, 8)))).lower(params).as_text()
+
+    whiles = {unroll: "stablehlo.while" in text(unroll) for unroll in (None, False, True)}
+    assert whiles == {None: loops, False: True, True: False}
+
+
+def test_layers_are_a_loop_on_a_cpu():
+    graph, params = of_a_layer("none", False)
+    assert "stablehlo.while" in jax.jit(lambda p: nnx.merge(graph, p)(tokens((2, 8)))).lower(params).as_text()
 
 
 def kept_bytes(remat: str, quantized: bool) -> dict[str, int]:
