@@ -205,7 +205,7 @@ def whole_steps(config: Config) -> dict[str, dict]:
 
 
 def _timed(programs: Mapping[str, Program], facts: Mapping[str, dict], rounds: int, reference: str) -> dict[str, dict]:
-    seconds = interleaved_seconds(programs, rounds)  # pyright: ignore[reportArgumentType]
+    seconds = interleaved_seconds(programs, rounds)
     return {
         name: {
             "ms": 1e3 * float(np.median(seconds[name])),

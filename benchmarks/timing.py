@@ -10,6 +10,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,12 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float
+
+
+class Runs(Protocol):
+    def run(self) -> None:
+        """Once, and waits for it."""
+        ...
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -79,7 +86,7 @@ def compile_program(model: nnx.Module, loss: Callable[..., Float[Array, ""]], ba
     )
 
 
-def interleaved_seconds(programs: Mapping[str, Program], rounds: int, steps: int = 1) -> dict[str, list[float]]:
+def interleaved_seconds(programs: Mapping[str, Runs], rounds: int, steps: int = 1) -> dict[str, list[float]]:
     """Wall seconds a step of each program, one value a round; the first, uncounted round warms up."""
     seconds = {name: [] for name in programs}
     order = list(programs)

@@ -78,6 +78,7 @@ class QTensor:
         if q.sparsity is None:
             rows = coding.decode(codes, q.format)
         else:
+            assert self.marks is not None, "elements on a support come with their marks"
             marks = packing.unpack(self.marks, 1, self.length // q.sparsity.run)
             codes, mask = expand(codes, marks, q.sparsity)
             rows = jnp.where(mask, coding.decode(codes, q.format), 0.0)

@@ -7,7 +7,7 @@ The record is frozen and hashable: it can be a static argument of a jitted funct
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
@@ -109,7 +109,7 @@ class Quantizer:
         """Fake quantization without the way back: float32, for a product whose other operand is rotated alike."""
         h, tiles, axes, scale, support = self._fitted(x, axis, scale)
         out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key)
-        return join(out, h.shape)
+        return join(cast(Array, out), h.shape)  # `jax.custom_vjp` hides the type
 
     def elements(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
@@ -143,6 +143,7 @@ class Quantizer:
         codes = jnp.moveaxis(coding.encode(join(rounded, h.shape), self.format), at, -1)
         marks = None
         if support is not None:
+            assert self.sparsity is not None
             mask = jnp.moveaxis(join(support, h.shape), at, -1)
             codes, marks = compress(codes, mask, self.sparsity)
             marks = packing.pack(marks, 1)
@@ -160,7 +161,7 @@ class Quantizer:
         """Starting value of a learned scale, fitted to `x`: shape () for a tensor, else one entry a tile.
 
         Raises: ValueError when the fit is not learned."""
-        if not self.learned:
+        if not isinstance(self.fit, Learned):
             raise ValueError(
                 f"Quantizer.initial_scale: the fit {_name(self.fit)} reads its scale off the data; nothing to hold."
             )
@@ -197,7 +198,7 @@ class Quantizer:
     def _fitted(self, x, axis, scale, rounded=True):
         h, tiles, axes = self._tiles(x, axis)
         tile_scale_shape = tuple(1 if a in axes else n for a, n in enumerate(tiles.shape))
-        if self.learned:
+        if isinstance(self.fit, Learned):
             if scale is None:
                 self.fit(tiles, self.format, axes)
             scale = positive(_as_tile_scale(scale, tile_scale_shape))
@@ -334,4 +335,5 @@ def block_quantizer(fmt: BlockFormat, **slots) -> Quantizer:
         )
     tiling = Group(fmt.block) if isinstance(fmt.block, int) else Block(*fmt.block)
     scale_format = TwoLevel(fmt.scale) if fmt.tensor_scale else PowerOfTwo(fmt.scale_rounding)
-    return Quantizer(**dict(format=fmt.element, tiling=tiling, fit=absmax, scale_format=scale_format) | slots)
+    fixed: dict[str, Any] = dict(format=fmt.element, tiling=tiling, fit=absmax, scale_format=scale_format)
+    return Quantizer(**fixed | slots)

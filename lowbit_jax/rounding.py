@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from lowbit_jax.formats.base import Codebook, FloatFormat, Format, IntFormat, MidRiseFormat
 
@@ -189,7 +189,7 @@ def _working(u: Float[Array, "*s"], fmt: Format, who: str) -> Float[Array, "*s"]
     return u if keep else u.astype(jnp.float32)
 
 
-def _clip(x: Float[Array, "*s"], low: float, high: float) -> Float[Array, "*s"]:
+def _clip(x: Float[Array, "*s"], low: ArrayLike, high: ArrayLike) -> Float[Array, "*s"]:
     return lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))  # NaN stays NaN
 
 

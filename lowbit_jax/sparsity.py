@@ -87,9 +87,17 @@ class NofM:
         if not 0 < self.n <= self.m:
             raise ValueError(f"NofM({self.n}, {self.m}): keep at least 1 and at most m of each m, as in NofM(2, 4).")
 
-    group = property(lambda self: self.m)
-    kept = property(lambda self: self.n)
-    run = property(lambda self: 1)
+    @property
+    def group(self) -> int:
+        return self.m
+
+    @property
+    def kept(self) -> int:
+        return self.n
+
+    @property
+    def run(self) -> int:
+        return 1
 
     def mask(self, x, axis):
         axis %= x.ndim
@@ -113,9 +121,17 @@ class PairsNofM:
         if not 0 < self.n <= self.m:
             raise ValueError(f"PairsNofM({self.n}, {self.m}): keep at least 1 and at most m of each m pairs.")
 
-    group = property(lambda self: 2 * self.m)
-    kept = property(lambda self: 2 * self.n)
-    run = property(lambda self: 2)
+    @property
+    def group(self) -> int:
+        return 2 * self.m
+
+    @property
+    def kept(self) -> int:
+        return 2 * self.n
+
+    @property
+    def run(self) -> int:
+        return 2
 
     def mask(self, x, axis):
         axis %= x.ndim

@@ -8,6 +8,7 @@ together shares what it reads in the L2 cache.
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,6 @@ PART = 64  # rows and columns that are finished and stored at a time
 TILES = (128, 256), (256, 128), (128, 128)  # rows and columns
 _GROUPS = 2  # warp groups that multiply
 _TALL = 8  # rows of tiles in a group
-_BEHIND = 0  # products that may still run when the next step's operands are waited for
 _SHARED_MEMORY = 232448 - 1024  # bytes of a program on Hopper, less its barriers
 
 
@@ -72,10 +72,8 @@ def run(
 
 def _kernel(m, n, k, has_sums, finish, out_dtype, tile) -> Callable:
     plgpu = _mosaic()
-    by_row = tile.rows > tile.columns  # which way the two groups part the tile
+    by_row = tile.rows >= tile.columns  # the two groups part the tile's rows, else its columns
     own = (tile.rows // 2, tile.columns) if by_row else (tile.rows, tile.columns // 2)
-    if tile.rows == tile.columns:
-        own, by_row = (tile.rows // 2, tile.columns), True
     part_bytes = 2 * _GROUPS * PART * PART * out_dtype.itemsize
     steps = min(tile.stages, k // STEP, (_SHARED_MEMORY - part_bytes) // ((tile.rows + tile.columns) * STEP))
     swizzled = lambda dtype, width: (
@@ -92,7 +90,7 @@ def _kernel(m, n, k, has_sums, finish, out_dtype, tile) -> Callable:
 
         def pipeline(body, context):
             specs = [
-                plgpu.BlockSpec((size, STEP), lambda i: (0, i), transforms=operand, delay_release=_BEHIND)
+                plgpu.BlockSpec((size, STEP), lambda i: (0, i), transforms=operand)
                 for size in (tile.rows, tile.columns)
             ]
             return plgpu.emit_pipeline_warp_specialized(
@@ -115,29 +113,26 @@ def _kernel(m, n, k, has_sums, finish, out_dtype, tile) -> Callable:
             def _(loop):
                 row, column = plgpu.planar_snake(loop.index[0], (down, across), 0, _TALL)
                 rows, columns = pl.ds(row * tile.rows, tile.rows), pl.ds(column * tile.columns, tile.columns)
-                inside = pl.ds(group * own[0], own[0]), pl.ds(group * own[1], own[1])
-                inside = (inside[0], slice(None)) if by_row else (slice(None), inside[1])
+                half = pl.ds(group * own[0 if by_row else 1], own[0 if by_row else 1])
+                inside = (half, slice(None)) if by_row else (slice(None), half)
 
                 def store(total):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    count = 0
-                    for i in range(0, own[0], PART):
-                        for j in range(0, own[1], PART):
-                            at_row = row * tile.rows + i + (group * own[0] if by_row else 0)
-                            at_column = column * tile.columns + j + (0 if by_row else group * own[1])
-                            load = lambda ref, at, axis: None if ref is None else _vector(plgpu, ref, at, axis)
-                            y = finish(
-                                total[i : i + PART, j : j + PART],
-                                load(x_sums, at_row, 0), load(x_scales, at_row, 0),
-                                load(w_sums, at_column, 1), load(w_scales, at_column, 1),
-                            )  # fmt: skip
-                            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                            out_smem[group, count % 2] = y.astype(out_dtype)
-                            plgpu.commit_smem()
-                            plgpu.copy_smem_to_gmem(
-                                out_smem.at[group, count % 2], out_gmem.at[pl.ds(at_row, PART), pl.ds(at_column, PART)]
-                            )
-                            count += 1
+                    load = lambda ref, at, axis: None if ref is None else _vector(plgpu, ref, at, axis)
+                    parts = itertools.product(range(0, own[0], PART), range(0, own[1], PART))
+                    for count, (i, j) in enumerate(parts):
+                        at_row = row * tile.rows + i + (group * own[0] if by_row else 0)
+                        at_column = column * tile.columns + j + (0 if by_row else group * own[1])
+                        y = finish(
+                            total[i : i + PART, j : j + PART],
+                            load(x_sums, at_row, 0), load(x_scales, at_row, 0),
+                            load(w_sums, at_column, 1), load(w_scales, at_column, 1),
+                        )  # fmt: skip
+                        slot = out_smem.at[group, count % 2]
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        slot[...] = y.astype(out_dtype)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(slot, out_gmem.at[pl.ds(at_row, PART), pl.ds(at_column, PART)])
 
                 def multiply(run):
                     def summed(sums):
@@ -148,7 +143,7 @@ def _kernel(m, n, k, has_sums, finish, out_dtype, tile) -> Callable:
 
                 def step(_, x_smem, w_smem, sums):
                     plgpu.wgmma(sums, x_smem.at[inside[0]], _transposed(plgpu, w_smem.at[inside[1]]))
-                    plgpu.wgmma_wait(_BEHIND)
+                    plgpu.wgmma_wait(0)
                     return sums
 
                 pipeline(step, multiply)(x_gmem.at[rows], w_gmem.at[columns], allocations=allocations)
@@ -157,6 +152,9 @@ def _kernel(m, n, k, has_sums, finish, out_dtype, tile) -> Callable:
 
     kernel.__name__ = "matmul_i8_hopper"  # what profilers show
     launched = inspect.signature(plgpu.kernel).parameters
+    out: dict[str, Any] = {
+        "out_type" if "out_type" in launched else "out_shape": jax.ShapeDtypeStruct((m, n), out_dtype)
+    }
     return plgpu.kernel(
         kernel,
         grid=(_multiprocessors(),),
@@ -164,7 +162,7 @@ def _kernel(m, n, k, has_sums, finish, out_dtype, tile) -> Callable:
         num_threads=_GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        **{"out_type" if "out_type" in launched else "out_shape": jax.ShapeDtypeStruct((m, n), out_dtype)},
+        **out,
     )
 
 

@@ -6,6 +6,7 @@ quantized once. Sources: Touvron et al. 2023, arXiv:2302.13971; Ainslie et al. 2
 import dataclasses
 import difflib
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -210,14 +211,15 @@ def attend(
 ) -> Float[Array, "batch time heads dim"]:  # fmt: skip
     """Causal attention. "auto" takes cuDNN on one NVIDIA GPU of compute capability 8.0 or later for 16-bit heads of a
     multiple of 8 up to 128 and a multiple of 64 positions, XLA elsewhere."""
+    chosen: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
     if implementation == "auto":
         fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
         fits = fits and q.shape[1] % 64 == 0 and jax.default_backend() == "gpu"
-        implementation = "cudnn" if fits and backend.sees_gpu() and backend.why_partitioned(q) is None else "xla"
+        chosen = "cudnn" if fits and backend.sees_gpu() and backend.why_partitioned(q) is None else "xla"
     dtype = q.dtype
     if dtype == jnp.float16 and jax.default_backend() == "cpu":  # which has no float16 products summed in float32
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation).astype(dtype)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=chosen).astype(dtype)
 
 
 class SwiGLU(nnx.Module):

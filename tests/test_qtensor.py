@@ -89,8 +89,8 @@ def test_values_must_be_known():
 def test_a_class_with_a_layout_of_its_own(key):
     """One that overrides `elements` alone is judged by them; with `_codes` by its codes."""
     planes = pytest.importorskip("lowbit_jax.ops.plane_tensor")
-    base = lb.quest_quantizer(4).quantize(jax.random.normal(key, (128, 32)), axis=0)
-    own = planes.to_planes(base, 16)
+    pack = lambda x: planes.to_planes(lb.quest_quantizer(4).quantize(x, axis=0), 16)
+    own = jax.jit(pack)(jax.random.normal(key, (128, 32)))
     own.validate()
     with pytest.raises(ValueError, match="scale at"):
         dataclasses.replace(own, scales=(own.scales[0].at[0, 3].set(jnp.nan),)).validate()

@@ -1,5 +1,6 @@
 """The Python of README and docs runs as written, the commands name what exists, the floor plan is the floors tested."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -24,7 +25,10 @@ def blocks(text: str, language: str) -> list[str]:
 def test_python_of_a_page_runs(page, tmp_path):
     """All blocks of a page in order, as a reader would paste them into one session; outputs go to an empty folder."""
     code = "\n".join(blocks((ROOT / page).read_text(), "python"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in tests/conftest.py
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

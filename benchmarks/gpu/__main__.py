@@ -144,6 +144,7 @@ def work(config: Config) -> int:
         whole.replace(path)  # never half a report, whatever stops this process
         path.with_suffix(".md").write_text(markdown(report))
 
+    assert config.until is not None, "`main` says until when"
     until = time.perf_counter() + config.until - time.time()
     named = parts(config, report, until, save)
     for name in config.parts:

@@ -4,6 +4,7 @@ import collections
 import pathlib
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -29,8 +30,8 @@ def kernel_seconds(run: Callable[[], object], times: int = 3) -> dict[str, float
     return {name: seconds / times for name, seconds in found.items()}
 
 
-def summed(data: jax.profiler.ProfileData) -> dict[str, float]:
-    """Name of what ran on a GPU's streams -> seconds altogether, the longest first."""
+def summed(data: Any) -> dict[str, float]:
+    """From `jax.profiler.ProfileData`, name of what ran on a GPU's streams -> seconds altogether, the longest first."""
     total: collections.Counter[str] = collections.Counter()
     for plane in data.planes:
         if plane.name.startswith("/device:GPU"):

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from pallas_kernels import (
 from pallas_kernels.launch import Tile
 
 XLA_COPIES = 2  # weights in XLA's program, which writes each out in full: more would change nothing
-NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
+NO_SPILLS: Any = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

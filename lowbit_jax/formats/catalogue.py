@@ -268,6 +268,13 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_BY_NAME))
 
 
+def element_format(name: str) -> Format:
+    """`get` for the library's own names of formats that have no block."""
+    found = get(name)
+    assert not isinstance(found, BlockFormat), name
+    return found
+
+
 def get(name: str) -> Format | BlockFormat:
     """The format of that name, upper or lower case, or of that ml_dtypes type name.
 

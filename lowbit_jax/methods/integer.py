@@ -1,7 +1,7 @@
 """Integer methods of the survey that are compositions of the parts at hand."""
 
 from lowbit_jax.estimators import StraightThrough
-from lowbit_jax.formats.catalogue import TERNARY, get
+from lowbit_jax.formats.catalogue import INT8, TERNARY, element_format
 from lowbit_jax.methods.qat import _bits
 from lowbit_jax.ops.recipe import Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
@@ -17,7 +17,10 @@ def absmax_integer(
     Raises: ValueError for bits outside 2 to 8."""
     tiling = PerRow() if group is None else Group(group)
     make = lambda b: Quantizer(
-        format=get(f"int{_bits(b, 'absmax_integer', least=2)}"), tiling=tiling, fit=absmax, estimator=StraightThrough()
+        format=element_format(f"int{_bits(b, 'absmax_integer', least=2)}"),
+        tiling=tiling,
+        fit=absmax,
+        estimator=StraightThrough(),
     )
     wide = bits if weight_bits is None else weight_bits
     name = f"absmax W{wide}A{bits if activations else 16}" + ("" if group is None else f" g{group}")
@@ -29,5 +32,5 @@ def bitnet() -> LinearRecipe:
 
     Source: Ma et al. 2024, arXiv:2402.17764, eq. 1 to 3 (the layer only; SubLN is the model's)."""
     weight = Quantizer(format=TERNARY, tiling=PerTensor(), fit=mean_abs, estimator=StraightThrough())
-    activation = Quantizer(format=get("int8"), tiling=PerRow(), fit=absmax, estimator=StraightThrough())
+    activation = Quantizer(format=INT8, tiling=PerRow(), fit=absmax, estimator=StraightThrough())
     return LinearRecipe(out=Gemm(lhs=activation, rhs=weight), name="bitnet b1.58")

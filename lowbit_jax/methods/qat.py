@@ -2,7 +2,7 @@
 
 from lowbit_jax.estimators import LSQ, PACT, StraightThrough
 from lowbit_jax.formats.base import whole_number
-from lowbit_jax.formats.catalogue import get
+from lowbit_jax.formats.catalogue import element_format
 from lowbit_jax.ops.recipe import Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import Learned, PerRow, PerTensor, absmax
@@ -24,7 +24,7 @@ def straight_through(bits: int = 4, *, weights: bool = True, activations: bool =
     Source: Bengio et al. 2013, arXiv:1308.3432. Raises: ValueError for other bits or when nothing is quantized."""
     bits = _bits(bits, "straight_through")
     quantizer = Quantizer(
-        format=get(f"midrise{bits}"),
+        format=element_format(f"midrise{bits}"),
         tiling=PerRow(),
         fit=absmax,
         estimator=StraightThrough(),
@@ -38,7 +38,7 @@ def lsq(bits: int = 4, *, weights: bool = True, activations: bool = True) -> Lin
     Source: Esser et al. 2019, arXiv:1902.08153; the half-integer levels as in QuEST's baseline, arXiv:2502.05003.
     Raises: ValueError for other bits or when nothing is quantized."""
     bits = _bits(bits, "lsq")
-    quantizer = Quantizer(format=get(f"midrise{bits}"), tiling=PerTensor(), fit=Learned(), estimator=LSQ())
+    quantizer = Quantizer(format=element_format(f"midrise{bits}"), tiling=PerTensor(), fit=Learned(), estimator=LSQ())
     return _forward_only("lsq", bits, quantizer, quantizer, weights, activations)
 
 
@@ -49,8 +49,10 @@ def pact(bits: int = 4, *, signed: bool = True) -> LinearRecipe:
     Source: Choi et al. 2018, arXiv:1805.06085. Raises: ValueError for other bits."""
     bits = _bits(bits, "pact")
     grid = f"midrise{bits}" if signed else f"uint{bits}"
-    activation = Quantizer(format=get(grid), tiling=PerTensor(), fit=Learned(), estimator=PACT())
-    weight = Quantizer(format=get(f"midrise{bits}"), tiling=PerRow(), fit=absmax, estimator=StraightThrough())
+    activation = Quantizer(format=element_format(grid), tiling=PerTensor(), fit=Learned(), estimator=PACT())
+    weight = Quantizer(
+        format=element_format(f"midrise{bits}"), tiling=PerRow(), fit=absmax, estimator=StraightThrough()
+    )
     return _forward_only("pact", bits, activation, weight, True, True)
 
 

@@ -1,8 +1,10 @@
 """QuEST: Hadamard normalization, a Gaussian MSE-optimal fit for each row, and the trust estimator."""
 
+import functools
+
 from lowbit_jax.estimators import StraightThrough, Trust
 from lowbit_jax.formats.base import BlockFormat, Format
-from lowbit_jax.formats.catalogue import E2M1, INT8, get
+from lowbit_jax.formats.catalogue import E2M1, INT8, element_format
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.rotation import Hadamard
@@ -76,9 +78,9 @@ def quest(
         raise ValueError(
             f"quest(weights=False, sparsity={sparsity!r}): the support is of the weights. Keep weights=True."
         )
-    common = dict(block=block, signs=signs, format=format)
-    lhs = quest_quantizer(bits, **common) if activations else None
-    rhs = quest_quantizer(bits, **common, sparsity=sparsity) if weights else None
+    operand = functools.partial(quest_quantizer, bits, block=block, signs=signs, format=format)
+    lhs = operand() if activations else None
+    rhs = operand(sparsity=sparsity) if weights else None
     label = bits if format is None else format.name
     name = f"quest W{label if weights else 16}A{label if activations else 16}" + (f"G{backward}" if backward else "")
     cotangent = _cotangent(backward, weights and activations)
@@ -111,12 +113,12 @@ def _grid(bits: int | str) -> Format:
         raise ValueError(
             f"quest(bits={bits!r}): QuEST has grids for 1 to 8 bits and 'e2m1'. For another grid pass format=."
         )
-    return get(f"midrise{bits}")
+    return element_format(f"midrise{bits}")
 
 
 def _support(sparsity: Support | str | None) -> Support | None:
-    if sparsity is None or hasattr(sparsity, "mask"):
-        return sparsity
+    if not isinstance(sparsity, str):
+        return sparsity  # `Quantizer` says what may stand there
     if sparsity not in SUPPORTS:
         raise ValueError(f"quest(sparsity={sparsity!r}): the supports by name are {', '.join(map(repr, SUPPORTS))}.")
     return SUPPORTS[sparsity]

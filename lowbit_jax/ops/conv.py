@@ -56,8 +56,7 @@ def conv_general_dilated(
             f"lb.conv_general_dilated: random signs differ between the {feature_group_count} feature groups, so they"
             " would not cancel. Use Hadamard(signs=None) for grouped convolutions."
         )
-    scales = checked_scales(recipe, scales, packed=False)
-    lhs, rhs, scales = vary_alike(lhs, rhs, dict(scales))
+    lhs, rhs, learned = vary_alike(lhs, rhs, checked_scales(recipe, scales, packed=False))
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     lhs_key, rhs_key = (None, None) if key is None else jax.random.split(key)
     lhs_channel, rhs_channel = numbers.lhs_spec[1], numbers.rhs_spec[1]
@@ -67,9 +66,9 @@ def conv_general_dilated(
     method = "in_rotated_space" if recipe.shared_rotation else "__call__"
     compute = lhs.dtype
     if q_lhs is not None:
-        lhs = getattr(q_lhs, method)(lhs, axis=lhs_channel, key=lhs_key, scale=scales.get("lhs"))
+        lhs = getattr(q_lhs, method)(lhs, axis=lhs_channel, key=lhs_key, scale=learned.get("lhs"))
     if q_rhs is not None and not recipe.rhs_ready:
-        rhs = getattr(q_rhs, method)(rhs, axis=(*window, rhs_channel), key=rhs_key, scale=scales.get("rhs"))
+        rhs = getattr(q_rhs, method)(rhs, axis=(*window, rhs_channel), key=rhs_key, scale=learned.get("rhs"))
     return lax.conv_general_dilated(
         lhs.astype(compute),
         rhs.astype(compute),

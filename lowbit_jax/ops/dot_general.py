@@ -47,34 +47,34 @@ def dot_general(
     products without a contraction, missing keys or scales, and groups that do not divide the contraction."""
     if not isinstance(recipe, LinearRecipe):
         raise TypeError(f"lb.dot_general got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
-    scales = checked_scales(recipe, scales, packed=isinstance(rhs, QTensor))
+    learned = checked_scales(recipe, scales, packed=isinstance(rhs, QTensor))
     out_dtype = lhs.dtype if preferred_element_type is None else preferred_element_type
     lhs, rhs, dims = _one_contraction(lhs, rhs, dimension_numbers)
     lhs_key, rhs_key, backward_key = (None, None, None) if key is None else jax.random.split(key, 3)
     rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
     forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
-    lhs, rhs, scales = vary_alike(lhs, rhs, dict(scales))
+    lhs, rhs, learned = vary_alike(lhs, rhs, learned)
     by_name = recipe.implementation in ("kernel", "interpret")
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
         by_kernel = by_name or (recipe.implementation == "auto" and has_kernel(rhs) and backend.takes_kernel(lhs, rhs))
         product_of = packed if by_kernel or isinstance(rhs, PlaneTensor) else functools.partial(_packed_by_xla, packed)
-        return product_of(lhs, rhs, lhs_key, scales.get("lhs"))
+        return product_of(lhs, rhs, lhs_key, learned.get("lhs"))
     if by_name or (recipe.implementation == "auto" and backend.takes_kernel(lhs, rhs)):
         reason = integer_product.why_not(recipe, forward, lhs, rhs)
         if reason is None:
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs)
         if by_name:
             raise NotImplementedError(f"lb.dot_general: no integer product for this recipe: {reason}.")
-    lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, scales.get("lhs"))
+    lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, learned.get("lhs"))
     if recipe.rhs_ready:
         rhs_hat = rhs
     else:
-        rhs_hat = _operand(recipe.out.rhs, rhs, dims.rhs, rotated, rhs_key, scales.get("rhs"))
+        rhs_hat = _operand(recipe.out.rhs, rhs, dims.rhs, rotated, rhs_key, learned.get("rhs"))
     lhs_hat, rhs_hat = lhs_hat.astype(lhs.dtype), rhs_hat.astype(lhs.dtype)
     if recipe.plain_backward:
         return plain_product(forward, lhs_hat, rhs_hat)
-    others = backward_operands(lhs, rhs, dims, recipe, rotated, (lhs_key, rhs_key), scales)
+    others = backward_operands(lhs, rhs, dims, recipe, rotated, (lhs_key, rhs_key), learned)
     return product(forward, recipe, lhs_hat, rhs_hat, others, backward_key)
 
 

@@ -30,7 +30,7 @@ __all__ = [
     "all_reduce_packed",
     "bytes_on_the_wire",
     "check_divides",
-    "gather_layers",
+    "gather_layers",  # pyright: ignore[reportUnsupportedDunderAll]  # by `__getattr__`
     "gather_qtensor",
     "leaf_path",
     "make_mesh",

@@ -9,7 +9,7 @@ the tile saturates, or keeps a smallest step.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NoReturn, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +151,7 @@ class Learned:
     def __str__(self) -> str:
         return f"learned, from {self.initial.__name__}"
 
-    def __call__(self, tiles, fmt, axes):
+    def __call__(self, tiles, fmt, axes) -> NoReturn:
         raise ValueError(
             "A quantizer with a Learned fit got no scale. Pass `scale=` (start from `quantizer.initial_scale(x)`),"
             " or let `lb.quantize` hold it as a parameter of the layer."

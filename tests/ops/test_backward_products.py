@@ -1,5 +1,7 @@
 """Backward products with quantized operands, against the six-operand formula written out (METHODS 2.2)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,13 @@ from lowbit_jax import formats, rounding
 NUMBERS = (((1,), (0,)), ((), ()))
 INT8 = lb.Quantizer(format=formats.INT8, estimator=lb.estimators.StraightThrough())
 NOISY = lb.Quantizer(format=formats.INT8, rounding=rounding.stochastic, estimator=lb.estimators.StraightThrough())
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "numbers"))
+def gradients(x, w, g, recipe, numbers=NUMBERS):
+    """The product and what its backward answers to the cotangent g, in one program."""
+    y, back = jax.vjp(lambda x, w: lb.dot_general(x, w, numbers, precision="highest", recipe=recipe), x, w)
+    return y, *back(g)
 
 
 def setup(key):
@@ -26,8 +35,7 @@ def test_all_six_operands(key):
         grad_lhs=lb.Gemm(lhs=INT8, rhs=lb.FORWARD),
         grad_rhs=lb.Gemm(lhs=INT8, rhs=INT8),
     )
-    y, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe), x, w)
-    dx, dw = pullback(g)
+    y, dx, dw = gradients(x, w, g, recipe)
     x_hat, w_hat = INT8(x), INT8(w, axis=0)
     np.testing.assert_allclose(y, x_hat @ w_hat, atol=1e-4)
     np.testing.assert_allclose(dx, INT8(g) @ w_hat.T, atol=1e-4)
@@ -40,8 +48,7 @@ def test_switchback_keeps_the_weight_gradient_in_high_precision(key):
     recipe = lb.LinearRecipe(
         out=lb.Gemm(lhs=INT8, rhs=INT8), grad_lhs=lb.Gemm(lhs=INT8, rhs=lb.FORWARD), grad_rhs=lb.Gemm()
     )
-    _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe), x, w)
-    np.testing.assert_allclose(pullback(g)[1], x.T @ g, atol=1e-4)
+    np.testing.assert_allclose(gradients(x, w, g, recipe)[2], x.T @ g, atol=1e-4)
 
 
 def test_rotated_originals_meet_the_rotated_forward(key):
@@ -50,8 +57,7 @@ def test_rotated_originals_meet_the_rotated_forward(key):
     x, w, g = setup(key)
     quest = lb.quest(4)
     recipe = lb.LinearRecipe(out=quest.out, grad_lhs=lb.Gemm(), grad_rhs=lb.Gemm())
-    _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe), x, w)
-    dx, dw = pullback(g)
+    _, dx, dw = gradients(x, w, g, recipe)
     rotation = quest.out.lhs.rotation
     mask = lambda h, d, axis: jax.vjp(lambda h: lb.quest_quantizer(4, block=None).in_rotated_space(h, axis=axis), h)[1](
         d
@@ -65,13 +71,13 @@ def test_stochastic_cotangents_are_unbiased(key):
     x, w, g = setup(key)
     recipe = lb.LinearRecipe(grad_lhs=lb.Gemm(lhs=NOISY), grad_rhs=lb.Gemm(rhs=NOISY))
 
-    def gradients(k):
+    def drawn(k):
         _, pullback = jax.vjp(
             lambda x, w: lb.dot_general(x, w, NUMBERS, precision="highest", recipe=recipe, key=k), x, w
         )
         return pullback(g)
 
-    draws = jax.jit(jax.vmap(gradients))(jax.random.split(key, 2000))
+    draws = jax.jit(jax.vmap(drawn))(jax.random.split(key, 2000))
     for mean, exact in zip((d.mean(0) for d in draws), (g @ w.T, x.T @ g), strict=True):
         spread = float(jnp.abs(exact).max()) * 0.02
         np.testing.assert_allclose(mean, exact, atol=5 * spread / 2000**0.5 + 1e-4)
@@ -83,9 +89,10 @@ def test_layouts(key, layout):
     from tests.ops.test_dot_general import operands
 
     lhs, rhs, numbers = operands(key, layout)
-    exact = jax.grad(lambda a, b: jnp.sum(jnp.sin(jax.lax.dot_general(a, b, numbers))), (0, 1))(lhs, rhs)
+    exact = jax.jit(jax.grad(lambda a, b: jnp.sum(jnp.sin(jax.lax.dot_general(a, b, numbers))), (0, 1)))(lhs, rhs)
     recipe = lb.LinearRecipe(grad_lhs=lb.Gemm(), grad_rhs=lb.Gemm())
-    ours = jax.grad(lambda a, b: jnp.sum(jnp.sin(lb.dot_general(a, b, numbers, recipe=recipe))), (0, 1))(lhs, rhs)
+    loss = lambda a, b: jnp.sum(jnp.sin(lb.dot_general(a, b, numbers, recipe=recipe)))
+    ours = jax.jit(jax.grad(loss, (0, 1)))(lhs, rhs)
     for a, b in zip(ours, exact, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
@@ -105,7 +112,7 @@ def folded(g, s, e):
 
 
 def grid_and_scales(quantizer, x, axis):
-    values, scales = quantizer.elements(x, axis=axis)
+    values, scales = jax.jit(lambda x: quantizer.elements(x, axis=axis))(x)
     return np.asarray(values, np.float64), np.asarray(scales, np.float64)
 
 
@@ -121,8 +128,7 @@ def test_folded_scales(key):
     float64. Rows differ in size, so a product that forgot the scales or quantized first would not pass."""
     x, w, g = setup(key)
     x, w = x * jnp.exp(jnp.arange(12.0) / 4)[:, None], w * jnp.exp(jnp.arange(6.0) / 2)[None, :]
-    _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=FOLDED), x, w)
-    dx, dw = pullback(g)
+    _, dx, dw = gradients(x, w, g, FOLDED)
     e_x, s_x = grid_and_scales(INT8, x, 1)
     e_w, s_w = grid_and_scales(INT8, w, 0)
     exact = folded(g, s_w, e_w.T), folded(g.T, s_x.T, e_x).T
@@ -138,9 +144,7 @@ def test_folded_batches(key):
     x, w = jax.random.normal(a, (3, 2, 4, 5)), jax.random.normal(b, (2, 6, 5, 3))
     g = jax.random.normal(c, (3, 2, 4, 2, 6))
     numbers = (((3,), (2,)), ((0,), (3,)))
-    recipe = FOLDED
-    _, pullback = jax.vjp(lambda x, w: lb.dot_general(x, w, numbers, recipe=recipe), x, w)
-    dx, dw = pullback(g)
+    _, dx, dw = gradients(x, w, g, FOLDED, numbers)
     for i in range(3):
         flat_x, flat_w, flat_g = x[i].reshape(8, 5), w[..., i].reshape(12, 5), g[i].reshape(8, 12)
         e_x, s_x = grid_and_scales(INT8, flat_x, 1)
@@ -152,16 +156,18 @@ def test_folded_batches(key):
 def test_folding_a_weight_that_was_quantized_before(key):
     """It brings no scales: where each row reaches the grid's largest level they are found again, to rounding."""
     x, w, g = setup(key)
-    ready = lb.ops.quantize_rhs(w, NUMBERS, FOLDED)
-    gradient = lambda w, recipe: jax.vjp(lambda x: lb.dot_general(x, w, NUMBERS, recipe=recipe), x)[1](g)[0]
-    np.testing.assert_allclose(gradient(ready, FOLDED.with_rhs_ready()), gradient(w, FOLDED), atol=1e-4)
+    ready = jax.jit(lambda w: lb.ops.quantize_rhs(w, NUMBERS, FOLDED))(w)
+    by_ready = jax.jit(
+        lambda x: jax.vjp(lambda x: lb.dot_general(x, ready, NUMBERS, recipe=FOLDED.with_rhs_ready()), x)[1](g)[0]
+    )
+    np.testing.assert_allclose(by_ready(x), gradients(x, w, g, FOLDED)[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [1, 4])
 def test_an_8_bit_backward_of_quest_is_close_to_the_plain_one(key, bits):
     a, b, c = jax.random.split(key, 3)
     x, w, g = (jax.random.normal(k, shape) for k, shape in ((a, (64, 256)), (b, (256, 48)), (c, (64, 48))))
-    pull = lambda recipe: jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe), x, w)[1](g)
+    pull = lambda recipe: gradients(x, w, g, recipe)[1:]
     for ours, plain in zip(pull(lb.quest(bits, backward=8)), pull(lb.quest(bits)), strict=True):
         ours, plain = np.asarray(ours, np.float64).ravel(), np.asarray(plain, np.float64).ravel()
         cosine = ours @ plain / np.sqrt(ours @ ours * (plain @ plain))

@@ -1,5 +1,7 @@
 """`lb.dot_general` in every layout against the same product in float64 of the fake-quantized operands."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,9 @@ RECIPES = {
 }
 
 
+product = functools.partial(jax.jit, static_argnames=("dimension_numbers", "recipe", "precision"))(lb.dot_general)
+
+
 def operands(key, layout):
     lhs_shape, rhs_shape, numbers = LAYOUTS[layout]
     a, b = jax.random.split(key)
@@ -41,9 +46,9 @@ def by_hand(quantizer, x, axes):
     if quantizer is None:
         return np.asarray(x, np.float64)
     axes = [a % x.ndim for a in axes]
-    last = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
-    flat = quantizer(last.reshape(*last.shape[: x.ndim - len(axes)], -1))
-    return np.asarray(jnp.moveaxis(flat.reshape(last.shape), range(x.ndim - len(axes), x.ndim), axes), np.float64)
+    last = np.moveaxis(np.asarray(x), axes, range(x.ndim - len(axes), x.ndim))
+    flat = np.asarray(jax.jit(quantizer)(last.reshape(*last.shape[: x.ndim - len(axes)], -1)), np.float64)
+    return np.moveaxis(flat.reshape(last.shape), range(x.ndim - len(axes), x.ndim), axes)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -51,7 +56,7 @@ def by_hand(quantizer, x, axes):
 def test_every_layout(key, layout, recipe):
     lhs, rhs, numbers = operands(key, layout)
     recipe = RECIPES[recipe]
-    y = lb.dot_general(lhs, rhs, numbers, precision="highest", recipe=recipe)
+    y = product(lhs, rhs, numbers, precision="highest", recipe=recipe)
     lhs_hat, rhs_hat = by_hand(recipe.out.lhs, lhs, numbers[0][0]), by_hand(recipe.out.rhs, rhs, numbers[0][1])
     expected = jax.lax.dot_general(
         jnp.asarray(lhs_hat, jnp.float32), jnp.asarray(rhs_hat, jnp.float32), numbers, "highest"
@@ -65,13 +70,12 @@ def test_every_layout(key, layout, recipe):
 def test_packed_and_ready_weights_give_the_same_product(key, layout, recipe):
     lhs, rhs, numbers = operands(key, layout)
     recipe = RECIPES[recipe]
-    y = lb.dot_general(lhs, rhs, numbers, recipe=recipe)
-    ready = quantize_rhs(rhs, numbers, recipe)
+    y = np.asarray(product(lhs, rhs, numbers, recipe=recipe))
+    ready, packed = jax.jit(lambda w: (quantize_rhs(w, numbers, recipe), pack_rhs(w, numbers, recipe)))(rhs)
     assert ready.shape == rhs.shape
-    tolerance = dict(atol=1e-5 * float(jnp.abs(y).max()))
-    np.testing.assert_allclose(lb.dot_general(lhs, ready, numbers, recipe=recipe.with_rhs_ready()), y, **tolerance)
-    packed = pack_rhs(rhs, numbers, recipe)
-    np.testing.assert_allclose(lb.dot_general(lhs, packed, numbers, recipe=recipe), y, **tolerance)
+    tolerance = dict(atol=1e-5 * np.abs(y).max())
+    np.testing.assert_allclose(product(lhs, ready, numbers, recipe=recipe.with_rhs_ready()), y, **tolerance)
+    np.testing.assert_allclose(product(lhs, packed, numbers, recipe=recipe), y, **tolerance)
 
 
 def test_microbatches_with_ready_weights_give_the_gradient_of_the_whole(key):
@@ -79,10 +83,13 @@ def test_microbatches_with_ready_weights_give_the_gradient_of_the_whole(key):
     recipe, numbers = lb.quest(4), LAYOUTS["dense"][2]
     x, w = jax.random.normal(key, (32, 128)), jax.random.normal(jax.random.split(key)[0], (128, 16))
     loss = lambda w, x, recipe: jnp.sum(jnp.sin(lb.dot_general(x, w, numbers, recipe=recipe)))
-    whole = jax.grad(loss)(w, x, recipe)
-    ready, pullback = jax.vjp(lambda w: quantize_rhs(w, numbers, recipe), w)
-    parts = sum(jax.grad(loss)(ready, part, recipe.with_rhs_ready()) for part in jnp.split(x, 4))
-    np.testing.assert_allclose(pullback(parts)[0], whole, atol=2e-5 * float(jnp.abs(whole).max()))
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    whole = gradient(w, x, recipe)
+    prepare = lambda w: quantize_rhs(w, numbers, recipe)
+    ready = jax.jit(prepare)(w)
+    parts = sum(gradient(ready, part, recipe.with_rhs_ready()) for part in jnp.split(x, 4))
+    pulled = jax.jit(lambda w, g: jax.vjp(prepare, w)[1](g)[0])(w, parts)
+    np.testing.assert_allclose(pulled, whole, atol=2e-5 * float(jnp.abs(whole).max()))
 
 
 def test_bfloat16_activation_meets_a_float32_master(key):
@@ -102,8 +109,8 @@ def test_transformations(key):
     recipe, numbers = lb.quest(2), LAYOUTS["dense"][2]
     x, w = jax.random.normal(key, (3, 4, 128)), jax.random.normal(jax.random.split(key)[1], (3, 128, 8))
     apply = lambda x, w: lb.dot_general(x, w, numbers, recipe=recipe)
-    expected = jnp.stack([apply(a, b) for a, b in zip(x, w, strict=True)])
-    np.testing.assert_allclose(jax.vmap(apply)(x, w), expected, atol=1e-4)
+    expected = np.stack([apply(a, b) for a, b in zip(x, w, strict=True)])  # operation by operation
+    np.testing.assert_allclose(jax.jit(jax.vmap(apply))(x, w), expected, atol=1e-4)
     np.testing.assert_allclose(jax.lax.scan(lambda c, xw: (c, apply(*xw)), 0, (x, w))[1], expected, atol=1e-4)
     gradient = lambda f: jax.jit(jax.grad(lambda w: jnp.sum(f(x[0], w) ** 2)))(w[0])
     np.testing.assert_allclose(gradient(jax.checkpoint(apply)), gradient(apply), rtol=1e-5, atol=1e-5)
@@ -135,11 +142,11 @@ def test_learned_scales_get_gradients(key):
     scales = {"lhs": recipe.out.lhs.initial_scale(x), "rhs": recipe.out.rhs.initial_scale(w, axis=0)}
     assert scales["lhs"].shape == () == scales["rhs"].shape
     np.testing.assert_allclose(scales["lhs"], 2 * np.abs(x).mean() / 3.5**0.5, rtol=1e-5)
-    grads = jax.grad(lambda s: jnp.sum(lb.dot_general(x, w, numbers, recipe=recipe, scales=s) ** 2))(scales)
+    grads = jax.jit(jax.grad(lambda s: jnp.sum(lb.dot_general(x, w, numbers, recipe=recipe, scales=s) ** 2)))(scales)
     assert all(float(jnp.abs(g)) > 0 for g in grads.values())
-    packed = pack_rhs(w, numbers, recipe, scale=scales["rhs"])
-    y = lb.dot_general(x, packed, numbers, recipe=recipe, scales=scales)
-    np.testing.assert_allclose(y, lb.dot_general(x, w, numbers, recipe=recipe, scales=scales), atol=1e-5)
+    packed = jax.jit(lambda w, s: pack_rhs(w, numbers, recipe, scale=s))(w, scales["rhs"])
+    y = product(x, packed, numbers, recipe=recipe, scales=scales)
+    np.testing.assert_allclose(y, product(x, w, numbers, recipe=recipe, scales=scales), atol=1e-5)
 
 
 def test_cost_is_linear_in_tokens(key):

@@ -1,5 +1,7 @@
 """Products through the kernels, interpreted, against the same products by XLA; and who is told what cannot run."""
 
+import dataclasses
+import functools
 import types
 
 import jax
@@ -40,6 +42,13 @@ def operands(dtype=jnp.bfloat16, k=256, free=(6, 8)):
     return x, jnp.asarray(random.standard_normal((k, *free)) * 0.1, jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("recipe", "numbers"))
+def gradients(x, w, g, recipe, numbers=NUMBERS):
+    """The product and what its backward answers to the cotangent g, in one program."""
+    y, back = jax.vjp(lambda x, w: lb.dot_general(x, w, numbers, recipe=recipe), x, w)
+    return y, *back(g)
+
+
 def close(a, b, tolerance):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
@@ -49,13 +58,15 @@ def close(a, b, tolerance):
 def test_packed_products(name):
     recipe = RECIPES[name]
     x, w = operands()
-    packed = pack_rhs(w, NUMBERS, recipe)
+    packed = jax.jit(lambda w: pack_rhs(w, NUMBERS, recipe))(w)
     run = jax.jit(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe))
-    expected = run(x, packed)
+    values = jax.jit(lambda packed: packed.values())
+    expected, whole = run(x, packed), values(packed)
+    planes = jax.jit(lambda packed: to_planes(packed, word_bits(recipe.out.lhs)))(packed)
+    assert planes.shape == packed.shape and planes.layout == "planes/1"
+    np.testing.assert_array_equal(values(planes), whole)
     for implementation in ("auto", "reference", "interpret"):
-        planes = to_planes(packed, word_bits(recipe.out.lhs), implementation)
-        assert planes.shape == packed.shape and planes.layout == "planes/1"
-        np.testing.assert_array_equal(planes.values(), packed.values())
+        planes = dataclasses.replace(planes, implementation=implementation)
         y = run(x, planes)
         assert y.dtype == expected.dtype
         close(y, expected, 2.0**-6 if implementation == "interpret" else 0)  # two roundings to bfloat16
@@ -63,10 +74,11 @@ def test_packed_products(name):
 
 def test_gradients_through_a_packed_product_are_the_references():
     x, w = operands()
-    packed = pack_rhs(w, NUMBERS, lb.quest(4))
+    packed = jax.jit(lambda w: pack_rhs(w, NUMBERS, lb.quest(4)))(w)
+    planes = jax.jit(lambda packed: to_planes(packed, 8, "interpret"))(packed)
     loss = lambda x, w: jnp.sum(lb.dot_general(x, w, NUMBERS, recipe=lb.quest(4)).astype(jnp.float32) * 0.5)
-    expected = jax.grad(loss)(x, packed)
-    close(jax.grad(loss)(x, to_planes(packed, 8, "interpret")), expected, 0)
+    gradient = jax.jit(jax.grad(loss))
+    close(gradient(x, planes), gradient(x, packed), 0)
 
 
 def folded(g, s, e):
@@ -107,8 +119,7 @@ def test_integer_training_products(bits, block, backward):
     expected = y.reshape(g.shape), dx.reshape(x.shape), dw.T.reshape(w.shape)
     for implementation in ("reference", "interpret"):
         recipe = lb.quest(bits, block=block, backward=backward).with_implementation(implementation)
-        y, back = jax.vjp(lambda x, w, r=recipe: lb.dot_general(x, w, NUMBERS, recipe=r), x, w)
-        for got, exact, like in zip((y, *back(g)), expected, (x, x, w), strict=True):
+        for got, exact, like in zip(gradients(x, w, g, recipe), expected, (x, x, w), strict=True):
             assert got.dtype == like.dtype
             close(got, exact, 2.0**-6)
 
@@ -116,18 +127,12 @@ def test_integer_training_products(bits, block, backward):
 def test_a_weight_whose_contraction_is_last():
     """Nothing is transposed on the way: rows along the last axis, gradients in the same layout."""
     x, w = operands(free=(16,))
-    recipe = lb.quest(4, backward=8)
+    recipe = lb.quest(4, backward=8).with_implementation("interpret")
     g = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 16)), jnp.bfloat16)
-    run = lambda w, contract, implementation: jax.vjp(
-        lambda x, w: lb.dot_general(
-            x, w, (((2,), (contract,)), ((), ())), recipe=recipe.with_implementation(implementation)
-        ),
-        x, w,
-    )  # fmt: skip
-    y, back = run(w.T, 1, "interpret")
-    exact, exact_back = run(w, 0, "interpret")
+    y, *back = gradients(x, w.T, g, recipe, (((2,), (1,)), ((), ())))
+    exact, *exact_back = gradients(x, w, g, recipe)
     close(y, exact, 0)
-    for got, expected in zip(back(g), exact_back(g), strict=True):
+    for got, expected in zip(back, exact_back, strict=True):
         close(got.T if got.ndim == 2 else got, expected, 2.0**-6)
 
 
@@ -136,7 +141,7 @@ def test_long_contractions_are_summed_in_parts(monkeypatch):
     x, w = operands(free=(16,))
     g = jnp.ones((3, 5, 16), jnp.bfloat16)
     recipe = lb.quest(4, backward=8).with_implementation("interpret")
-    gradient = lambda: jax.vjp(lambda w: lb.dot_general(x, w, NUMBERS, recipe=recipe), w)[1](g)[0]
+    gradient = lambda: jax.jit(lambda w: jax.vjp(lambda w: lb.dot_general(x, w, NUMBERS, recipe=recipe), w)[1](g)[0])(w)
     whole = gradient()
     monkeypatch.setattr(integer_product, "_too_large", lambda *_: None)
     monkeypatch.setattr(integer_product, "_TERMS", 6)  # 15 tokens: three parts
@@ -147,13 +152,10 @@ def test_a_prepared_weight_leaves_the_activation_to_the_kernel():
     x, w = operands(free=(16,))
     g = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 16)), jnp.bfloat16)
     recipe = lb.quest(4)
-    ready = quantize_rhs(w, NUMBERS, recipe)
-    found = {}
-    for implementation in ("reference", "interpret"):
-        r = recipe.with_rhs_ready().with_implementation(implementation)
-        y, back = jax.vjp(lambda x, w, r=r: lb.dot_general(x, w, NUMBERS, recipe=r), x, ready)
-        found[implementation] = (y, *back(g))
-    for got, expected in zip(found["interpret"], found["reference"], strict=True):
+    ready = jax.jit(lambda w: quantize_rhs(w, NUMBERS, recipe))(w)
+    prepared = recipe.with_rhs_ready()
+    found, wanted = (gradients(x, ready, g, prepared.with_implementation(i)) for i in ("interpret", "reference"))
+    for got, expected in zip(found, wanted, strict=True):
         assert got.dtype == expected.dtype
         close(got, expected, 2.0**-6)
     with pytest.raises(NotImplementedError, match="codes are not at hand"):
@@ -165,8 +167,10 @@ def test_a_training_product_keeps_codes_and_bits():
     """What the backward is given: half a byte an element of each operand at 4 bits, and one bit of mask."""
     x, w = operands(k=512, free=(64,))
     recipe = lb.quest(4).with_implementation("interpret")
-    _, back = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe), x, w)
-    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(back))
+    back = jax.eval_shape(
+        lambda x, w: jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe), x, w)[1], x, w
+    )
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
     elements = (32 + 64) * 512  # 15 rows are stored as 32
     assert kept <= elements * 5 / 8 + 4 * (15 + 64) + 64
 

@@ -48,8 +48,8 @@ def test_gradients_of_a_convolution_and_of_a_packed_layer_on_shards(key):
     x = jax.random.normal(key, (4, 16, 8))
     found = jax.jit(jax.grad(lambda state: jnp.sum(on_shards(run)(x, state))))(state)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found))
-    packed = lb.convert(lb.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), lb.quest(4)))
+    packed = nnx.jit(lb.convert)(lb.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), lb.quest(4)))
     graph, state = nnx.split(packed)
     x = jax.random.normal(key, (8, 64))
-    dx = jax.grad(lambda x: jnp.sum(on_shards(lambda x, state: nnx.merge(graph, state)(x))(x, state)))(x)
+    dx = jax.jit(jax.grad(lambda x: jnp.sum(on_shards(lambda x, state: nnx.merge(graph, state)(x))(x, state))))(x)
     assert dx.shape == x.shape and float(jnp.abs(dx).sum()) > 0

@@ -313,16 +313,18 @@ def test_chunks_give_the_step_of_the_whole(bits, dtype, monkeypatch):
     stacked matrices by their rows and columns: the same codes as without chunks."""
     shapes = {"a": (100, 256), "b": (5,), "c": (33, 257), "d": (2, 120, 256), "e": (23, 256), "f": (512, 10)}
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    params = {n: jax.random.normal(k, s).astype(dtype) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    draw = lambda keys: {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    params = jax.tree.map(lambda p: p.astype(dtype), jax.jit(draw)(keys))
     tx = lb.optim.adamw_low_bit(1e-2, bits=bits)
 
     def run(in_chunks):
         monkeypatch.setattr(chunks, "pays", lambda: in_chunks)
         monkeypatch.setattr(chunks, "ELEMENTS", 1 << 11)
         monkeypatch.setattr(chunks, "ALONE", 1 << 14)
-        step, carry = stepper(tx), (params, tx.init(params))
+        step, carry = stepper(tx), (params, jax.jit(tx.init)(params))
         for _ in range(3):
-            carry = step(*carry, jax.tree.map(lambda p: (p * 0.3 + 0.01).astype(p.dtype), carry[0]))
+            grads = jax.tree.map(lambda p: jnp.asarray(np.asarray(p, np.float32) * 0.3 + 0.01, p.dtype), carry[0])
+            carry = step(*carry, grads)
         return carry
 
     expected, found = run(False), run(True)
