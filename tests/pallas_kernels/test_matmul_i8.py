@@ -86,6 +86,7 @@ def test_the_largest_sums_fit_int32():
 
 def test_default_tiles(tmp_path, monkeypatch):
     """Two accumulators where they do not spill and the tiles still fill the chip; the table goes before."""
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "none.json")
     with abstract_gpu("sm_90"):
         assert kernel.default_tile(4096, 14336, 4096) == Tile(rows=128, columns=256, warps=8)
         assert kernel.default_tile(2048, 2048, 2048) == Tile(rows=128, columns=128, warps=8)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pallas_kernels import chips, tuning
+from pallas_kernels import chips, launch, tuning
 
 ENTRY = "matmul_a16/w4/m16/4096x4096"
 TILE = dict(rows=16, columns=64, warps=4, stages=3, split=2)
@@ -36,6 +36,22 @@ def test_the_users_table_goes_before_the_packages(tmp_path, monkeypatch):
     tuning.store({ENTRY: TILE}, "NVIDIA H200")
     assert tuning.lookup(ENTRY, "NVIDIA H200") == TILE
     assert tuning.lookup("only here", "NVIDIA H200") == TILE
+
+
+def test_an_h200_takes_an_h100s_tiles_where_it_has_none_of_its_own():
+    other = TILE | {"split": 8}
+    tuning.store({ENTRY: TILE, "another": TILE}, "NVIDIA H100 80GB HBM3")
+    assert tuning.lookup(ENTRY, "NVIDIA H200") == tuning.lookup("another", "NVIDIA H200") == TILE
+    tuning.store({ENTRY: other}, "NVIDIA H200")
+    assert tuning.lookup(ENTRY, "NVIDIA H200") == other and tuning.lookup("another", "NVIDIA H200") == TILE
+    tuning.store({"H200's": TILE}, "NVIDIA H200")
+    assert tuning.lookup("H200's", "NVIDIA H100 80GB HBM3") is None
+
+
+def test_the_tiles_of_the_package_are_tiles():
+    for table in json.loads(tuning.PACKAGED.read_text()).values():
+        for entry, tile in table.items():
+            assert launch.Tile(**tile) and entry.count("/") == 3, entry
 
 
 def test_storing_keeps_what_is_there():
