@@ -27,10 +27,10 @@ def build(layout=None, bits=4):
     return model if bits is None else lb.quantize(model, rules=[("blocks", lb.quest(bits))])
 
 
-def steps_of(layout=None, count=2, bits=None, **options):
-    """Losses and the last state of `count` steps."""
+def steps_of(layout=None, count=2, bits=None, moments=None, **options):
+    """Losses and the last state of `count` steps; bits are the model's, `moments` those of the optimizer's."""
     graph, params, rest = nnx.split(build(layout, bits), nnx.Param, ...)
-    adamw = optimizer.AdamW(peak=1e-2, steps=10, **options)
+    adamw = optimizer.AdamW(peak=1e-2, steps=10, bits=moments, **options)
     state = train_loop.first_state(params, adamw, layout)
     if layout is not None:
         state, rest = layout.place(state, layout.state_shardings(state)), layout.everywhere(rest)
@@ -236,7 +236,7 @@ class TestMemory:
 class TestOptimizer:
     @pytest.mark.slow
     def test_low_bit_moments(self, plain):
-        losses, state = steps_of(bits=8)
+        losses, state = steps_of(moments=8)
         np.testing.assert_allclose(losses, plain[0], rtol=0.02)
         size = lambda state: sum(leaf.nbytes for leaf in jax.tree.leaves(state["optimizer"]))
         assert size(state) < 0.4 * size(plain[1])
