@@ -62,6 +62,7 @@ KERNELS_OF_A_STEP = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 @pytest.mark.parametrize("name", KERNELS_OF_A_STEP)
 def test_the_training_steps_lower_for_a_gpu_with_their_kernels(name):
     kind = next(k for k in model.KINDS if k.name == name)
