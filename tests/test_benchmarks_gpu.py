@@ -121,7 +121,9 @@ def test_a_part_that_ends_the_process_runs_again_once_and_the_rest_run(monkeypat
     assert runs == [["fused", "large", "decode"], ["large", "decode"], ["decode"]][: 2 + again]
     report = json.loads((tmp_path / "gpu_x.json").read_text())
     assert set(report["ended"]) == {"fused", "large", "decode"}
-    assert report["errors"] == ({"large": "the process ended with status -6"} if again else {})
+    assert report["errors"] == (
+        {"large": "the process ended with status -6, and what was left of it did not run"} if again else {}
+    )
 
 
 def test_kernel_times_are_those_of_the_gpus_streams():
@@ -137,3 +139,33 @@ def test_kernel_times_are_those_of_the_gpus_streams():
 @pytest.mark.slow
 def test_all_checks_hold_interpreted(tmp_path):
     assert command.main(command.Config(smoke=True, output=tmp_path)) == 0
+
+
+def test_tiles_do_not_go_into_the_package_unchecked(monkeypatch, tmp_path, capsys):
+    def process(arguments):
+        report = {
+            "environment": {"device": "x"},
+            "seed": 1,
+            "name": "x",
+            "ended": ["decode"],
+            "errors": {},
+            "checks": [],
+        }
+        (tmp_path / "gpu_writing.json").write_text(json.dumps(report))
+        (tmp_path / "gpu_writing.md").write_text("")
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    monkeypatch.setattr(command.tuning, "store", lambda *_: pytest.fail("stored"))
+    assert command.main(command.Config(parts=("decode",), package=True, output=tmp_path)) == 0
+    assert "no tiles into the package" in capsys.readouterr().out
+    assert command.main(command.Config(parts=("decoding",), output=tmp_path)) == 1
+    assert "no part 'decoding'; it has checks" in capsys.readouterr().out
+
+
+def test_products_that_time_did_not_allow_are_named(monkeypatch):
+    monkeypatch.setattr(speed, "copies", lambda m: 1)
+    monkeypatch.setattr(speed, "build", lambda products, pool: [speed.Built(p, [], print) for p in products])
+    left_out, roof = [], speed.Roof(bandwidth=1.0, bfloat16=1.0)
+    assert speed.compare([(3, 64, 128)], [("matmul_a16", 4, 128)], 1, roof, 0.0, left_out) == []
+    assert left_out == ["w4a16 for 3 rows"]

@@ -75,34 +75,39 @@ def main(config: Config) -> int:
     """Runs the parts, each time one stops the GPU the rest in a new process; 1 when a kernel is wrong."""
     if config.until is not None:
         return work(config)
+    if unknown := [name for name in config.parts if name not in PARTS]:
+        print(f"benchmarks.gpu has no part {unknown[0]!r}; it has {', '.join(PARTS)}.")
+        return 1
     if config.smoke:
         config = dataclasses.replace(config, parts=("checks",))
     path, until = config.output / "gpu_writing.json", time.time() + 60 * config.minutes
     path.unlink(missing_ok=True)
-    left, report = list(config.parts), {}
+    left, report, seen = list(config.parts), {}, (0, 0)
     while left:
         own = dataclasses.replace(config, parts=tuple(left), until=until)
         ended = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *arguments(own)]).returncode
         report = json.loads(path.read_text()) if path.exists() else {}
         if ended == NO_GPU or not report:
             return ended or 1
-        before, left = left, [name for name in left if name not in report["ended"]]
-        stopped = [row for row in report.get("checks", []) if "failed" in row]
-        if left == before and left[:1] != ["checks"]:
-            report.setdefault("errors", {})[left[0]] = f"the process ended with status {ended}"
+        before, left = seen, [name for name in left if name not in report["ended"]]
+        seen = len(report["ended"]), len(report.get("checks", []))
+        stopped = len([row for row in report.get("checks", []) if "failed" in row])
+        if left and (seen == before or left[0] == "checks" and stopped > MOST_RESTARTS):
+            report["errors"][left[0]] = f"the process ended with status {ended}, and what was left of it did not run"
             report["ended"].append(left.pop(0))
-        elif left == before and len(stopped) > MOST_RESTARTS:
-            report["ended"].append(left.pop(0))
-        path.write_text(json.dumps(report))
+            path.write_text(json.dumps(report))
+            path.with_suffix(".md").write_text(markdown(report))
     for suffix in (".json", ".md"):
         path.with_suffix(suffix).replace(config.output / f"gpu_{report['name']}{suffix}")
     wrong = checks.wrong(report.get("checks", []))
     for row in wrong:
         print(f"WRONG: {row}")
-    if "checks" in report:
+    if report.get("checks"):
         print(f"{len(report['checks']) - len(wrong)} of {len(report['checks'])} checks hold")
     chip = report["environment"]["device"]
-    if config.package and not config.smoke and not wrong:
+    if config.package and (config.smoke or wrong or not report.get("checks") or "checks" in report["errors"]):
+        print("no tiles into the package: they go there from a GPU on which all checks have run and hold")
+    elif config.package:
         own = json.loads(tuning.user_file().read_text()).get(chip, {}) if tuning.user_file().exists() else {}
         print(f"{len(own)} tiles into {tuning.store(own, chip, tuning.PACKAGED)}")
     return 1 if wrong or report.get("errors") else 0
@@ -191,9 +196,11 @@ def parts(config: Config, report: dict, until: float, save: Callable) -> dict[st
     return {
         "checks": check,
         "training": lambda: model.training(config.preset, config.batch, config.context, config.rounds),
-        "large": lambda: speed.compare(shapes(config.large), LARGE, config.rounds, roof(), until),
+        "large": lambda: speed.compare(shapes(config.large), LARGE, config.rounds, roof(), until, report["left_out"]),
         "fused": lambda: rotations.measure(config.rounds, roof()),
-        "decode": lambda: speed.compare(shapes(config.decode), DECODE, config.rounds, roof(), until),
+        "decode": lambda: speed.compare(
+            shapes(config.decode), DECODE, config.rounds, roof(), until, report["left_out"]
+        ),
         "one_token": lambda: model.one_token(config.preset, 1, config.rounds, ONE_TOKEN, "auto"),
     }
 
