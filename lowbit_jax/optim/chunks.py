@@ -1,4 +1,4 @@
-"""One step of an elementwise optimizer on stored moments, a few ten thousand elements at a time.
+"""One step of an elementwise optimizer on stored moments, some ten thousand elements at a time.
 
 On a CPU the float32 moments of a whole layer are written to memory and read again between the passes of a step, and
 the memory for them is fresh each time; a chunk stays in cache. The result is that of the whole at once. Small leaves go
@@ -6,21 +6,25 @@ through one loop together, which is compiled once for all of them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lowbit_jax.optim import trees
 from lowbit_jax.optim.lanes import Lane, Ranked, lane_of, row_length
+from lowbit_jax.optim.separable import Joins, LeafUpdate, Program, Role, program
 from lowbit_jax.optim.state_codecs import Stored
 
-ELEMENTS = 1 << 13  # of a chunk: the arrays of a step stay near a core (2^15 takes a seventh longer)
+ELEMENTS = 1 << 16  # of a chunk: the arrays of a step stay in cache, and XLA thinks an operation worth two threads
 ALONE = 1 << 19  # leaves of so many elements have a loop of their own, in place; smaller ones are joined, by copying
 TOGETHER = 1 << 22  # elements of the leaves that are joined: what the copies may take
 
-Own = list[dict[str, Any]]  # for each node of the state, its fields: the arrays that belong to one leaf
+UPDATE, WEIGHT = "update", "weight"  # slots: a gradient and what becomes of it, a parameter
+
+Own = dict[Hashable, Any]  # slot -> the array that a field of the state holds for one leaf
 
 
 def pays() -> bool:
@@ -30,83 +34,101 @@ def pays() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A gradient, its parameter (or None), and what the state holds for it, in rows of `length` (0: not in rows)."""
+    """A gradient, its parameter (or None), what the state holds for it, in rows of `length` (0: not in rows), and what
+    happens to its elements."""
 
     grad: Any
     weight: Any
     own: Own
     length: int
+    update: LeafUpdate
 
     @property
     def kind(self) -> tuple:
         """What leaves that are joined must have in common."""
-        lanes = tuple((j, n, lane_of(a, self.length)) for j, o in enumerate(self.own) for n, a in o.items())
-        return lanes, self.grad.dtype, None if self.weight is None else self.weight.dtype
+        lanes = tuple((slot, lane_of(a, self.length)) for slot, a in self.own.items())
+        return lanes, self.grad.dtype, None if self.weight is None else self.weight.dtype, self.update.key
+
+    def step(self, common: dict, grad: Any, own: Own, weight: Any) -> tuple[Any, Own]:
+        """(updates, new float32 arrays) of some elements, all given in one shape."""
+        arguments = {UPDATE: _wide(grad), **own} | ({} if weight is None else {WEIGHT: _wide(weight)})
+        new = self.update.run(arguments, common)
+        return new.pop(UPDATE).astype(grad.dtype), new
 
 
-def update_in_chunks(
-    update: Callable,
-    updates: Any,
-    state: Any,
-    params: Any,
-    known: Callable[[Any], bool],
-    fields: Callable[[Any], list[str]],
-) -> tuple[Any, Any]:
-    """`update(updates, state, params)` of an elementwise transformation.
+def program_of(update: Callable, updates: Any, state: Any, params: Any, decoded: Any, roles: list[Role]) -> Program:
+    """What `update(updates, state, params)` does to elements.
+
+    decoded: `state` with every stored array in float32, or the shapes of it; roles: of the leaves of the state
+    (`roles_in`). Raises: Joins where elements act on one another."""
+    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(updates)]
+    own = lambda slot: [Role(i, slot) for i in range(len(shapes))]
+    weights = [] if params is None else own(WEIGHT)
+    if params is not None and len(jax.tree.leaves(params)) != len(shapes):
+        raise Joins("(packed parameters)")
+    arguments = jax.eval_shape(lambda u, d, p: (trees.float32(u), d, trees.float32(p)), updates, decoded, params)
+    return program(update, arguments, [*own(UPDATE), *roles, *weights], [*own(UPDATE), *roles], shapes)
+
+
+def roles_in(state: Any, known: Callable[[Any], bool], fields: Callable[[Any], Iterable[str]]) -> list[Role]:
+    """The roles of the leaves of a state: whose moment each is.
 
     known: whether a node of the state has moments; fields(node): their names, each a tree with the paths of the
     updates."""
+
+    def node_roles(j: int, node: Any) -> Any:
+        roles = jax.tree.map(lambda _: Role(None), node, is_leaf=_is_stored)
+        if not known(node):
+            return roles
+        own = {}
+        for name in fields(node):
+            leaves, shape = jax.tree.flatten(getattr(node, name), is_leaf=_is_stored)
+            own[name] = shape.unflatten([Role(i, (j, name)) for i in range(len(leaves))])
+        return roles._replace(**own)
+
+    nodes, tree = jax.tree.flatten(state, is_leaf=lambda n: known(n) or _is_stored(n))
+    return jax.tree.leaves(tree.unflatten([node_roles(j, n) for j, n in enumerate(nodes)]))
+
+
+def update_in_chunks(steps: Program, updates: Any, state: Any, params: Any, roles: list[Role]) -> tuple[Any, Any]:
+    """`update(updates, state, params)` by its program (`program_of`)."""
     grads, tree = jax.tree.flatten(updates)
-    if not grads:
-        return update(updates, state, params)
-    weights = tree.flatten_up_to(params) if params is not None else [None] * len(grads)
-    weights = [jax.tree.leaves(w)[0] if w is not None else None for w in weights]
-    nodes, state_tree = jax.tree.flatten(state, is_leaf=known)
-    held = [_fields_of(node, fields) if known(node) else {} for node in nodes]
-
-    def step(grad: Any, own: Own, weight: Any) -> tuple[Any, Own, list]:
-        now = state_tree.unflatten([n._replace(**a) if a else n for n, a in zip(nodes, own, strict=True)])
-        moved, new = update(_wide(grad), now, _wide(weight))
-        after = jax.tree.flatten(new, is_leaf=known)[0]
-        arrays = [{name: getattr(n, name) for name in o} for n, o in zip(after, own, strict=True)]
-        return moved.astype(grad.dtype), arrays, after
-
-    leaves = []
-    for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-        own = [{name: arrays[i] for name, (arrays, _) in h.items()} for h in held]
-        leaves.append(Leaf(grad, weight, own, _length(grad, own)))
+    weights = [None] * len(grads) if params is None else jax.tree.leaves(params)
+    arrays, state_tree = jax.tree.flatten(state, is_leaf=_is_stored)
+    owns: list[Own] = [{} for _ in grads]
+    for role, array in zip(roles, arrays, strict=True):
+        if role.leaf is not None:
+            owns[role.leaf][role.slot] = array
+    common, others = steps.common([*grads, *arrays, *weights])
+    leaves = [
+        Leaf(grad, weight, own, _length(grad, own), own_update)
+        for grad, weight, own, own_update in zip(grads, weights, owns, steps.leaves, strict=True)
+    ]
     answers: list[Any] = [None] * len(leaves)
     for group in _groups(leaves):
         if leaves[group[0]].length:
-            found = _loop(step, [leaves[i] for i in group])
+            found = _loop(common, [leaves[i] for i in group])
         else:
-            found = [_whole(step, leaves[i]) for i in group]
+            found = [_whole(common, leaves[i]) for i in group]
         for i, answer in zip(group, found, strict=True):
             answers[i] = answer
-    few = jnp.zeros((1,), grads[0].dtype), [{n: jnp.zeros((1,)) for n in o} for o in leaves[0].own]
-    scalars = step(*few, None if weights[0] is None else jnp.zeros((1,), weights[0].dtype))[2]
-    whole = [
-        node._replace(**{name: shape.unflatten([a[1][j][name] for a in answers]) for name, (_, shape) in h.items()})
-        if h
-        else node
-        for j, (node, h) in enumerate(zip(scalars, held, strict=True))
-    ]
-    return tree.unflatten([moved for moved, _ in answers]), state_tree.unflatten(whole)
+    new = iter(others)
+    after = [next(new) if role.leaf is None else answers[role.leaf][1][role.slot] for role in roles]
+    return tree.unflatten([moved for moved, _ in answers]), state_tree.unflatten(after)
 
 
-def _fields_of(node: Any, fields: Callable) -> dict[str, tuple[list, Any]]:
-    is_stored = lambda leaf: isinstance(leaf, Stored)
-    return {name: jax.tree.flatten(getattr(node, name), is_leaf=is_stored) for name in fields(node)}
+def _is_stored(leaf: Any) -> bool:
+    return isinstance(leaf, Stored)
 
 
 def _wide(x: Any) -> Any:
-    return x.astype(jnp.float32) if x is not None and jnp.dtype(x.dtype).itemsize < 4 else x
+    return x.astype(jnp.float32) if jnp.dtype(x.dtype).itemsize < 4 else x
 
 
 def _length(grad: Any, own: Own) -> int:
     """Elements of the rows in which a leaf goes through a loop; 0 where it goes as a whole: nothing is stored, its
     blocks do not lie in rows, or it is a matrix too small for two loops or of rows of which no number makes a chunk."""
-    stored = [leaf for o in own for leaf in o.values() if isinstance(leaf, Stored)]
+    stored = [array for array in own.values() if isinstance(array, Stored)]
     if any(s.shape != grad.shape for s in stored):
         return 0
     length = row_length(stored)
@@ -125,7 +147,7 @@ def _groups(leaves: list[Leaf]) -> Iterable[list[int]]:
     """The numbers of the leaves that go through one loop: large and ranked ones alone, small ones of a kind joined."""
     alone, joined = [], {}
     for i, leaf in enumerate(leaves):
-        ranked = leaf.length and any(isinstance(lane_of(a, leaf.length), Ranked) for o in leaf.own for a in o.values())
+        ranked = leaf.length and any(isinstance(lane_of(a, leaf.length), Ranked) for a in leaf.own.values())
         if not leaf.length or ranked or leaf.grad.size >= ALONE:
             alone.append([i])
             continue
@@ -136,30 +158,29 @@ def _groups(leaves: list[Leaf]) -> Iterable[list[int]]:
     return [*alone, *(group for groups in joined.values() for group in groups)]
 
 
-def _whole(step: Callable, leaf: Leaf) -> tuple[Any, Own]:
-    decoded = [{n: a.dequantize() if isinstance(a, Stored) else a for n, a in o.items()} for o in leaf.own]
-    moved, arrays, _ = step(leaf.grad, decoded, leaf.weight)
+def _whole(common: dict, leaf: Leaf) -> tuple[Any, Own]:
+    decoded = {slot: a.dequantize() if isinstance(a, Stored) else a for slot, a in leaf.own.items()}
+    moved, new = leaf.step(common, leaf.grad, decoded, leaf.weight)
 
     def kept(old: Any, array: Any) -> Any:
         if not isinstance(old, Stored):
             return array
         return dataclasses.replace(Stored.of(array, old.codec), within=old.within)
 
-    return moved, [{n: kept(old, a[n]) for n, old in o.items()} for o, a in zip(leaf.own, arrays, strict=True)]
+    return moved, {slot: kept(old, new[slot]) for slot, old in leaf.own.items()}
 
 
-def _loop(step: Callable, group: list[Leaf]) -> list[tuple[Any, Own]]:
+def _loop(common: dict, group: list[Leaf]) -> list[tuple[Any, Own]]:
     """The step over chunks of rows, writing in place; several leaves as one array of all their rows."""
     first = group[0]
     length = first.length
-    lanes: list[dict[str, Lane]] = [{n: lane_of(a, length) for n, a in o.items()} for o in first.own]
+    lanes: dict[Hashable, Lane] = {slot: lane_of(a, length) for slot, a in first.own.items()}
     counts = [leaf.grad.size // length for leaf in group]
-    ranked = [(j, n) for j, o in enumerate(lanes) for n, lane in o.items() if isinstance(lane, Ranked)]
+    ranked = {slot: lane for slot, lane in lanes.items() if isinstance(lane, Ranked)}
     size = _rows_of_matrix(first.grad.shape) if ranked else _chunk(sum(counts), max(1, ELEMENTS // length))
     spare = -sum(counts) % size if len(group) > 1 else 0
     join = lambda *parts: _joined(parts, spare)
-    opened = [[{n: lanes[j][n].open(a) for n, a in o.items()} for j, o in enumerate(leaf.own)] for leaf in group]
-    state = jax.tree.map(join, *opened)
+    state = jax.tree.map(join, *({slot: lanes[slot].open(a) for slot, a in leaf.own.items()} for leaf in group))
     grads = join(*(leaf.grad.reshape(-1, length) for leaf in group))
     weight = None if first.weight is None else join(*(leaf.weight.reshape(-1, length) for leaf in group))
 
@@ -171,18 +192,18 @@ def _loop(step: Callable, group: list[Leaf]) -> list[tuple[Any, Own]]:
 
         def moved_rows() -> tuple[Any, Own]:
             part = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, count, 0), (grads, state, weight))
-            decoded = [{n: lanes[j][n].read(p, start) for n, p in o.items()} for j, o in enumerate(part[1])]
-            return step(part[0], decoded, part[2])[:2]
+            decoded = {slot: lanes[slot].read(p, start) for slot, p in part[1].items()}
+            return first.step(common, part[0], decoded, part[2])
 
         never = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(moved_rows))
         return lax.cond(start >= 0, moved_rows, never)
 
     if ranked:
-        _gather(rows, lanes, ranked, grads, state, size)
+        lanes |= _gather(rows, ranked, grads, state, size)
 
     def chunk(start: Any, count: int, carry: tuple) -> tuple:
         moved, arrays = rows(start, count, *carry)
-        new = [{n: lanes[j][n].write(a, start) for n, a in o.items()} for j, o in enumerate(arrays)]
+        new = {slot: lanes[slot].write(a, start) for slot, a in arrays.items()}
         into = lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
         return jax.tree.map(into, carry, (moved, new))
 
@@ -194,10 +215,7 @@ def _loop(step: Callable, group: list[Leaf]) -> list[tuple[Any, Own]]:
     answers, starts = [], _known_late([sum(counts[:i]) for i in range(len(counts))], first.grad)
     for leaf, count, start in zip(group, counts, starts, strict=True):
         cut = lambda a, s=start, c=count: lax.dynamic_slice_in_dim(a, s, c, 0) if len(group) > 1 else a
-        own = [
-            {n: lanes[j][n].close(old, [cut(p) for p in state[j][n]]) for n, old in o.items()}
-            for j, o in enumerate(leaf.own)
-        ]
+        own = {slot: lanes[slot].close(old, [cut(p) for p in state[slot]]) for slot, old in leaf.own.items()}
         answers.append((cut(moved).reshape(leaf.grad.shape), own))
     return answers
 
@@ -213,18 +231,21 @@ def _known_late(numbers: list[int], array: Any) -> tuple:
     return lax.cond(always, here(1), here(0))
 
 
-def _gather(rows: Callable, lanes: list[dict[str, Lane]], ranked: list, grads: Any, state: Any, size: int) -> None:
-    """A loop before the loop, which writes nothing but the maxima that the ranked lanes will write by."""
-    chosen = {(j, n): lane for j, n in ranked if isinstance(lane := lanes[j][n], Ranked)}
+def _gather(
+    rows: Callable, ranked: dict[Hashable, Ranked], grads: Any, state: Any, size: int
+) -> dict[Hashable, Ranked]:
+    """The ranked lanes, with the maxima by which they will write: a loop before the loop, which writes nothing else."""
 
-    def some(i: Any, maxima: list) -> list:
+    def some(i: Any, maxima: dict) -> dict:
         start = i * size
         _, arrays = rows(start, size, grads, state)
-        return [lane.gather(m, arrays[j][n], start) for ((j, n), lane), m in zip(chosen.items(), maxima, strict=True)]
+        return {slot: lane.gather(maxima[slot], arrays[slot], start) for slot, lane in ranked.items()}
 
-    maxima = lax.fori_loop(0, grads.shape[0] // size, some, [lane.start() for lane in chosen.values()])
-    for ((j, n), lane), (new_rows, new_columns) in zip(chosen.items(), maxima, strict=True):
-        lanes[j][n] = dataclasses.replace(lane, new_rows=new_rows, new_columns=new_columns)
+    maxima = lax.fori_loop(0, grads.shape[0] // size, some, {slot: lane.start() for slot, lane in ranked.items()})
+    return {
+        slot: dataclasses.replace(lane, new_rows=maxima[slot][0], new_columns=maxima[slot][1])
+        for slot, lane in ranked.items()
+    }
 
 
 def _joined(parts: tuple, spare: int) -> Any:

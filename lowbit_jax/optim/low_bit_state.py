@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from lowbit_jax.optim import chunks, moments, separable, trees
+from lowbit_jax.optim import chunks, moments, trees
 from lowbit_jax.optim.moments import EMBEDDINGS, is_stored, is_variable
+from lowbit_jax.optim.separable import Joins, Program, Role
 from lowbit_jax.optim.state_codecs import StateCodec, Stored
 
 
@@ -60,30 +61,36 @@ def low_bit_state(
     bits."""
     own = moments.rules(bits, first, second, fields or {}, min_size, keep)
     inner = optax.with_extra_args_support(tx)
-    joins: list[str | None] = []  # the operation that joins elements, once it has been looked for
 
-    def in_chunks(params: Any) -> bool:
-        if elementwise is False or (elementwise is None and not chunks.pays()):
-            return False
-        if not joins:
-            joins.append(separable.joining_operation(tx, params))
-        if elementwise and joins[0]:
+    def steps(updates: Any, state: Any, params: Any) -> tuple[Program, list[Role]] | None:
+        """The program and roles of a step in chunks; None where the step is to be taken as a whole."""
+        if elementwise is False or not (chunks.pays() or elementwise):
+            return None
+        in_variables = any(map(is_variable, jax.tree.leaves(updates, is_leaf=is_variable)))
+        decoded = jax.eval_shape(lambda s: decode_state(s, in_variables=in_variables), state)
+        roles = chunks.roles_in(state, own.known, lambda node: list(own.fields(node)))
+        try:
+            found = chunks.program_of(inner.update, updates, state, params, decoded, roles)
+        except Joins as operation:
+            if not elementwise:
+                return None
             raise ValueError(
-                f"low_bit_state(elementwise=True): this optimizer has the operation {joins[0]!r}, by which elements act"
-                " on one another (clipping by a norm, a trust ratio, noise). Leave `elementwise` out, or wrap only the"
-                " part that is elementwise: optax.chain("
+                f"low_bit_state(elementwise=True): this optimizer has the operation {str(operation)!r}, by which"
+                " elements act on one another (clipping by a norm, a trust ratio, noise), or may do so. Leave"
+                " `elementwise` out, or wrap only the part that is elementwise: optax.chain("
                 "optax.clip_by_global_norm(1.0), lb.optim.low_bit_state(optax.scale_by_adam()))."
-            )
-        return not joins[0] and chunks.pays()
+            ) from None
+        return (found, roles) if chunks.pays() else None
 
     def init(params):
         trees.check_floating(params, "low_bit_state", "parameter")
-        in_chunks(params)
         state = lax.optimization_barrier(inner.init(trees.float32(params)))  # or XLA folds the codes of large zeros
         if fields:
             moments.check_used(fields, state)
         moments.check_known(state, own)
         stored = own.stored(state)
+        if elementwise:
+            steps(params, stored, params)
         _warn_if_nothing(stored, params, own)
         return LowBitState(stored)
 
@@ -95,9 +102,8 @@ def low_bit_state(
                 " tx.init(params) with the same structure, or encode it: lb.optim.encode_state(state)."
             )
         exact = moments.check_belongs(state.inner_state, updates, own)
-        if exact and not extra and in_chunks(updates):
-            names = lambda node: list(own.fields(node))
-            moved, new = chunks.update_in_chunks(inner.update, updates, state.inner_state, params, own.known, names)
+        if exact and not extra and (found := steps(updates, state.inner_state, params)):
+            moved, new = chunks.update_in_chunks(found[0], updates, state.inner_state, params, found[1])
             return moved, LowBitState(new)
         dtypes = jax.tree.map(lambda u: u.dtype, updates)
         in_variables = any(map(is_variable, jax.tree.leaves(updates, is_leaf=is_variable)))

@@ -30,10 +30,8 @@ def adam_low_bit(
 
     Source: Dettmers et al. 2022, arXiv:2110.02861 (8 bits); Li et al. 2023, arXiv:2309.01507 (4 bits)."""
     _check_precise(b1=b1, b2=b2, eps=eps)
-    return optax.chain(
-        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, keep=keep, **(codecs or {})),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    adam = optax.adam(learning_rate, b1, b2, eps)
+    return low_bit_state(adam, bits, min_size=min_size, keep=keep, **(codecs or {}))
 
 
 def adamw_low_bit(
@@ -51,11 +49,8 @@ def adamw_low_bit(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW with both moments in few bits; `mask` picks what decays, as in `optax.adamw`."""
     _check_precise(b1=b1, b2=b2, eps=eps)
-    return optax.chain(
-        low_bit_state(optax.scale_by_adam(b1, b2, eps), bits, min_size=min_size, keep=keep, **(codecs or {})),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    adamw = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+    return low_bit_state(adamw, bits, min_size=min_size, keep=keep, **(codecs or {}))
 
 
 def lion_low_bit(
@@ -72,11 +67,8 @@ def lion_low_bit(
 ) -> optax.GradientTransformationExtraArgs:
     """Lion with its momentum in few bits."""
     _check_precise(b1=b1, b2=b2)
-    return optax.chain(
-        low_bit_state(optax.scale_by_lion(b1, b2), bits, min_size=min_size, keep=keep, **(codecs or {})),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    lion = optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)
+    return low_bit_state(lion, bits, min_size=min_size, keep=keep, **(codecs or {}))
 
 
 def adafactor_low_bit(

@@ -67,7 +67,7 @@ class TestMergedAxes:
         params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
         state = jax.eval_shape(lb.optim.adamw_low_bit(1e-3).init, params)
         placed = lb.optim.state_shardings(state, params, {"w": NamedSharding(mesh, spec)})
-        first = placed[0].inner_state.mu["w"].parts
+        first = placed.inner_state[0].mu["w"].parts
         for found, expected in ((first.words, words), (first.scales[0], scales)):
             assert [cut for cut in found.spec if cut] == [cut for cut in expected if cut]
             assert all(a == b for a, b in zip(found.spec, expected, strict=False))
@@ -80,7 +80,7 @@ class TestMergedAxes:
         grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
         state = jax.jit(tx.init)(params)
         places = lb.optim.state_shardings(state, params, placed)
-        assert places[0].inner_state.mu["w"].parts.words.spec == P(None, ("tensor", "fsdp"))
+        assert places.inner_state[0].mu["w"].parts.words.spec == P(None, ("tensor", "fsdp"))
         expected = jax.jit(tx.update)(grads, state, params)
         put = jax.device_put((grads, state, params), (placed, places, placed))
         found = jax.jit(tx.update, out_shardings=(placed, places))(*put)
@@ -101,7 +101,7 @@ class TestPackedParameters:
         tx = lb.optim.stochastic_rounding(lb.optim.adamw_low_bit(1e-2, min_size=64))
         state = tx.init(params)
         places = lb.optim.state_shardings(state, params, placed)
-        assert places.inner_state[0].inner_state.mu["mlp"]["w"].parts.words.spec == P(("tensor", "fsdp"))
+        assert places.inner_state.inner_state[0].mu["mlp"]["w"].parts.words.spec == P(("tensor", "fsdp"))
         grads = {"mlp": {"w": 0.1 * jax.random.normal(jax.random.key(1), (128, 64))}, "b": jnp.ones(64)}
 
         def step(params, state):
