@@ -129,18 +129,28 @@ def values_of(codes: Array, fmt: Format) -> Float[Array, "*s"]:
 
 def words_of(u: Float[Array, "*rows length"], fmt: Format) -> UInt8[Array, "*rows bytes"]:
     """The codes of the grid values nearest to `u`, packed as `packing.pack` has them."""
+    codes = codes_of(u, fmt)
     if fmt.bits != 4 or u.shape[-1] % 2:
-        return packing.pack(codes_of(u, fmt), fmt.bits)
-    # XLA's CPU compiler reckons both codes of a byte anew for each of the eight codes of `pack`'s groups, one by one
-    return codes_of(u[..., ::2], fmt) | lax.shift_left(codes_of(u[..., 1::2], fmt), jnp.uint8(4))
+        return packing.pack(codes, fmt.bits)
+    pairs = _apart(codes).reshape(*u.shape[:-1], -1, 2)
+    pair = lax.bitcast_convert_type(pairs, jnp.uint16)  # the first code is the low byte
+    return (pair | lax.shift_right_logical(pair, jnp.uint16(4))).astype(jnp.uint8)
 
 
 def values_of_words(words: UInt8[Array, "*rows bytes"], fmt: Format, length: int) -> Float[Array, "*rows length"]:
     """The grid values of packed codes, rows of `length`."""
     if fmt.bits != 4 or length % 2:
         return values_of(packing.unpack(words, fmt.bits, length), fmt)
-    pair = [values_of(words & jnp.uint8(15), fmt), values_of(lax.shift_right_logical(words, jnp.uint8(4)), fmt)]
-    return jnp.stack(pair, axis=-1).reshape(*words.shape[:-1], length)
+    pair = words.astype(jnp.uint16)
+    pair = (pair | lax.shift_left(pair, jnp.uint16(4))) & jnp.uint16(0x0F0F)
+    codes = _apart(lax.bitcast_convert_type(pair, jnp.uint8).reshape(*words.shape[:-1], length))
+    return values_of(codes, fmt)
+
+
+def _apart(codes: Array) -> Array:
+    """Codes that XLA's CPU compiler makes by themselves: together with what packs or unpacks them it makes them one by
+    one, and some twice (six times slower)."""
+    return lax.optimization_barrier(codes) if jax.default_backend() == "cpu" else codes
 
 
 def finite(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
