@@ -47,10 +47,18 @@ def _bfloat16(x: Array, key: Array | None) -> Array:
     if key is None:
         rest = jnp.uint32(0x7FFF) + ((bits >> 16) & jnp.uint32(1))
     else:
-        rest = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+        rest = _sixteen_bits(key, x.shape)
     rounded = (bits + rest) & jnp.uint32(0xFFFF0000)
     rounded = jnp.where((rounded & jnp.uint32(0x7FFFFFFF)) >= jnp.uint32(0x7F800000), _largest(bits), rounded)
     return jnp.where(jnp.isnan(x), x, lax.bitcast_convert_type(rounded, jnp.float32))
+
+
+def _sixteen_bits(key: Array, shape: tuple[int, ...]) -> Array:
+    """Random bits, 16 for each element, as uint32; two elements of the last axis share a word where it is even."""
+    if not shape or shape[-1] % 2:
+        return jax.random.bits(key, shape, jnp.uint16).astype(jnp.uint32)
+    words = jax.random.bits(key, (*shape[:-1], shape[-1] // 2), jnp.uint32)
+    return lax.bitcast_convert_type(words, jnp.uint16).reshape(shape).astype(jnp.uint32)
 
 
 def _largest(bits: Array) -> Array:
