@@ -39,13 +39,14 @@ class AdamW:
         return one_cycle(self.peak, self.steps, self.warmup)
 
     def transformation(self) -> optax.GradientTransformation:
-        adam = optax.scale_by_adam(b1=0.9, b2=0.95)
-        tx = optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            adam if self.bits is None else lb.optim.low_bit_state(adam, self.bits),
+        elementwise = (
+            optax.scale_by_adam(b1=0.9, b2=0.95),
             optax.add_decayed_weights(self.weight_decay, mask=decayed),
             optax.scale_by_learning_rate(self.schedule()),
         )
+        if self.bits is not None:  # all of it, which then goes over memory once
+            elementwise = (lb.optim.low_bit_state(optax.chain(*elementwise), self.bits),)
+        tx = optax.chain(optax.clip_by_global_norm(self.clip), *elementwise)
         tx = lb.optim.dynamic_loss_scale(tx) if self.loss_scale else tx
         return tx if self.param_dtype == "float32" else lb.optim.stochastic_rounding(tx, key=self.seed)
 
