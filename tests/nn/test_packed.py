@@ -20,14 +20,17 @@ RECIPES = {
 }
 
 
+BIAS = {"bias_init": jax.nn.initializers.normal(0.1)}  # or sums of odd halves are 0, a decision point of such a grid
+
+
 class Stack(nnx.Module):
     """Three layers scanned, a convolution, an einsum, an attention projection and a head in high precision."""
 
     def __init__(self, rngs):
-        self.conv = nnx.Conv(32, 32, (3,), rngs=rngs)
-        self.mix = nnx.Einsum("bth,nhd->btnd", (2, 32, 16), rngs=rngs)
-        self.merge = nnx.LinearGeneral((2, 16), 32, axis=(-2, -1), rngs=rngs)
-        self.layers = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs))(rngs.split(3))
+        self.conv = nnx.Conv(32, 32, (3,), **BIAS, rngs=rngs)
+        self.mix = nnx.Einsum("bth,nhd->btnd", (2, 32, 16), (2, 16), **BIAS, rngs=rngs)
+        self.merge = nnx.LinearGeneral((2, 16), 32, axis=(-2, -1), **BIAS, rngs=rngs)
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(32, 32, **BIAS, rngs=rngs))(rngs.split(3))
         self.head = nnx.Linear(32, 5, rngs=rngs)
 
     def __call__(self, x):
@@ -39,8 +42,9 @@ class Stack(nnx.Module):
 class LinenStack(linen.Module):
     @linen.compact
     def __call__(self, x):
-        x = linen.Conv(32, (3,))(x)
-        x = linen.DenseGeneral(32, axis=(-2, -1))(linen.Einsum((2, 32, 16), "bth,nhd->btnd")(x))
+        x = linen.Conv(32, (3,), **BIAS)(x)
+        x = linen.Einsum((2, 32, 16), "bth,nhd->btnd", **BIAS)(x)
+        x = linen.DenseGeneral(32, axis=(-2, -1), **BIAS)(x)
         scanned = linen.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
         return linen.Dense(5, name="head")(scanned(name="layers")(x, None)[0])
 
@@ -48,7 +52,7 @@ class LinenStack(linen.Module):
 class Step(linen.Module):
     @linen.compact
     def __call__(self, x, _):
-        return jnp.tanh(linen.Dense(32)(x)), None
+        return jnp.tanh(linen.Dense(32, **BIAS)(x)), None
 
 
 HEAD = [("head", None)]
