@@ -73,7 +73,8 @@ class Pretrain:
     optimizer_bits: Literal[8, 4, "e4m3", "coat"] | None = None
     """Of the optimizer's moments; float32 unless given."""
     remat: Literal["none", "full", "products", "codes"] = "none"
-    """What the backward pass computes again instead of keeping it: nothing; each layer; all but its products."""
+    """What the backward pass computes again instead of keeping it: nothing; each layer; all but its products; all
+    but the codes, scales and masks of its quantized operands."""
     attention: Literal["auto", "cudnn", "xla"] = free("auto")
     """cuDNN's flash attention, or XLA's, which writes the scores to memory; auto takes cuDNN on a GPU it serves."""
     unroll: bool | None = free(None)

@@ -51,7 +51,9 @@ class Leaf:
 
     def step(self, common: dict, grad: Any, own: Own, weight: Any) -> tuple[Any, Own]:
         """(updates, new float32 arrays) of some elements, all given in one shape."""
-        arguments = {UPDATE: _wide(grad), **own} | ({} if weight is None else {WEIGHT: _wide(weight)})
+        arguments: dict[Hashable, Any] = {UPDATE: trees.squarable(grad), **own}
+        if weight is not None:
+            arguments[WEIGHT] = trees.float32(weight)
         new = self.update.run(arguments, common)
         return new.pop(UPDATE).astype(grad.dtype), new
 
@@ -60,7 +62,7 @@ def program_of(update: Callable, updates: Any, state: Any, params: Any, decoded:
     """What `update(updates, state, params)` does to elements.
 
     decoded: `state` with every stored array in float32, or the shapes of it; roles: of the leaves of the state
-    (`roles_in`). Raises: Joins where elements act on one another."""
+    (`Rules.roles`). Raises: Joins where elements act on one another."""
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(updates)]
     own = lambda slot: [Role(i, slot) for i in range(len(shapes))]
     weights = [] if params is None else own(WEIGHT)
@@ -68,26 +70,6 @@ def program_of(update: Callable, updates: Any, state: Any, params: Any, decoded:
         raise Joins("(packed parameters)")
     arguments = jax.eval_shape(lambda u, d, p: (trees.float32(u), d, trees.float32(p)), updates, decoded, params)
     return program(update, arguments, [*own(UPDATE), *roles, *weights], [*own(UPDATE), *roles], shapes)
-
-
-def roles_in(state: Any, known: Callable[[Any], bool], fields: Callable[[Any], Iterable[str]]) -> list[Role]:
-    """The roles of the leaves of a state: whose moment each is.
-
-    known: whether a node of the state has moments; fields(node): their names, each a tree with the paths of the
-    updates."""
-
-    def node_roles(j: int, node: Any) -> Any:
-        roles = jax.tree.map(lambda _: Role(None), node, is_leaf=_is_stored)
-        if not known(node):
-            return roles
-        own = {}
-        for name in fields(node):
-            leaves, shape = jax.tree.flatten(getattr(node, name), is_leaf=_is_stored)
-            own[name] = shape.unflatten([Role(i, (j, name)) for i in range(len(leaves))])
-        return roles._replace(**own)
-
-    nodes, tree = jax.tree.flatten(state, is_leaf=lambda n: known(n) or _is_stored(n))
-    return jax.tree.leaves(tree.unflatten([node_roles(j, n) for j, n in enumerate(nodes)]))
 
 
 def update_in_chunks(steps: Program, updates: Any, state: Any, params: Any, roles: list[Role]) -> tuple[Any, Any]:
@@ -119,10 +101,6 @@ def update_in_chunks(steps: Program, updates: Any, state: Any, params: Any, role
 
 def _is_stored(leaf: Any) -> bool:
     return isinstance(leaf, Stored)
-
-
-def _wide(x: Any) -> Any:
-    return x.astype(jnp.float32) if jnp.dtype(x.dtype).itemsize < 4 else x
 
 
 def _length(grad: Any, own: Own) -> int:

@@ -8,7 +8,13 @@ import jax
 
 from lowbit_jax.optim import trees
 
-NOT_DECAYED = (r"(^|/|_)(embed|embedding|wte|wpe|lm_head|head)", r"(^|/|_)(norm|ln|scale|bias)")
+NOT_DECAYED = (
+    r"(^|/|_)(embed|wte|wpe)",
+    r"(^|/|_)head(/|$)",  # not heads, nor a multi_head_attention
+    r"norm",
+    r"(^|/|_)ln(_|\d|/|$)",
+    r"(^|/|_)(scale|bias)(/|$)",
+)
 LEARNED_STEPS = (r"(^|/)(lhs|rhs)_scale$",)  # what `lb.quantize` names the scales of LSQ, PACT and their like
 
 

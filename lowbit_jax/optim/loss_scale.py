@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from lowbit_jax.optim import nonfinite, trees
 
@@ -85,9 +85,9 @@ def current_loss_scale(state: Any) -> Float[Array, ""]:
     return found.scale
 
 
-def scale_loss(loss: Float[Array, ""], state: Any) -> Float[Array, ""]:
+def scale_loss(loss: Float[ArrayLike, ""], state: Any) -> Float[Array, ""]:
     """The loss times the scale, in float32: differentiate this."""
-    return loss.astype(jnp.float32) * current_loss_scale(state)
+    return jnp.asarray(loss).astype(jnp.float32) * current_loss_scale(state)
 
 
 def unscale(tree: Any, state: Any) -> Any:

@@ -54,7 +54,8 @@ def low_bit_state(
     elementwise: whether `tx` treats each element by itself (Adam, Lion, momentum; not Muon, nor clipping by a norm). On
     one CPU device its step then runs in chunks: faster, and without float32 moments in memory. None finds out; True
     makes it an error if it does not.
-    Gradients and parameters reach `tx` in float32; updates come back in the dtype of the gradients.
+    Gradients and parameters reach `tx` in float32; updates come back in the dtype of the gradients. Finite gradients
+    beyond 2^63 count as that: a square that is inf would be stored as 0, and a moment of that size divided by it.
     Raises: ValueError for unknown `bits`, a `fields` entry that matches nothing, a large field of unknown kind, a
     second moment of at most 4 bits whose grid has a zero (m / sqrt(0) is without bound), `elementwise=True` where
     elements act on one another; in a step, for gradients and states of different parameters, or a state in other
@@ -68,7 +69,7 @@ def low_bit_state(
             return None
         in_variables = any(map(is_variable, jax.tree.leaves(updates, is_leaf=is_variable)))
         decoded = jax.eval_shape(lambda s: decode_state(s, in_variables=in_variables), state)
-        roles = chunks.roles_in(state, own.known, lambda node: list(own.fields(node)))
+        roles = own.roles(state)
         try:
             found = chunks.program_of(inner.update, updates, state, params, decoded, roles)
         except Joins as operation:
@@ -98,9 +99,9 @@ def low_bit_state(
         if not isinstance(state, LowBitState):
             raise ValueError(
                 f"low_bit_state got a {type(state).__name__} for its state; it needs the LowBitState of its `init`."
-                " For a state in float32 from an older checkpoint use lb.optim.LowBitState(...) of"
-                " tx.init(params) with the same structure, or encode it: lb.optim.encode_state(state)."
+                " A state in float32 from an older checkpoint is encoded by lb.optim.encode_state(state, bits)."
             )
+        trees.check_floating(updates, "low_bit_state", "gradient")
         exact = moments.check_belongs(state.inner_state, updates, own)
         if exact and not extra and (found := steps(updates, state.inner_state, params)):
             moved, new = chunks.update_in_chunks(found[0], updates, state.inner_state, params, found[1])
@@ -108,7 +109,7 @@ def low_bit_state(
         dtypes = jax.tree.map(lambda u: u.dtype, updates)
         in_variables = any(map(is_variable, jax.tree.leaves(updates, is_leaf=is_variable)))
         decoded = decode_state(state.inner_state, in_variables=in_variables)
-        moved, new = inner.update(trees.float32(updates), decoded, trees.float32(params), **extra)
+        moved, new = inner.update(trees.squarable(updates), decoded, trees.float32(params), **extra)
         moved = jax.tree.map(lambda u, dtype: u.astype(dtype), moved, dtypes)
         return moved, LowBitState(_stored_as(state.inner_state, new))
 
@@ -167,9 +168,8 @@ def explain_state(state: Any, *, min_size: int = 4096, keep: Sequence[str] = EMB
 def _reasons(state: Any, own: moments.Rules) -> dict[str, str]:
     """Path in the state -> why this moment stays in float32."""
     why = {}
-    nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=own.known)
-    for above, node in nodes:
-        for field in own.fields(node) if own.known(node) else ():
+    for above, node in own.nodes(state):
+        for field in own.fields(node):
             for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(node, field), is_leaf=is_stored)[0]:
                 if not is_stored(leaf) and (reason := own.kept(path, leaf)):
                     why[trees.name_of((*above, jax.tree_util.GetAttrKey(field), *path))] = reason

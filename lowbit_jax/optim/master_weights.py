@@ -52,6 +52,7 @@ def master_weights(
         trees.require_params(params, _WHO)
         check_has_master(state, params)
         trees.check_same_tree(updates, params, _WHO, ("gradients", "parameters"))
+        trees.check_floating(updates, _WHO, "gradient")
         moved, inner_state = inner.update(trees.float32(updates), state.inner_state, state.master, **extra)
         master = optax.apply_updates(state.master, moved)
         answer = _landings(master, params, quantizer, mask, axis, as_updates=True)

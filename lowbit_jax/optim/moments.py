@@ -3,14 +3,16 @@ of a state: which moments stay in float32, and whether it belongs to the paramet
 
 import collections
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lowbit_jax.optim import trees
+from lowbit_jax.optim.separable import Role
 from lowbit_jax.optim.state_codecs import FIRST_MOMENT, SECOND_MOMENT, StateCodec, Stored, for_second_moment
 
 FIRST, SECOND = "first", "second"
@@ -24,8 +26,12 @@ FIELDS: dict[str, dict[str, str | None]] = {
     "ScaleByBeliefState": {"mu": FIRST, "nu": SECOND},
     "ScaleByLionState": {"mu": FIRST},
     "ScaleByRmsState": {"nu": SECOND},
+    "ScaleByRmsWithCountState": {"nu": SECOND},
     "ScaleByRStdDevState": {"mu": FIRST, "nu": SECOND},
+    "ScaleByRStdDevWithCountState": {"mu": FIRST, "nu": SECOND},
     "ScaleByAdemamixState": {"m1": FIRST, "m2": FIRST, "nu": SECOND},
+    "ScaleBySimplifiedAdEMAMixState": {"m": FIRST, "n": SECOND},
+    "MomoAdamState": {"exp_avg": FIRST, "exp_avg_sq": SECOND},
     "ScaleByAdanState": {"m": FIRST, "v": FIRST, "n": SECOND, "g": FIRST},
     "ScaleByNovogradState": {"mu": FIRST, "nu": None},
     "ScaleByAdaDeltaState": {"e_g": SECOND, "e_x": SECOND},
@@ -84,19 +90,60 @@ class Rules:
             return dataclasses.replace(Stored.of(array, codec), within=within)
 
         def node_stored(node: Any) -> Any:
-            if not self.known(node):
-                return node
             changed = {}
             for name, codec in self.fields(node).items():
                 one = lambda path, leaf, codec=codec: store(codec, path, leaf)
                 changed[name] = jax.tree_util.tree_map_with_path(one, getattr(node, name), is_leaf=is_variable)
             return node._replace(**changed)
 
-        return jax.tree.map(node_stored, state, is_leaf=self.known)
+        return self.changed(node_stored, state)
 
-    def nodes(self, state: Any) -> Iterator[Any]:
-        """The nodes of a state that have moments."""
-        return filter(self.known, jax.tree.leaves(state, is_leaf=self.known))
+    def changed(self, change: Callable[[Any], Any], state: Any) -> Any:
+        """The state with every known node changed, those that lie in other fields of a known node before it."""
+
+        def one(node: Any) -> Any:
+            if not self.known(node):
+                return node
+            return change(node._replace(**{f: self.changed(change, value) for f, value in self._others(node).items()}))
+
+        return jax.tree.map(one, state, is_leaf=self._is_one)
+
+    def nodes(self, state: Any) -> Iterator[tuple[tuple, Any]]:
+        """The known nodes of a state with their paths, and those in other fields of known nodes."""
+        for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=self._is_one)[0]:
+            if self.known(node):
+                yield path, node
+                for field, value in self._others(node).items():
+                    below = (*path, jax.tree_util.GetAttrKey(field))
+                    yield from (((*below, *rest), inner) for rest, inner in self.nodes(value))
+
+    def roles(self, state: Any) -> list[Role]:
+        """The roles of the leaves of a state (stored ones are leaves): whose moment each is."""
+        numbers = itertools.count()
+
+        def of(tree: Any) -> Any:
+            return jax.tree.map(one, tree, is_leaf=self._is_one)
+
+        def one(node: Any) -> Any:
+            if not self.known(node):
+                return Role(None)
+            number, roles = next(numbers), {}
+            for name in node._fields:
+                leaves, shape = jax.tree.flatten(getattr(node, name), is_leaf=is_stored)
+                if name in self.fields(node):
+                    roles[name] = shape.unflatten([Role(i, (number, name)) for i in range(len(leaves))])
+                else:
+                    roles[name] = of(getattr(node, name))
+            return node._replace(**roles)
+
+        return jax.tree.leaves(of(state))
+
+    def _is_one(self, node: Any) -> bool:
+        return self.known(node) or is_stored(node)
+
+    def _others(self, node: Any) -> dict[str, Any]:
+        """The fields of a known node of which the table says nothing."""
+        return {f: getattr(node, f) for f in node._fields if f not in self.codecs[type(node).__name__]}
 
 
 def rules(
@@ -112,6 +159,17 @@ def rules(
         raise TypeError(
             f"low_bit_state(keep={keep!r}): give a sequence of regular expressions, as in keep=({keep!r},)."
         )
+    for pattern in keep:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"low_bit_state(keep=): {pattern!r} is no regular expression: {error}.") from None
+    for name, codec in ((FIRST, first), (SECOND, second)):
+        if codec is not None and not isinstance(codec, StateCodec):
+            raise TypeError(
+                f"low_bit_state({name}={codec!r}): give a codec, such as lb.optim.Blockwise(lb.formats.E4M3, 256);"
+                f" for the usual ones pass bits={', '.join(map(repr, FIRST_MOMENT))}."
+            )
     codecs = {
         FIRST: first or _codec(FIRST_MOMENT, bits),
         SECOND: for_second_moment(second or _codec(SECOND_MOMENT, bits)),
@@ -183,21 +241,13 @@ def _children(node: Any) -> list:
 
 def check_known(state: Any, own: Rules) -> None:
     """Raises ValueError for a large floating leaf outside the known states, or in one of their unlisted fields."""
-    marked = jax.tree.map(
-        lambda node: (
-            node._replace(**{f: None for f in own.codecs[type(node).__name__] if hasattr(node, f)})
-            if own.known(node)
-            else node
-        ),
-        state,
-        is_leaf=own.known,
-    )
+    said = lambda node: node._replace(**{f: None for f in own.codecs[type(node).__name__] if hasattr(node, f)})
+    marked = own.changed(said, state)
     found, _ = jax.tree_util.tree_flatten_with_path(marked)
     counts = collections.Counter()
     for path, leaf in found:
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size >= own.min_size:
-            attributes = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
-            counts[attributes[0] if len(attributes) == 1 else ".".join(attributes[-2:]) or trees.name_of(path)] += 1
+            counts[_class_and_field(marked, path) or trees.name_of(path)] += 1
     if counts:
         told = ", ".join(f"{name} ({count} arrays)" for name, count in counts.items())
         raise ValueError(
@@ -207,6 +257,24 @@ def check_known(state: Any, own: Rules) -> None:
         )
 
 
+def _class_and_field(state: Any, path: tuple) -> str | None:
+    """'ClassOfTheState.field' of the innermost named tuple that a path goes through, or None."""
+    found, node = None, state
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey) and hasattr(node, "_fields"):
+            found = f"{type(node).__name__}.{key.name}"
+        node = getattr(node, key.name) if isinstance(key, jax.tree_util.GetAttrKey) else _child(node, key)
+    return found
+
+
+def _child(node: Any, key: Any) -> Any:
+    name = getattr(key, "key", getattr(key, "idx", None))
+    try:
+        return node[name]
+    except (TypeError, KeyError, IndexError):
+        return None
+
+
 def check_belongs(state: Any, updates: Any, own: Rules) -> bool:
     """Whether each field of moments has exactly the paths of the gradients (else it has some of them: masked ones).
 
@@ -214,7 +282,7 @@ def check_belongs(state: Any, updates: Any, own: Rules) -> bool:
     moments in a state that masks none, and for moments stored by another codec than the rules'."""
     grads = {_plain(path): leaf for path, leaf in _leaves(updates)}
     exact = True
-    for node in own.nodes(state):
+    for _, node in own.nodes(state):
         for field, codec in own.fields(node).items():
             value, where = getattr(node, field), f"{type(node).__name__}.{field}"
             found = {_plain(path): leaf for path, leaf in _leaves(value)}

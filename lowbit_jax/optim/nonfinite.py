@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite move nothing, and are counted."""
+"""Steps that are not finite move nothing, and are counted."""
 
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ class SkipNonfiniteState(NamedTuple):
 def skip_nonfinite(
     tx: optax.GradientTransformation, *, axis_name: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx`, but a step with a NaN or infinity in its gradients, or in the extra argument `value=` (the loss), leaves
-    parameters and the whole inner state as they were, to the bit; counters tell (`lb.optim.skipped(state)`).
+    """`tx`, but a step with a NaN or infinity in its gradients, in its updates, or in the extra argument `value=` (the
+    loss), leaves parameters and the whole inner state as they were, to the bit; counters tell
+    (`lb.optim.skipped(state)`).
 
     Unlike `optax.apply_if_finite` it never lets such a step through: how many in a row are too many is the caller's to
     decide. Inside `shard_map` or `pmap`, where each device sees gradients of its own, give `axis_name`: all devices
@@ -39,6 +40,7 @@ def skip_nonfinite(
         check_state(state, SkipNonfiniteState, "skip_nonfinite")
         good = all_finite((updates, extra.get("value")), axis_name)
         moved, inner_state = inner.update(updates, state.inner_state, params, **extra)
+        good = good & all_finite(moved, axis_name)
         inner_state = select(good, inner_state, state.inner_state)
         bad = 1 - good.astype(jnp.int32)
         state = SkipNonfiniteState(state.total + bad, (state.in_a_row + bad) * bad, good, inner_state)

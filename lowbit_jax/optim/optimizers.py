@@ -5,7 +5,8 @@ go in `codecs`. Under `optax.inject_hyperparams` pass `static_args=("bits", "min
 `hyperparam_dtype=jnp.float32` if the parameters have 16 bits.
 """
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,24 @@ import optax
 
 from lowbit_jax.optim.low_bit_state import low_bit_state
 from lowbit_jax.optim.moments import EMBEDDINGS
+
+
+def _with_arguments_of(factory: Callable, *without: str) -> Callable[[Callable], Callable]:
+    """Shows the arguments of `factory` in place of the `**` ones that are handed on to it, to readers and to
+    `optax.inject_hyperparams`, which calls by name."""
+
+    def show(function: Callable) -> Callable:
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        others = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for p in inspect.signature(factory).parameters.values()
+            if p.name not in own.parameters and p.name not in without
+        ]
+        function.__signature__ = own.replace(parameters=[*named, *others])  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return show
 
 
 def adam_low_bit(
@@ -71,6 +90,7 @@ def lion_low_bit(
     return low_bit_state(lion, bits, min_size=min_size, keep=keep, **(codecs or {}))
 
 
+@_with_arguments_of(optax.adafactor, "dtype_momentum")  # which optax.inject_hyperparams takes for a schedule
 def adafactor_low_bit(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -84,7 +104,7 @@ def adafactor_low_bit(
     """Adafactor with its momentum, and the second moments that it does not factor, in few bits.
 
     The row and column averages of the factored ones are small and stay in float32. Other arguments go to
-    `optax.adafactor`."""
+    `optax.adafactor`; under `optax.inject_hyperparams` its `min_dim_size_to_factor` is another of the static ones."""
     return low_bit_state(
         optax.adafactor(learning_rate, momentum=momentum, **adafactor),
         bits,
@@ -94,6 +114,7 @@ def adafactor_low_bit(
     )
 
 
+@_with_arguments_of(optax.contrib.muon)
 def muon_low_bit(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -106,6 +127,7 @@ def muon_low_bit(
     """Muon with its momentum, and the moments of the Adam that takes its other parameters, in few bits.
 
     Other arguments go to `optax.contrib.muon`."""
+    _check_precise(**{name: muon[name] for name in ("beta", "eps", "adam_b1", "adam_b2") if name in muon})
     return low_bit_state(
         optax.contrib.muon(learning_rate, **muon), bits, min_size=min_size, keep=keep, **(codecs or {})
     )

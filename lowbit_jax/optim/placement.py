@@ -47,11 +47,12 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
 
     def place(path: tuple, node: Any) -> Any:
         if isinstance(node, StochasticRoundingState):
-            scales = {name: tuple(tiled(_plain(name), scale) for scale in own) for name, own in node.scales.items()}
+            at = lambda name, own: jax.tree.map(lambda scale: tiled(_plain(name), scale), own)
+            scales = {name: at(name, own) for name, own in node.scales.items()}
             inner = state_shardings(node.inner_state, params, shardings)
             return node._replace(count=everywhere, scales=scales, inner_state=inner)
         name = _plain(trees.name_of(path))
-        owners = [p for p in named if (name == p or name.endswith("/" + p))]
+        owners = [p for p in named if name == p or name.endswith("/" + p) or p == trees.name_of(())]
         owner = max(owners, key=len, default=None)
         if owner is None or tuple(named[owner].shape) != tuple(node.shape):
             return jax.tree.map(lambda _: everywhere, node)

@@ -131,8 +131,8 @@ class Program:
         def read(atom: Any) -> _Value:
             if not isinstance(atom, Literal):
                 return values[atom]
-            array = jnp.asarray(atom.val, atom.aval.dtype)
-            return self._constant(("literal", repr(atom.val), str(atom.aval.dtype)), array)
+            aval: Any = atom.aval
+            return self._constant(("literal", repr(atom.val), str(aval.dtype)), jnp.asarray(atom.val, aval.dtype))
 
         for equation in jaxpr.eqns:
             operands = [read(v) for v in equation.invars]

@@ -3,6 +3,7 @@
 Rounded to nearest, a step of less than half a unit in the last place changes nothing, whatever the number of steps.
 """
 
+import dataclasses
 import zlib
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jaxtyping import Array
 
 from lowbit_jax.optim import landing, trees
@@ -21,11 +23,20 @@ from lowbit_jax.scaling import absmax
 _WHO = "stochastic_rounding"
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GridScales:
+    """The scales of one parameter on the grid of `quantizer`, as its scale format stores them."""
+
+    stored: tuple[Array, ...]
+    quantizer: Quantizer = dataclasses.field(metadata=dict(static=True))
+
+
 class StochasticRoundingState(NamedTuple):
-    """count: steps taken; scales: path -> stored scales, for the parameters on the grid of `param_format`."""
+    """count: steps taken; scales: path -> GridScales, for the parameters on the grid of `param_format`."""
 
     count: Array
-    scales: dict[str, tuple[Array, ...]]
+    scales: dict[str, Any]
     inner_state: Any
 
 
@@ -44,9 +55,9 @@ def stochastic_rounding(
     floats), a format or `lb.Quantizer` a grid with scales, kept in the state. Packed parameters (`QTensor`) step on
     their own grid, and no float copy of them is held anywhere between steps.
     refit: whether scales are fitted anew at each step (the default for absmax, as torchao does), or stay what they were
-    at `init` (for other fits, such as mean magnitude, which would shrink with every refit); None takes the default.
-    Arrays are put on their grid by the first step, to nearest. Values beyond a grid that stays saturate. A grid in
-    arrays of 16 bits is exact as far as those hold it.
+    at the first (for other fits, such as mean magnitude, which would shrink with every refit); None takes the default.
+    Arrays are put on their grid by the first step, to nearest, with scales of what they are then. Values beyond a grid
+    that stays saturate. A grid in arrays of 16 bits is exact as far as those hold it.
 
     key: an int or a single random key. The draw of a step depends on (key, number of the step, path of the parameter)
     and nothing else: it is the same again after a restart, on any sharding, and beside other parameters.
@@ -58,26 +69,27 @@ def stochastic_rounding(
     Source: Gupta et al. 2015, arXiv:1502.02551; int8: torchao quantized training; ternary to 8 bits: Zhao et al. 2024
     (direct quantized training), arXiv:2412.04787.
     Raises: TypeError for a key that is none and for leaves that are not floating; ValueError for several keys, for
-    parameters of float32 without `param_format` (nothing would be rounded), trees that do not match, `params=None`."""
+    parameters of float32 without `param_format` (nothing would be rounded), trees that do not match, a state of another
+    format or of other parameters, `params=None`."""
     inner = optax.with_extra_args_support(tx)
     quantizer = landing.param_quantizer(param_format, _WHO)
     key = single_key(key)
 
-    def on_grid_mask(params):
+    def first_scales(params) -> dict[str, GridScales]:
+        """Those of the parameters at hand."""
         if quantizer is None:
-            return jax.tree.map(lambda _: False, params, is_leaf=trees.is_packed)
-        return mask_tree(mask, params, _WHO)
+            return {}
+        chosen = jax.tree.leaves(mask_tree(mask, params, _WHO))
+        return {
+            name: GridScales(landing.fit_scales(quantizer, trees.float32(param), _axis(param, axis)), quantizer)
+            for (name, param), on_grid in zip(trees.named_leaves(params).items(), chosen, strict=True)
+            if on_grid and not trees.is_packed(param)
+        }
 
     def init(params):
         trees.check_floating(params, _WHO, "parameter")
-        chosen = jax.tree.leaves(on_grid_mask(params))
-        named = trees.named_leaves(params)
-        _check_takes_effect(list(named.values()), chosen)
-        scales = {
-            name: landing.fit_scales(quantizer, trees.float32(param), _axis(param, axis))
-            for (name, param), on_grid in zip(named.items(), chosen, strict=True)
-            if on_grid and quantizer is not None and not trees.is_packed(param)
-        }
+        scales = first_scales(params)
+        _check_takes_effect(list(trees.named_leaves(params).values()), bool(scales))
         return StochasticRoundingState(jnp.zeros((), jnp.int32), scales, inner.init(trees.float32(params)))
 
     def update(updates, state, params=None, **extra):
@@ -88,6 +100,12 @@ def stochastic_rounding(
                 " checkpoint without it: state = tx.init(params)._replace(inner_state=restored)."
             )
         trees.check_same_tree(updates, params, _WHO, ("gradients", "parameters"))
+        trees.check_floating(updates, _WHO, "gradient")
+        fresh = jax.eval_shape(first_scales, params)
+        _check_scales(state.scales, fresh)
+        old_scales = state.scales
+        if fresh:  # parameters may have been loaded since `init`
+            old_scales = lax.cond(state.count == 0, lambda: first_scales(params), lambda: state.scales)
         moved, inner_state = inner.update(trees.float32(updates), state.inner_state, trees.float32(params), **extra)
         now = jax.random.fold_in(key, state.count)
         answers, scales = [], {}
@@ -95,7 +113,7 @@ def stochastic_rounding(
         for (path, param), change in zip(paths, tree.flatten_up_to(moved), strict=True):
             name = trees.name_of(path)
             leaf_key = jax.random.fold_in(now, path_number(name))
-            answer, own = _step(param, change, state.scales.get(name), leaf_key, quantizer, axis, refit)
+            answer, own = _step(param, change, old_scales.get(name), leaf_key, axis, refit)
             answers.append(answer)
             if own is not None:
                 scales[name] = own
@@ -105,7 +123,7 @@ def stochastic_rounding(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _step(param, change, scales, key, quantizer: Quantizer | None, axis: int, refit: bool | None) -> tuple[Any, Any]:
+def _step(param, change, scales: GridScales | None, key, axis: int, refit: bool | None) -> tuple[Any, Any]:
     """(update, scales) of one parameter."""
     if trees.is_packed(param):
         old = landing.packed_elements(param, _WHO)
@@ -115,12 +133,12 @@ def _step(param, change, scales, key, quantizer: Quantizer | None, axis: int, re
     if scales is None:
         target = landing.on_grid_of(param.astype(jnp.float32) + change, param.dtype, key)
         return (change if param.dtype == jnp.float32 else landing.difference(target, param)), None
-    assert quantizer is not None
-    along = _axis(param, axis)
-    elements = landing.nearest_elements(quantizer, param.astype(jnp.float32), scales, along)
-    new = landing.step_on_grid(quantizer, OnGrid(elements, scales), change, key, along, _refits(quantizer, refit))
+    along, quantizer = _axis(param, axis), scales.quantizer
+    elements = landing.nearest_elements(quantizer, param.astype(jnp.float32), scales.stored, along)
+    old = OnGrid(elements, scales.stored)
+    new = landing.step_on_grid(quantizer, old, change, key, along, _refits(quantizer, refit))
     target = landing.on_grid_of(new.values(quantizer, along), param.dtype)
-    return landing.difference(target, param), new.scales
+    return landing.difference(target, param), GridScales(new.scales, quantizer)
 
 
 def _refits(quantizer: Quantizer, refit: bool | None) -> bool:
@@ -131,9 +149,33 @@ def _axis(param: Any, axis: int) -> int:
     return axis if param.ndim > 1 else -1
 
 
-def _check_takes_effect(leaves: list, chosen: list[bool]) -> None:
+def _check_scales(held: dict[str, GridScales], needed: dict[str, Any]) -> None:
+    """Raises ValueError unless the state holds the scales of these parameters, on the grid of this optimizer."""
+    for name in sorted({*held, *needed}):
+        own, other = (None if s is None else s.quantizer for s in (held.get(name), needed.get(name)))
+        if own != other:
+            raise ValueError(
+                f"{_WHO}: the state keeps {name!r} {_on(own)}, and this optimizer {_on(other)}. Go on with the"
+                " param_format and mask that the state was made with, or start anew: tx.init(params)."
+            )
+        shapes = [[tuple(a.shape) for a in s.stored] for s in (held[name], needed[name])]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{_WHO}: the scales of {name!r} have the shapes {shapes[0]} in the state, and parameters of this shape"
+                f" need {shapes[1]}. Was the state made for a model of another size?"
+            )
+
+
+def _on(quantizer: Quantizer | None) -> str:
+    if quantizer is None:
+        return "off any grid"
+    told = quantizer.explain()
+    return f"on the grid of {told['format']} (a scale each {told['tiling']}, {told['fit']})"
+
+
+def _check_takes_effect(leaves: list, on_grid: bool) -> None:
     narrow = [trees.is_packed(leaf) or jnp.dtype(leaf.dtype).itemsize < 4 for leaf in leaves]
-    if leaves and not any(narrow) and not any(chosen):
+    if leaves and not any(narrow) and not on_grid:
         raise ValueError(
             f"{_WHO}: all {len(leaves)} parameters are float32, so that nothing would be rounded. Cast them"
             " (jax.tree.map(lambda p: p.astype('bfloat16'), params)), or give param_format=."

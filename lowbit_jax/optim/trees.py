@@ -88,6 +88,16 @@ def float32(tree: Any) -> Any:
     return jax.tree.map(_float32, tree, is_leaf=is_packed)
 
 
+def squarable(grads: Any) -> Any:
+    """Gradients in float32; finite ones beyond 2**63, whose squares are not, as +-2**63."""
+
+    def one(g: Any) -> Any:
+        limit = jnp.asarray(2.0**63, g.dtype)
+        return jnp.where(jnp.isfinite(g), jnp.clip(g, -limit, limit), g)
+
+    return jax.tree.map(one, float32(grads))
+
+
 def float32_copy(tree: Any) -> Any:
     """`float32`, in buffers of its own: a program may be given both trees to write into."""
     own = lambda wide, leaf: wide.copy() if wide is leaf else wide

@@ -34,6 +34,18 @@ def test_decay_mask():
         lb.optim.decay_mask()({"a": jnp.ones(3)})
 
 
+def test_parts_of_names_do_not_count():
+    stacked = {
+        "input_layernorm": {"weight": 0},
+        "rmsnorm": {"w": 0},
+        "ln_1": {"g": 0},
+        "classifier_head": {"kernel": 0},
+    }
+    decayed = {"multi_head_attention": {"query": {"kernel": 0}}, "heads_proj": {"kernel": 0}, "scaled_attn": {"w": 0}}
+    tree = jax.tree.map(lambda _: jnp.ones((4, 64)), stacked | decayed)
+    assert true_paths(lb.optim.decay_mask()(tree)) == set(named_leaves(decayed))
+
+
 def test_decays_what_it_says():
     tx = optax.adamw(1.0, weight_decay=0.5, mask=lb.optim.decay_mask())
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, TREE), tx.init(TREE), TREE)

@@ -314,7 +314,7 @@ def test_composes_and_runs_in_a_scan(name, dtype):
     assert jax.tree.structure(scanned) == jax.tree.structure(carry)
 
 
-def test_one_trace():
+def test_one_trace_and_nothing_comes_to_the_host():
     traces = 0
     tx = lb.optim.adamw_low_bit(1e-3)
 
@@ -325,10 +325,84 @@ def test_one_trace():
         updates, state = tx.update(params, state, params)
         return optax.apply_updates(params, updates), state
 
-    carry = PARAMS, tx.init(PARAMS)
-    for _ in range(3):
-        carry = step(*carry)
+    carry = step(PARAMS, tx.init(PARAMS))
+    with jax.transfer_guard("disallow"):
+        for _ in range(3):
+            carry = step(*carry)
     assert traces == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hyperparameters_can_be_injected(name):
+    """The ready-made optimizers show optax their arguments, also those that they hand on."""
+    make = getattr(lb.optim, f"{name}_low_bit")
+    static = ("bits", "min_size", *(("min_dim_size_to_factor",) if name == "adafactor" else ()))
+    tx = optax.inject_hyperparams(make, static_args=static)(learning_rate=lambda count: 1e-2 / (count + 1))
+    state = tx.init(PARAMS)
+    assert stored_in(state)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, state = jax.jit(tx.update)(grads, state, PARAMS)
+    plain = make(1e-2)
+    expected, _ = jax.jit(plain.update)(grads, plain.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-8)
+    assert "learning_rate" in state.hyperparams
+
+
+def test_rates_that_sixteen_bits_round_to_one():
+    with pytest.raises(ValueError, match="beta is a bfloat16"):
+        lb.optim.muon_low_bit(1e-3, beta=jnp.bfloat16(0.999))
+
+
+@pytest.mark.parametrize("bits", [8, 4, "e4m3", "coat"])
+def test_a_gradient_whose_square_overflows(bits):
+    """float32 Adam stops that element; a second moment stored as 0 would make a step of 1e18 of it."""
+    tx = lb.optim.adam_low_bit(1e-3, bits=bits)
+    step, state = stepper(tx), tx.init(PARAMS)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.1), PARAMS)
+    params, state = step(PARAMS, state, grads)
+    huge = {**grads, "layer": {"kernel": grads["layer"]["kernel"].at[2, 3].set(1e20)}}
+    for given in (huge, grads, grads):
+        params, state = step(params, state, given)
+    assert float(jnp.abs(params["layer"]["kernel"] - PARAMS["layer"]["kernel"]).max()) < 0.01
+
+
+def test_moments_inside_of_a_state_that_is_named():
+    """`fields=` says what the wrapper's own arrays are, and Adam's moments inside of it are found all the same."""
+    many = optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation()
+    tx = lb.optim.low_bit_state(many, fields={"MultiStepsState.acc_grads": None})
+    state = tx.init(PARAMS)
+    assert len(stored_in(state)) == 2
+    assert "min_size" in lb.optim.explain_state(state)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 0.1), PARAMS)
+    params, exact = PARAMS, many.init(PARAMS)
+    other = PARAMS
+    for _ in range(4):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, exact = jax.jit(many.update)(grads, exact, other)
+        other = optax.apply_updates(other, updates)
+    chex.assert_trees_all_close(params, other, atol=1e-3)
+
+
+def test_fields_of_unknown_kind_are_named_with_their_class():
+    with pytest.raises(ValueError, match=r"ProdigyState\.exp_avg \(1 arrays\)"):
+        lb.optim.low_bit_state(optax.contrib.prodigy()).init(PARAMS)
+    for tx in (optax.rmsprop(1e-3, bias_correction=True), optax.contrib.simplified_ademamix(1e-3)):
+        assert stored_in(lb.optim.low_bit_state(tx).init(PARAMS))
+
+
+@pytest.mark.parametrize("wrap", [lb.optim.low_bit_state, lb.optim.master_weights])
+def test_gradients_that_are_not_floating(wrap):
+    tx = wrap(optax.adam(1e-3))
+    with pytest.raises(TypeError, match="the gradient 'bias' is int32"):
+        tx.update(jax.tree.map(lambda p: p.astype(jnp.int32), PARAMS), tx.init(PARAMS), PARAMS)
+
+
+def test_what_is_no_codec_and_no_pattern():
+    with pytest.raises(TypeError, match=r"low_bit_state\(second='e4m3'\): give a codec"):
+        lb.optim.adamw_low_bit(1e-3, codecs={"second": "e4m3"})
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+        lb.optim.adamw_low_bit(1e-3, keep=("(",))
 
 
 def test_a_nan_gradient_does_not_poison_its_block():

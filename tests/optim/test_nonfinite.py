@@ -42,6 +42,13 @@ def test_a_bad_loss_counts_too():
     assert int(state.in_a_row) == 1 and not np.any(updates["w"])
 
 
+def test_an_update_that_is_not_finite_counts_too():
+    """A finite gradient, divided by the root of a second moment of 0."""
+    tx = lb.optim.skip_nonfinite(optax.scale_by_rms(decay=1.0, eps=0.0))
+    updates, state = tx.update(GOOD, tx.init(PARAMS), PARAMS)
+    assert int(state.in_a_row) == 1 and not np.any(updates["w"])
+
+
 def test_packed_parameters_stay():
     params = {"w": lb.Quantizer(tiling=lb.scaling.Group(32)).quantize(jnp.ones((4, 64)))}
     tx = lb.optim.skip_nonfinite(lb.optim.stochastic_rounding(optax.sgd(1.0)))

@@ -184,3 +184,39 @@ def test_errors():
         tx.update({"w": params["w"], "v": params["w"]}, tx.init(params), params)
     with pytest.raises(TypeError, match="'n' is int32"):
         tx.init({"n": jnp.arange(3)})
+
+
+class TestStatesOfOthers:
+    """A state knows its grid: another one would saturate the weights, or leave them off it."""
+
+    params = {"w": jnp.linspace(-1, 1, 64 * 32).reshape(64, 32)}
+    zeros = {"w": jnp.zeros((64, 32))}
+    INT8 = lb.optim.stochastic_rounding(optax.sgd(1.0), lb.formats.INT8)
+
+    @pytest.mark.parametrize("param_format", [lb.formats.INT4, lb.formats.E4M3])
+    def test_another_grid(self, param_format):
+        other = lb.optim.stochastic_rounding(optax.sgd(1.0), param_format)
+        with pytest.raises(ValueError, match=r"keeps 'w' on the grid of int8.*, and this optimizer on the grid of"):
+            other.update(self.zeros, self.INT8.init(self.params), self.params)
+
+    def test_no_grid(self):
+        half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), self.params)
+        plain = lb.optim.stochastic_rounding(optax.sgd(1.0))
+        with pytest.raises(ValueError, match=r"on the grid of int8.*, and this optimizer off any grid"):
+            plain.update(self.zeros, self.INT8.init(half), half)
+        with pytest.raises(ValueError, match=r"off any grid, and this optimizer on the grid of int8"):
+            self.INT8.update(self.zeros, plain.init(half), half)
+
+    def test_another_size(self):
+        wide = {"w": jnp.ones((64, 48))}
+        with pytest.raises(ValueError, match=r"scales of 'w' have the shapes .*32.* need .*48"):
+            self.INT8.update(wide, self.INT8.init(self.params), wide)
+
+    @pytest.mark.parametrize("at_init", [0.01, 0.0, 100.0])
+    def test_weights_loaded_after_init(self, at_init):
+        """The first step fits the scales to the weights that it gets."""
+        state = self.INT8.init(jax.tree.map(lambda p: at_init * p, self.params))
+        found, _ = jax.jit(self.INT8.update)(self.zeros, state, self.params)
+        expected, _ = jax.jit(self.INT8.update)(self.zeros, self.INT8.init(self.params), self.params)
+        np.testing.assert_array_equal(found["w"], expected["w"])
+        assert float(jnp.abs(found["w"]).max()) < 1 / 127

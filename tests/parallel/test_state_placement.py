@@ -127,6 +127,14 @@ GROUPS = lb.Quantizer(format=lb.formats.INT4, tiling=lb.scaling.Group(32))
 BLOCKS = lb.Quantizer(format=lb.formats.INT4, tiling=lb.scaling.Block(16, 16))
 
 
+def test_a_parameter_that_is_the_tree_itself(key):
+    mesh = lb.parallel.make_mesh(fsdp=2, tensor=2)
+    w = jax.random.normal(key, (64, 128))
+    place = NamedSharding(mesh, P("fsdp", "tensor"))
+    places = lb.optim.state_shardings(jax.eval_shape(optax.adam(1e-3).init, w), w, place)
+    assert places[0].mu == places[0].nu == place and places[0].count.spec == P()
+
+
 class TestGridScales:
     @pytest.mark.parametrize(
         ("param_format", "shape", "spec", "expected"),
@@ -147,5 +155,5 @@ class TestGridScales:
         state = tx.init(params)
         places = lb.optim.state_shardings(state, params, placed)
         jax.device_put(state, places)  # a sharding for every leaf, and each divides it
-        assert [s.spec for s in places[1].scales["mlp/w"]] == [expected]
+        assert [s.spec for s in places[1].scales["mlp/w"].stored] == [expected]
         assert places[1].inner_state[0].mu["mlp"]["w"].spec == spec

@@ -133,6 +133,7 @@ class TestLayout:
             ({"tensor": 2, "fsdp": 2}, {"gather": "packed"}, "tensor=2, whose sums XLA places"),
             ({"data": 2}, {"gather": "packed"}, "over the axis fsdp, which is 1 long"),
             ({"data": 1}, {"reduce": 8}, "--reduce takes effect among devices"),
+            ({"data": 2, "replica": 2}, {}, "replica=2 cuts neither batch nor weights"),
             ({"fsdp": 2}, {"compress": "int8"}, "--compress takes effect over the axis data"),
             ({"data": 2}, {"compress": "int8", "reduce": 8}, "Take one"),
         ],
