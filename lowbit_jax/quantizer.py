@@ -34,7 +34,7 @@ from lowbit_jax.scaling import (
     absmax,
     rms_optimal,
 )
-from lowbit_jax.scaling.fit import positive, reciprocal
+from lowbit_jax.scaling.fit import positive, reciprocal, rms_scales
 from lowbit_jax.scaling.report import TileReport, tile_report
 from lowbit_jax.scaling.tiling import Axis, join, normalized_axes
 from lowbit_jax.sparsity import Support, compress
@@ -107,8 +107,8 @@ class Quantizer:
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
     ) -> Float[Array, "*s"]:
         """Fake quantization without the way back: float32, for a product whose other operand is rotated alike."""
-        h, tiles, axes, scale, support = self._fitted(x, axis, scale)
-        out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key)
+        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale)
+        out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale)
         return join(cast(Array, out), h.shape)  # `jax.custom_vjp` hides the type
 
     def elements(
@@ -117,8 +117,8 @@ class Quantizer:
         """The grid value of each element in the rotated space, and the scales in the view of the tiling.
 
         Their product (where the tiling leaves the shape as it is) is `in_rotated_space(x)`; no gradient passes."""
-        h, tiles, _, scale, support = self._fitted(x, axis, scale)
-        values = self.rounding(tiles * reciprocal(scale), self.format, key)
+        h, tiles, _, scale, inv_scale, support = self._fitted(x, axis, scale)
+        values = self.rounding(tiles * inv_scale, self.format, key)
         if support is not None:
             values = jnp.where(support, values, jnp.zeros_like(values))
         return lax.stop_gradient((join(values, h.shape), scale))
@@ -134,12 +134,14 @@ class Quantizer:
             raise ValueError(
                 f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself."
             )
-        h, tiles, axes, scale, support = self._fitted(x, axis, scale, rounded=False)
+        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale, rounded=False)
         if self.learned:  # other fits have seen it
             scale = jnp.where(jnp.any(jnp.isnan(tiles), axis=axes, keepdims=True), jnp.nan, scale)
         (at,) = normalized_axes(axis, x.ndim, "Quantizer")
         stored = self.scale_format.store(scale, self.format)
-        rounded = self.rounding(tiles * reciprocal(self.scale_format.load(stored)), self.format, key)
+        if self.scale_format != FLOAT32 or self.learned:
+            inv_scale = reciprocal(self.scale_format.load(stored))
+        rounded = self.rounding(tiles * inv_scale, self.format, key)
         codes = jnp.moveaxis(coding.encode(join(rounded, h.shape), self.format), at, -1)
         marks = None
         if support is not None:
@@ -175,8 +177,8 @@ class Quantizer:
         """How well each tile of `x` is kept and how far its largest element stands out: a `scaling.TileReport`.
 
         Tiles are looked at as they are quantized, so behind the rotation."""
-        h, tiles, axes, scale, support = self._fitted(x, axis, scale)
-        near = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key)
+        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale)
+        near = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale)
         return tile_report(tiles, jnp.asarray(near), axes)
 
     def _tiles(self, x, axis):
@@ -213,18 +215,25 @@ class Quantizer:
                 seen = x.astype(jnp.float32)  # a rotation keeps the rms of whole rows, and x is at hand before h
             else:
                 seen = tiles
-            scale = lax.stop_gradient(self.fit(lax.stop_gradient(seen), self.format, axes))
-        scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+            seen = lax.stop_gradient(seen)
+            if self.fit is rms_optimal:
+                scale, inv_scale = rms_scales(seen, self.format, axes)
+            else:
+                scale = lax.stop_gradient(self.fit(seen, self.format, axes))
+        if self.fit is not rms_optimal:  # whose scales are finite or NaN
+            scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
         if isinstance(self.scale_format, TwoLevel):  # the 1 of a tile of zeros would count in the tensor's scale
             scale = jnp.where(jnp.any(lax.stop_gradient(tiles) != 0, axis=axes, keepdims=True), scale, 0.0)
         if rounded and self.scale_format != FLOAT32:
             stored = self.scale_format.load(self.scale_format.store(lax.stop_gradient(scale), self.format))
             scale = scale + lax.stop_gradient(stored - scale) if self.learned else stored
+        if self.fit is not rms_optimal or self.scale_format != FLOAT32:
+            inv_scale = reciprocal(scale)
         support = None
         if self.sparsity is not None:
             mask = self.sparsity.mask(lax.stop_gradient(h), normalized_axes(axis, x.ndim, "Quantizer")[-1])
             support = mask.reshape(tiles.shape)
-        return h, tiles, axes, scale, support
+        return h, tiles, axes, scale, inv_scale, support
 
     def explain(self, length: int | None = None) -> dict[str, str]:
         """The slots in words; `length`, the contraction size, settles the rotation's block."""

@@ -32,6 +32,13 @@ def largest_block(length: int, limit: int) -> int:
     return min(length & -length, limit) if length else 1
 
 
+@functools.cache
+def _factor(block: int, dtype: np.dtype) -> np.ndarray:
+    """The matrix that `_transform` multiplies by; one object a block and dtype, which a program holds once."""
+    matrix = hadamard_matrix(block)
+    return matrix * np.float32(block**-0.5) if dtype == np.float32 else matrix.astype(dtype)
+
+
 def _transform(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s"]:
     """One matrix product with the matrix of +1 and -1, exact in half precision too; sums are float32.
 
@@ -41,17 +48,20 @@ def _transform(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array, "*s
         return x.astype(jnp.float32)
     half = x.dtype in (jnp.bfloat16, jnp.float16)
     norm = np.float32(block**-0.5)
-    matrix = jnp.asarray(hadamard_matrix(block) * (np.float32(1) if half else norm), x.dtype if half else jnp.float32)
-    tiles = x.reshape(*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :]).astype(matrix.dtype)
+    matrix = _factor(block, np.dtype(x.dtype if half else np.float32))
+    tiles = lax.reshape(x, (*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :]))
+    tiles = lax.convert_element_type(tiles, matrix.dtype)
     kind = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
     if math.prod(x.shape[axis + 1 :]) >= block:
         batch = tuple(range(axis + 1))
-        each = jnp.broadcast_to(matrix, (*tiles.shape[: axis + 1], block, block))
+        each = lax.broadcast(matrix, tiles.shape[: axis + 1])
         y = lax.dot_general(each, tiles, (((axis + 2,), (axis + 1,)), (batch, batch)), **kind)
     else:
-        y = jnp.moveaxis(lax.dot_general(tiles, matrix, (((axis + 1,), (0,)), ((), ())), **kind), -1, axis + 1)
-    y = y.reshape(x.shape)
-    return y * norm if half else y
+        y = lax.dot_general(tiles, matrix, (((axis + 1,), (0,)), ((), ())), **kind)
+        if axis + 1 < x.ndim:
+            y = jnp.moveaxis(y, -1, axis + 1)
+    y = lax.reshape(y, x.shape)
+    return lax.mul(y, norm) if half else y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -63,7 +73,7 @@ def block_hadamard(x: Float[Array, "*s"], block: int, axis: int) -> Float[Array,
 
 
 def _block_hadamard_forward(x, block, axis):
-    return _transform(x, block, axis), jnp.zeros((0,), x.dtype)
+    return _transform(x, block, axis), np.zeros((0,), x.dtype)
 
 
 def _block_hadamard_backward(block, axis, residual, g):

@@ -26,7 +26,8 @@ def nearest(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = None)
         case MidRiseFormat():
             x = _clip(x, fmt.min_finite, fmt.max_finite)
             above = lax.ceil(x)
-            y = lax.select(x == above, _round(x + 0.5), above) - 0.5  # the sum is exact at a tie, where it is used
+            at_tie = _round(lax.add(x, 0.5))  # the sum is exact at a tie, where it is used
+            y = lax.sub(lax.select(lax.eq(x, above), at_tie, above), 0.5)
         case FloatFormat(subnormals=False):
             y = _nearest_power(x, fmt)
         case FloatFormat():
@@ -190,7 +191,8 @@ def _working(u: Float[Array, "*s"], fmt: Format, who: str) -> Float[Array, "*s"]
 
 
 def _clip(x: Float[Array, "*s"], low: ArrayLike, high: ArrayLike) -> Float[Array, "*s"]:
-    return lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))  # NaN stays NaN
+    low, high = (jnp.asarray(a, x.dtype) if isinstance(a, jax.Array) else np.asarray(a, x.dtype) for a in (low, high))
+    return lax.clamp(low, x, high)  # NaN stays NaN
 
 
 def _round(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -48,13 +48,16 @@ def quantize_through(
     scale: Float[Array, "*#s"],
     support: Bool[Array, "*s"] | None,
     key: Array | None,
+    inv_scale: Float[Array, "*#s"] | None = None,
 ) -> Float[Array, "*s"]:
-    """`scale * rounding(x / scale)` on the support, zero off it; gradients by `estimator`. A scale of 0 gives 0."""
-    return _forward(estimator, fmt, rounding, x, scale, support, key)[0]
+    """`scale * rounding(x / scale)` on the support, zero off it; gradients by `estimator`. A scale of 0 gives 0.
+
+    inv_scale: the reciprocal of `scale`, where it is at hand; it gets no gradient."""
+    return _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale)[0]
 
 
-def _forward(estimator, fmt, rounding, x, scale, support, key):
-    u = x * reciprocal(scale)
+def _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale=None):
+    u = x * (reciprocal(scale) if inv_scale is None else inv_scale)
     q = rounding(u, fmt, key)
     if support is not None:
         q = jnp.where(support, q, jnp.zeros_like(q))
@@ -65,12 +68,10 @@ def _backward(estimator, fmt, rounding, saved, g):
     residuals, scale, support, key = saved
     tile = tuple(a for a in range(g.ndim) if scale.shape[a] == 1)
     dx, dscale = estimator.gradients(residuals, g, fmt, math.prod(g.shape[a] for a in tile))
-    if dscale is None:
-        dscale = jnp.zeros_like(scale)
-    else:
+    if dscale is not None:
         dscale = jnp.sum(dscale, axis=tile, keepdims=True).astype(scale.dtype)
     no_gradient = lambda a: None if a is None else np.zeros(a.shape, jax.dtypes.float0)
-    return dx, dscale, no_gradient(support), no_gradient(key)
+    return dx, dscale, no_gradient(support), no_gradient(key), None
 
 
 quantize_through.defvjp(_forward, _backward)

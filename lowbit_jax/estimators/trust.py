@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax import lax
 
 from lowbit_jax.formats.base import Format
 
@@ -37,11 +38,11 @@ class Trust:
 
     def residuals(self, u, q, fmt, support):
         low, high = self.limits(fmt)
-        trusted = (u >= low) & (u <= high) if low != -high else jnp.abs(u) <= high
+        trusted = (u >= low) & (u <= high) if low != -high else lax.le(lax.abs(u), high)
         return trusted if support is None else jnp.where(support, trusted, jnp.abs(u) <= fmt.top_gap / 2)
 
     def gradients(self, residuals, g, fmt, tile_size):
-        return jnp.where(residuals, g, jnp.zeros_like(g)), None
+        return lax.select(residuals, g, lax.full_like(g, 0)), None
 
     def describe(self) -> str:
         return "trust" if self.outer is None else f"trust (outer {self.outer:g})"

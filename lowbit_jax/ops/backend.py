@@ -31,6 +31,16 @@ def available() -> bool:
     return importlib.util.find_spec("pallas_kernels") is not None
 
 
+def platform() -> str:
+    """The platform that programs traced now are for: that of an abstract device, if there is one, else the default."""
+    told = _abstract_device()
+    return jax.default_backend() if told is None else told.platform
+
+
+def _abstract_device() -> Any:
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+
+
 def sees_gpu() -> bool:
     """Whether programs traced now may be compiled for a GPU that the kernels run on."""
     return why_no_gpu() is None
@@ -39,10 +49,9 @@ def sees_gpu() -> bool:
 def why_no_gpu() -> str | None:
     """Why programs traced now cannot run the kernels, whether their GPU is real or, ahead of time, abstract; None when
     they can."""
-    told = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = jax.default_backend() if told is None else told.platform
-    if platform != "gpu":
-        return f"JAX runs on {platform} here, and the kernels need an NVIDIA GPU"
+    if platform() != "gpu":
+        return f"JAX runs on {platform()} here, and the kernels need an NVIDIA GPU"
+    told = _abstract_device()
     device = jax.devices()[0] if told is None else told
     kind = device.device_kind
     capability = getattr(device, "compute_capability", None)  # an abstract device has none
