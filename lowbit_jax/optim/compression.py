@@ -11,6 +11,7 @@ would never send anything again. Under a loss scale divide by it first: errors a
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -249,10 +250,21 @@ def _gathered_sum(
     return jnp.sum(jnp.sign(decoded) if signs else decoded, axis=0)
 
 
+def _encoded(encode: Callable[[Array], Any], x: Float[Array, "*s"]) -> Any:
+    """`encode(x)`, done before it is decoded: together XLA's CPU compiler would encode anew for every element that is
+    read (twenty times slower, also across an optimization barrier). So there it stands in a branch always taken."""
+    if jax.default_backend() != "cpu" or x.size == 0:
+        return encode(x)
+    first = lax.bitcast_convert_type(x.reshape(-1)[0], jnp.int32)
+    like = jax.eval_shape(encode, x)
+    zeros = lambda x: jax.tree.map(lambda a: jnp.broadcast_to((x.reshape(-1)[0] * 0).astype(a.dtype), a.shape), like)
+    return lax.cond(first & jnp.int32(0x7FFFFFFF) >= 0, encode, zeros, x)
+
+
 def _one_hop(c: Float[Array, "*s"], codec: StateCodec, axis_name: str) -> tuple[Array, Array]:
     """(mean over the devices, what this device did not get across)."""
     codec = _within(codec, c.size)
-    parts = codec.encode(c)
+    parts = _encoded(codec.encode, c)
     total = _gathered_sum(parts, codec, c.shape, axis_name)
     return total / lax.axis_size(axis_name), c - codec.decode(parts, c.shape)
 
@@ -267,13 +279,13 @@ def _two_hop(
     padded = n * length > c.size
     fill = lambda x, real: _filled(x, real, getattr(codec, "block", 1)) if padded else x
     rows = fill(jnp.pad(c.reshape(-1), (0, n * length - c.size)).reshape(n, length), real)
-    parts = jax.vmap(codec.encode)(rows)
+    parts = _encoded(jax.vmap(codec.encode), rows)
     sent = jax.vmap(lambda one: codec.decode(one, (length,)))(parts)
     arrived = jax.tree.map(lambda leaf: lax.all_to_all(leaf, axis_name, 0, 0), parts)
     mean = jnp.mean(jax.vmap(lambda one: codec.decode(one, (length,)))(arrived), axis=0)
     mean = mean if server is None else mean + server[0]
     own = real[lax.axis_index(axis_name)] if padded else jnp.ones((length,), bool)
-    packed = codec.encode(fill(mean, own))
+    packed = _encoded(codec.encode, fill(mean, own))
     lost = jnp.where(own, mean - codec.decode(packed, (length,)), jnp.zeros_like(mean))
     gathered = jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name), packed)
     whole = jax.vmap(lambda one: codec.decode(one, (length,)))(gathered).reshape(-1)[: c.size].reshape(c.shape)

@@ -129,10 +129,10 @@ def values_of(codes: Array, fmt: Format) -> Float[Array, "*s"]:
 
 def words_of(u: Float[Array, "*rows length"], fmt: Format) -> UInt8[Array, "*rows bytes"]:
     """The codes of the grid values nearest to `u`, packed as `packing.pack` has them."""
-    codes = codes_of(u, fmt)
+    codes = _apart(codes_of(u, fmt)) if fmt.bits < 8 else codes_of(u, fmt)
     if fmt.bits != 4 or u.shape[-1] % 2:
         return packing.pack(codes, fmt.bits)
-    pairs = _apart(codes).reshape(*u.shape[:-1], -1, 2)
+    pairs = codes.reshape(*u.shape[:-1], -1, 2)
     pair = lax.bitcast_convert_type(pairs, jnp.uint16)  # the first code is the low byte
     return (pair | lax.shift_right_logical(pair, jnp.uint16(4))).astype(jnp.uint8)
 
