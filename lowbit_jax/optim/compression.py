@@ -273,6 +273,11 @@ def _two_hop(
     c: Float[Array, "*s"], server: Array | None, codec: StateCodec, axis_name: str, n: int
 ) -> tuple[Array, Array, Array | None]:
     """(mean, what this device did not get across, and what was lost when it packed the mean of its part)."""
+    if lax.axis_size(axis_name) != n:
+        raise ValueError(
+            f"compressed_mean(axis_size={n}): the axis {axis_name!r} has {lax.axis_size(axis_name)} devices. Give that"
+            " number."
+        )
     length = _part(c.size, n)
     codec = _within(codec, length)
     real = (jnp.arange(n * length) < c.size).reshape(n, length)

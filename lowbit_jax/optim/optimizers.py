@@ -1,8 +1,8 @@
 """Ready-made optimizers with low-bit states: those of optax, wrapped in `low_bit_state`.
 
 Arguments named as in optax; `bits`, `min_size` and `keep` as in `low_bit_state`, whose `first`, `second` and `fields`
-go in `codecs`. Under `optax.inject_hyperparams` pass `static_args=("bits", "min_size")`, and
-`hyperparam_dtype=jnp.float32` if the parameters have 16 bits.
+go in `codecs`. Under `optax.inject_hyperparams` pass `static_args=("bits", "min_size")`, with "mask" where that is a
+function (optax takes functions for schedules), and `hyperparam_dtype=jnp.float32` if the parameters have 16 bits.
 """
 
 import inspect

@@ -267,3 +267,9 @@ def test_errors():
         lb.optim.scale_by_one_bit_adam("data", 0)
     with pytest.raises(TypeError, match="'n' is int32"):
         lb.optim.compressed_mean("data").init({"n": jnp.arange(3)})
+
+
+def test_another_number_of_devices_than_there_are(mesh):
+    state, step = runner(lb.optim.compressed_mean("data", two_hop=True, axis_size=DEVICES + 1), mesh)
+    with pytest.raises(ValueError, match=rf"axis_size={DEVICES + 1}.*'data' has {DEVICES} devices"):
+        step({name: jnp.zeros((DEVICES, *shape)) for name, shape in SHAPES.items()}, state)
