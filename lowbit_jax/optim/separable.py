@@ -74,7 +74,7 @@ class LeafUpdate:
 
 
 class Program:
-    """An update as operations on the elements of each parameter: `leaf`; and on what they have in common: `common`.
+    """An update as operations on the elements of each parameter (`leaves`) and on what they have in common (`common`).
 
     Raises: Joins."""
 
