@@ -62,7 +62,7 @@ def _encode_float(x: Float[Array, "*s"], fmt: FloatFormat) -> UInt8[Array, "*s"]
     code = jnp.where(magnitude == _FLOAT32_INF, fmt.inf_code, code)
     if fmt.signed:
         signed_zero = fmt.negative_zero | (code > 0)
-        code = code | jnp.where((bits < 0) & signed_zero, 1 << (fmt.bits - 1), 0)
+        code = code | jnp.where((bits < 0) & signed_zero, jnp.int32(1 << (fmt.bits - 1)), jnp.int32(0))
     return jnp.where(magnitude > _FLOAT32_INF, fmt.nan_code or 0, code).astype(jnp.uint8)
 
 

@@ -26,8 +26,9 @@ def nearest(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = None)
         case MidRiseFormat():
             x = _clip(x, fmt.min_finite, fmt.max_finite)
             above = lax.ceil(x)
-            at_tie = _round(lax.add(x, 0.5))  # the sum is exact at a tie, where it is used
-            y = lax.sub(lax.select(lax.eq(x, above), at_tie, above), 0.5)
+            half = np.asarray(0.5, x.dtype)
+            at_tie = _round(lax.add(x, half))  # the sum is exact at a tie, where it is used
+            y = lax.sub(lax.select(lax.eq(x, above), at_tie, above), half)
         case FloatFormat(subnormals=False):
             y = _nearest_power(x, fmt)
         case FloatFormat():

@@ -36,7 +36,7 @@ class Delivery:
         corpus.check(plan.context, plan.batch)
         plots.check()
         prompt = corpus.validation[:12] if config.prompt is None else corpus.tokenizer.encode(config.prompt)
-        sampling.check(prompt, config.sample_tokens, config.temperature, corpus.vocab_size)
+        sampling.check(prompt, config.sample_tokens, config.temperature, corpus.tokenizer.vocab_size)
         return cls(corpus=corpus, plan=plan, prompt=prompt, sample_tokens=config.sample_tokens, seed=config.seed,
                    temperature=config.temperature, title=f"{config.preset}, {corpus.note}",
                    started=started)  # fmt: skip
@@ -68,7 +68,8 @@ class Delivery:
                     " Pack with more bits, or keep the layers at fault out by --rules."
                 )
         ids = sampling.generate(model, self.prompt, tokens=self.sample_tokens, context=self.plan.context,
-                                temperature=self.temperature, key=jax.random.key(self.seed))  # fmt: skip
+                                temperature=self.temperature, vocab_size=self.corpus.tokenizer.vocab_size,
+                                key=jax.random.key(self.seed))  # fmt: skip
         answer["sample"] = self.corpus.tokenizer.decode(ids)
         plots.curves(folder / "curves.png", {name: run.lines for name, run in runs.items()}, title=self.title)
         answer["seconds"] = round(time.monotonic() - self.started, 1)

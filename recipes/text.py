@@ -43,9 +43,10 @@ class Corpus:
     def check(self, context: int, batch: int) -> None:
         for name, tokens, windows in (("training", self.train, batch), ("held-out", self.validation, 1)):
             if len(tokens) < windows * context + 1:
+                other = "--batch or --held-out" if name == "training" else "raise --held-out"
                 raise ValueError(
                     f"The {name} part of {self.note} has {len(tokens)} tokens; {windows} sequences of {context} need"
-                    f" {windows * context + 1}. Give more text, or lower --context, --batch or raise --held-out."
+                    f" {windows * context + 1}. Give more text, or lower --context, {other}."
                 )
 
 

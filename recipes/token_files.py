@@ -37,10 +37,14 @@ def read(path: pathlib.Path) -> tuple[np.ndarray, dict]:
     except (OSError, ValueError) as error:
         raise ValueError(f"token_files.read cannot read the index {side}: {error}. It looks like {example}.") from error
     missing = [key for key in ("version", "dtype", "tokens", "vocab_size") if key not in index]
-    if missing or index["version"] != 1 or index["dtype"] not in DTYPES:
-        raise ValueError(
-            f"token_files.read: the index {side} lacks {missing} or is of another version; it looks like {example}."
-        )
+    if missing:
+        raise ValueError(f"token_files.read: the index {side} lacks {', '.join(missing)}; it looks like {example}.")
+    for key, known in (("version", [1]), ("dtype", list(DTYPES))):
+        if index[key] not in known:
+            raise ValueError(
+                f"token_files.read: the index {side} has the {key} {index[key]!r}; known are"
+                f" {', '.join(map(repr, known))}. It looks like {example}."
+            )
     dtype = DTYPES[index["dtype"]]
     if path.stat().st_size != index["tokens"] * dtype.itemsize:
         raise ValueError(

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lowbit_jax.formats.base import Format
@@ -38,7 +39,7 @@ class Trust:
 
     def residuals(self, u, q, fmt, support):
         low, high = self.limits(fmt)
-        trusted = (u >= low) & (u <= high) if low != -high else lax.le(lax.abs(u), high)
+        trusted = (u >= low) & (u <= high) if low != -high else lax.le(lax.abs(u), np.asarray(high, u.dtype))
         return trusted if support is None else jnp.where(support, trusted, jnp.abs(u) <= fmt.top_gap / 2)
 
     def gradients(self, residuals, g, fmt, tile_size):

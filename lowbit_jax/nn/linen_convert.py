@@ -85,6 +85,11 @@ def _sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], w
             " one, or jax.ShapeDtypeStruct of their shapes."
         )
     sites = trace_sites(model, variables, args, kwargs)
+    if normed := [name for name in _names(variables) if "/kernel/" in f"/{name}"]:
+        raise ValueError(
+            f"{who}: {normed[0]!r} belongs to a weight that a norm (linen.WeightNorm, SpectralNorm) makes at each call:"
+            " there is nothing to keep. Leave its layer out by a rule, or fold the norm into it first."
+        )
     for path in sites:
         if isinstance(_inside(variables["params"], path)["kernel"], QTensor):
             raise ValueError(f"{who}: the layer {path!r} is packed already. Use the variables of the training form.")
@@ -130,6 +135,13 @@ def _kernels(tree: Any, path: tuple[str, ...] = ()) -> list[str]:
         return []
     own = ["/".join(path)] if "kernel" in tree and not isinstance(tree["kernel"], Mapping) else []
     return own + [p for name, value in tree.items() for p in _kernels(value, (*path, str(name)))]
+
+
+def _names(tree: Any) -> list[str]:
+    """The names of variables; a norm around a layer writes a path into one, such as Dense_0/kernel/scale."""
+    if not isinstance(tree, Mapping):
+        return []
+    return [n for name, value in tree.items() for n in (_names(value) if isinstance(value, Mapping) else [str(name)])]
 
 
 def _inside(params: Any, path: str) -> Any:

@@ -30,8 +30,9 @@ class Scale(nnx.Param):
     """A learned scale: a parameter, by its own type so that it can have a weight decay or learning rate of its own."""
 
 
-class PackedWeight(nnx.Param):
-    """A weight as packed codes: its value is a `QTensor`, whose leaves are uint8 words and float scales."""
+class PackedWeight(nnx.Variable):
+    """A weight as packed codes: its value is a `QTensor`, whose leaves are uint8 words and float scales. It is no
+    `nnx.Param`: gradients and optimizers pass it by."""
 
     def get_value(self, *, index: Any = ...) -> QTensor:
         """The QTensor; `[...]`, as layers read their kernel, is the whole of it."""

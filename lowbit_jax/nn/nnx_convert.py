@@ -9,27 +9,29 @@ from jaxtyping import Array
 
 from lowbit_jax.nn.nnx import PackedWeight, StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import needs_key, stacked
+from lowbit_jax.nn.site import called, needs_key, stacked
 from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
 
 
 def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
     """The packed view; see `lb.convert`."""
     products = _quantized(model, "lb.convert", "nothing to pack")
+    _check_plain(model)
+    packed: dict[Any, tuple[Any, PackedWeight]] = {}  # weights that layers share stay one
 
     def change(layer: Any, product: Product) -> None:
+        name = called(product.site.path, type(layer))
         if isinstance(layer.kernel, PackedWeight):
-            raise ValueError(
-                f"lb.convert: the layer {product.site.path!r} is packed already. Convert the training form once."
-            )
+            raise ValueError(f"lb.convert: {name} is packed already. Convert the training form once.")
         if product.recipe.rhs_ready:
-            raise ValueError(
-                f"lb.convert: the layer {product.site.path!r} is prepared. Convert the model that you prepared."
-            )
+            raise ValueError(f"lb.convert: {name} is prepared. Convert the model that you prepared.")
         recipe = to_nearest(product.recipe)
         if recipe.out.rhs is not None:
-            kernel = packed_stack(layer.kernel.get_value(), recipe, product.site, _weight_scale(layer), storage)
-            layer.kernel = PackedWeight(kernel)
+            as_used = id(layer.kernel), recipe, dataclasses.replace(product.site, path=""), id(_weight_scale(layer))
+            if as_used not in packed:
+                kernel = packed_stack(layer.kernel.get_value(), recipe, product.site, _weight_scale(layer), storage)
+                packed[as_used] = layer.kernel, PackedWeight(kernel)
+            layer.kernel = packed[as_used][1]
         _replace(layer, dataclasses.replace(product, recipe=recipe), drop=("rhs_scale", "rngs"))
 
     return edited(model, products, change)
@@ -49,6 +51,17 @@ def prepare(model: nnx.Module) -> nnx.Module:
         _replace(layer, dataclasses.replace(product, recipe=product.recipe.with_rhs_ready()), drop=("rhs_scale",))
 
     return edited(model, products, change)
+
+
+def _check_plain(model: Any) -> None:
+    """Raises ValueError for quantized layers whose weight is made anew at every call."""
+    for module, paths in modules(model):
+        inner = getattr(module, "layer_instance", None)
+        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm) and inner is not None and hook(inner) is not None:
+            raise ValueError(
+                f"lb.convert: {called(paths[0], type(module))} makes the weight of its layer at every call, so there is"
+                " nothing to pack. Leave the layer out by a rule, or fold the norm into it first."
+            )
 
 
 def _quantized(model: Any, who: str, otherwise: str) -> dict[str, Product]:

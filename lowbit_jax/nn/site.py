@@ -92,7 +92,10 @@ def needs_key(recipe: LinearRecipe) -> bool:
 def initial_scales(recipe: LinearRecipe, site: Site, kernel: Array) -> dict[str, Array]:
     """Starting values of the learned scales: the weight's from the weight, the activation's from a unit Gaussian.
 
+    Shapes for the shape of a kernel (`nnx.eval_shape`).
     Raises: ValueError when an activation's scale has more than one entry (it would depend on the batch)."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda kernel: initial_scales(recipe, site, kernel), kernel)
     scales = {}
     if "lhs" in recipe.learned:
         size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length

@@ -113,6 +113,7 @@ def _packed_stack(kernel: Array, scale: Array | None, recipe: LinearRecipe, site
 
 def packed_stack(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage) -> QTensor:
     """`packed_weight` over the leading axes of stacked layers, compiled once for layers alike."""
+    stacked(lambda kernel: kernel, kernel, site)  # complains by the layer's path
     return _packed_stack(kernel, scale, recipe, dataclasses.replace(site, path=""), storage)
 
 

@@ -223,7 +223,7 @@ def _one_contraction(lhs, rhs, dimension_numbers):
         if rhs.length != lhs.shape[lhs_axis]:
             raise ValueError(
                 f"lb.dot_general: the packed rhs holds {rhs.length} elements along its contraction axis and lhs"
-                f" {lhs.shape[lhs_axis]}. Pack the weight of this layer with pack_rhs."
+                f" {lhs.shape[lhs_axis]}. Check the size of the layer's input, or pack this layer's own weight."
             )
     else:
         rhs, rhs_axis, _ = _merge(rhs, rhs_axes)

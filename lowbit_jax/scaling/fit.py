@@ -83,16 +83,16 @@ def rms_scales(
     Both are cheap in terms of one reciprocal square root, so that XLA's CPU compiler makes one small kernel of it where
     a square root, guards and a division make two and repeat the guards in every kernel that reads the scales. (A kernel
     costs a compilation about 15 ms, whatever it computes.)"""
-    factor = optimal_scale(fmt) / max(1, _tile_size(tiles, axes)) ** 0.5
+    factor = np.float32(optimal_scale(fmt) / max(1, _tile_size(tiles, axes)) ** 0.5)
     square = lax.expand_dims(lax.reduce_sum(lax.square(tiles), axes), sorted(axes))
     # The sum is 0 or between 2^-126 and 2^128, so only a grid with extreme levels needs `settled`.
     if not (factor * 2.0**-63 > SMALLEST_SCALE and factor * 2.0**64 < largest_scale(fmt)):
         scale = settled(lax.sqrt(square) * factor, square, fmt)
         return scale, reciprocal(scale)
-    root = lax.rsqrt(lax.max(square, SMALLEST_SCALE))
-    scale, inv_scale = lax.mul(lax.mul(square, root), factor), lax.mul(root, 1 / factor)
+    root = lax.rsqrt(lax.max(square, np.float32(SMALLEST_SCALE)))
+    scale, inv_scale = lax.mul(lax.mul(square, root), factor), lax.mul(root, np.float32(1) / factor)
     if fmt.has_zero:
-        absent = lax.eq(square, 0.0)
+        absent = lax.eq(square, np.float32(0))
         one = lax.full_like(square, 1)
         scale, inv_scale = lax.select(absent, one, scale), lax.select(absent, one, inv_scale)
     return scale, inv_scale
@@ -124,8 +124,9 @@ class Percentile:
         if tiles.size == 0:
             return absmax(tiles, fmt, axes)
         top = jnp.quantile(jnp.abs(tiles), self.percent / 100, axis=axes, keepdims=True)
-        top = jnp.where(top == 0, _amax(tiles, axes), top)
-        return settled(top * (1 / reach(fmt)), top, fmt)
+        amax = _amax(tiles, axes)
+        top = jnp.where(top == 0, amax, top)
+        return settled(top * (1 / reach(fmt)), jnp.where(jnp.isfinite(amax), top, amax), fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -215,3 +215,63 @@ def test_what_cannot_be_converted_in_linen_raises(key, x):
     packed = lb.convert(dense, dense.init(key, x))  # a Dense shows its use by itself
     with pytest.raises(ValueError, match="packed already"):
         lb.convert(*packed)
+
+
+def test_weights_that_layers_share_stay_one():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = (nnx.Linear(32, 32, **BIAS, rngs=rngs) for _ in range(2))
+            self.c = nnx.Linear(32, 32, rngs=rngs)
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, x):
+            return self.c(self.b(jnp.tanh(self.a(x))))
+
+    model = lb.quantize(Tied(nnx.Rngs(0)), lb.quest(4))
+    packed = lb.convert(model)
+    assert packed.a.kernel is packed.b.kernel and packed.c.kernel is not packed.a.kernel
+    x = jax.random.normal(jax.random.key(1), (4, 32))
+    close(run(packed, x), run(model, x))
+
+
+def test_packed_weights_are_no_parameters():
+    """What is trained beside them, such as a bias, is; optimizers make no moments of codes."""
+    packed = lb.convert(lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), lb.quest(4)))
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 32)))))(packed)
+    assert set(nnx.to_flat_state(grads).get_paths() if hasattr(grads, "get_paths") else dict(grads)) == {"bias"}
+
+
+@pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_weights_that_are_made_at_every_call(norm):
+    normed = norm(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=f"this {norm.__name__} makes the weight of its layer at every call"):
+        lb.convert(lb.quantize(normed, lb.quest(4)))
+    model = lb.quantize(linen.WeightNorm(linen.Dense(16)), lb.quest(4))
+    variables = model.init(jax.random.key(0), jnp.ones((2, 32)))
+    with pytest.raises(ValueError, match="kernel/scale' belongs to a weight that a norm"):
+        lb.convert(model, variables, jnp.ones((2, 32)))
+
+
+def test_layers_stacked_on_another_axis_are_named():
+    stack = nnx.vmap(lambda rngs: nnx.Linear(32, 16, rngs=rngs), out_axes=1)(nnx.Rngs(0).split(3))
+    with pytest.raises(ValueError, match=r"the layer 'layers' .*weight of shape \(32, 3, 16\).*axis 0"):
+        lb.quantize(nnx.Dict(layers=stack), lb.quest(4))
+
+    class Stacked(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            scanned = linen.scan(Step, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+            return scanned(name="layers")(x, None)[0]
+
+    model = lb.quantize(Stacked(), lb.quest(4))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((2, 32)))
+    with pytest.raises(ValueError, match=r"the layer 'layers/Dense_0' has a weight of shape \(32, 3, 32\).*axis 0"):
+        lb.convert(model, variables, jnp.ones((2, 32)))
+
+
+def test_learned_scales_of_a_model_of_shapes():
+    make = lambda: nnx.Linear(32, 16, rngs=nnx.Rngs(0))
+    outside = lb.quantize(nnx.eval_shape(make), lb.methods.get("lsq", bits=4))
+    inside = nnx.eval_shape(lambda: lb.quantize(make(), lb.methods.get("lsq", bits=4)))
+    shapes = lambda model: jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(model))
+    assert shapes(outside) == shapes(inside)

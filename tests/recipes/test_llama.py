@@ -300,17 +300,28 @@ class NextIs(nnx.Module):
 class TestSampling:
     def test_greedy_follows_the_model_past_its_window(self):
         ids = sampling.generate(
-            NextIs(), np.asarray([3, 4]), tokens=20, context=8, temperature=0, key=jax.random.key(0)
+            NextIs(), np.asarray([3, 4]), tokens=20, context=8, temperature=0, vocab_size=11, key=jax.random.key(0)
         )
         np.testing.assert_array_equal(ids, (np.arange(22) + 3) % 11)
 
     def test_a_long_prompt_keeps_its_end(self):
-        ids = sampling.generate(NextIs(), np.arange(10), tokens=1, context=4, temperature=0, key=jax.random.key(0))
+        ids = sampling.generate(
+            NextIs(), np.arange(10), tokens=1, context=4, temperature=0, vocab_size=11, key=jax.random.key(0)
+        )
         np.testing.assert_array_equal(ids, [6, 7, 8, 9, 10])
+
+    def test_logits_beyond_the_vocabulary_are_never_drawn(self, key):
+        """A table is padded to a multiple of 128: the model, which wants 7 after 6, has no text for it."""
+        options = dict(tokens=8, context=8, vocab_size=7)
+        greedy = sampling.generate(NextIs(), np.asarray([5]), temperature=0, key=key, **options)
+        drawn = sampling.generate(NextIs(), np.asarray([5]), temperature=50.0, key=key, **options)
+        assert greedy[1] == 6 and max(greedy) < 7 and max(drawn) < 7
 
     def test_the_key_decides(self, key):
         def draw(key):
-            return sampling.generate(build(), np.asarray([65]), tokens=12, context=16, temperature=1.0, key=key)
+            return sampling.generate(
+                build(), np.asarray([65]), tokens=12, context=16, temperature=1.0, vocab_size=128, key=key
+            )
 
         np.testing.assert_array_equal(draw(key), draw(key))
         assert (draw(key) != draw(jax.random.key(5))).any()
