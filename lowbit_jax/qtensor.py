@@ -99,7 +99,7 @@ class QTensor:
         `who` starts the message. Raises: ValueError for another layout, words, scales or marks of the wrong shape or
         dtype, codes beyond the format, set bits behind the last code, scales that are NaN, infinite or negative, and
         marks that do not keep as many elements as the support; TypeError inside `jit`, where values are not known."""
-        _check_concrete(self, who)
+        check_concrete((self.words, self.scales, self.marks), who)
         own_layout = type(self)._codes is QTensor._codes and type(self).elements is not QTensor.elements
         if own_layout:  # a class that reads its words in `elements` alone: judge them by what they mean
             _check_levels(self.elements(), self.quantizer.format, who)
@@ -131,8 +131,9 @@ class QTensor:
         )
 
 
-def _check_concrete(packed: QTensor, who: str) -> None:
-    for leaf in jax.tree.leaves((packed.words, packed.scales, packed.marks)):
+def check_concrete(arrays: Any, who: str) -> None:
+    """Raises TypeError inside `jit`, where values are not known."""
+    for leaf in jax.tree.leaves(arrays):
         if isinstance(leaf, core.Tracer) or not hasattr(leaf, "__array__"):
             raise TypeError(f"{who}: it looks at values, and got a {type(leaf).__name__}. Call it outside jit.")
 

@@ -30,9 +30,9 @@ class Scale(nnx.Param):
     """A learned scale: a parameter, by its own type so that it can have a weight decay or learning rate of its own."""
 
 
-class PackedWeight(nnx.Variable):
-    """A weight as packed codes: its value is a `QTensor`, whose leaves are uint8 words and float scales. It is no
-    `nnx.Param`: gradients and optimizers pass it by."""
+class PackedWeight(nnx.Param):
+    """A weight as packed codes: its value is a `QTensor`, whose leaves are uint8 words and float scales. To train what
+    lies beside it, differentiate by `nnx.All(nnx.Param, nnx.Not(PackedWeight))`."""
 
     def get_value(self, *, index: Any = ...) -> QTensor:
         """The QTensor; `[...]`, as layers read their kernel, is the whole of it."""

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float
 from lowbit_jax import coding, packing
 from lowbit_jax.formats.base import Format, IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend
-from lowbit_jax.qtensor import QTensor
+from lowbit_jax.qtensor import QTensor, check_concrete
 from lowbit_jax.scaling import CastScale, Group, PerRow, PerTensor
 
 LAYOUT = "planes/1"
+_VERSION = 1
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +27,15 @@ LAYOUT = "planes/1"
 class PlaneTensor(QTensor):
     """A `QTensor` whose words are arrays [blocks, rows, 32], one a field of its codes, for `pallas_kernels`.
 
-    words: with leading axes of stacked layers in front. sums: int32 [rows], the sum of the codes of each row. free: the
-    axes beside the contraction axis and the stack, which are merged into rows. implementation: "auto" (the kernel on a
-    CUDA GPU, else XLA), "kernel" (raise where it cannot run), "reference" (XLA) or "interpret" (the kernel, step by
-    step)."""
+    words: with leading axes of stacked layers in front. sums: int32 [rows], the sum of the codes of each row. stamp: an
+    array whose shape is [version of the layout, bits of a code, bytes of a word], so that a checkpoint, which holds
+    arrays alone, is not restored as weights of another layout. free: the axes beside the contraction axis and the
+    stack, which are merged into rows. implementation: "auto" (the kernel on a CUDA GPU, else XLA), "kernel" (raise
+    where it cannot run), "reference" (XLA) or "interpret" (the kernel, step by step)."""
 
     words: tuple[Array, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
     sums: Any = None
+    stamp: Any = None
     free: tuple[int, ...] = dataclasses.field(default=(), metadata=dict(static=True))
     implementation: str = dataclasses.field(default="auto", metadata=dict(static=True))
 
@@ -63,8 +66,8 @@ class PlaneTensor(QTensor):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed words, the stored scales and the code sums."""
-        leaves = jax.tree.leaves((self.words, self.scales, self.sums))
+        """Bytes of the packed words, the stored scales, the code sums and the stamp."""
+        leaves = jax.tree.leaves((self.words, self.scales, self.sums, self.stamp))
         return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
     def check_layout(self) -> None:
@@ -74,6 +77,35 @@ class PlaneTensor(QTensor):
                 f"PlaneTensor has words of layout {self.layout!r}, and its readers know {LAYOUT!r}. Dequantize it with"
                 " the version of lowbit_jax that wrote it, and convert again."
             )
+        own = (_VERSION, self.quantizer.format.bits, jnp.dtype(self.words[0].dtype).itemsize)
+        if self.stamp is not None and (told := tuple(self.stamp.shape[-3:])) != own:
+            raise ValueError(
+                f"PlaneTensor: its stamp says version {told[0]} of the layout, codes of {told[1]} bits in words of"
+                f" {told[2]} bytes, and it is read as version {own[0]}, {own[1]} bits, words of {own[2]} bytes. Restore"
+                " the checkpoint into a model that lb.convert made of the same recipe."
+            )
+
+    def validate(self, who: str = "PlaneTensor.validate") -> None:
+        """As `QTensor.validate`; also the stamp, what pads the words, and the sums of the codes."""
+        check_concrete((self.words, self.scales, self.sums, self.stamp), who)
+        self.check_layout()
+        bits, word_bits = self.quantizer.format.bits, 8 * jnp.dtype(self.words[0].dtype).itemsize
+        unpack = lambda words: backend.unpack_planes(words, bits, self.rows, self.length)
+        pack = lambda codes: backend.pack_planes(codes, bits, word_bits)
+        for _ in self.stack:
+            unpack, pack = jax.vmap(unpack), jax.vmap(pack)
+        codes = unpack(self.words)
+        if any(bool(jnp.any(new != old)) for new, old in zip(pack(codes), self.words, strict=True)):
+            raise ValueError(f"{who}: the words hold codes behind the last row or the last of {self.length} columns.")
+        sums = codes.astype(jnp.int32).sum(-1, dtype=jnp.int32)
+        got = self.sums
+        if got is None or got.dtype != jnp.int32 or got.shape != sums.shape or bool(jnp.any(got != sums)):
+            told = "there are none" if got is None else f"{got.dtype}{list(got.shape)}"
+            raise ValueError(
+                f"{who}: the sums of the codes ({told}) are not those of the words, int32{list(sums.shape)}. The arrays"
+                " belong to different weights, or one is damaged; convert again."
+            )
+        super().validate(who)
 
     def elements(self) -> Float[Array, "*s"]:
         self.check_layout()
@@ -139,7 +171,8 @@ def to_planes(packed: QTensor, word_bits: int, implementation: str = "auto") -> 
         length=packed.length,
         dtype=packed.dtype,
         layout=LAYOUT,
-        sums=codes.astype(jnp.int32).sum(-1),
+        sums=codes.astype(jnp.int32).sum(-1, dtype=jnp.int32),
+        stamp=jnp.zeros((_VERSION, bits, word_bits // 8), jnp.uint8),
         free=free,
         implementation=implementation,
     )

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
 
@@ -118,3 +119,46 @@ def test_products_that_a_kernel_cannot_count_say_so():
             jax.eval_shape(run, x, jax.eval_shape(pack, weight))
         auto = jax.eval_shape(lambda w, pack=pack: pack(w, to="auto"), weight)
         assert jax.eval_shape(run, x, auto).shape == (m, 32)
+
+
+@pytest.fixture(scope="module")
+def packed_kernel():
+    """What a layer of 3 bits for int8 activations, in planes, holds: 200 columns, padded to 256."""
+    layer = lb.quantize(nnx.Linear(200, 24, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), lb.quest(3))
+    return lb.convert(layer, layout="planes/1").kernel.get_value()
+
+
+def test_a_checkpoint_of_another_layout_is_not_restored(tmp_path):
+    """Words of 3-bit codes for int8 and for 16-bit activations have the same shape: the stamp tells them apart."""
+    layer = nnx.Linear(256, 24, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    written = lb.convert(lb.quantize(layer, lb.quest(3)), layout="planes/1")
+    other = lb.convert(lb.quantize(layer, lb.quest(3, activations=False)), layout="planes/1")
+    shapes = lambda model: jax.tree.map(lambda a: a.shape, nnx.state(model))
+    assert [w.shape for w in written.kernel.get_value().words] == [w.shape for w in other.kernel.get_value().words]
+    with ocp.StandardCheckpointer() as store:
+        store.save(tmp_path / "c", nnx.state(written))
+    with ocp.StandardCheckpointer() as store:
+        restored = store.restore(tmp_path / "c", jax.eval_shape(lambda: nnx.state(written)))
+        assert jax.tree.structure(shapes(written)) == jax.tree.structure(jax.tree.map(lambda a: a.shape, restored))
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(restored), jax.tree.leaves(nnx.state(written)))
+        with pytest.raises(ValueError, match="shape"):
+            store.restore(tmp_path / "c", jax.eval_shape(lambda: nnx.state(other)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: {"sums": t.sums + 1}, "sums of the codes .* are not those of the words"),
+        (lambda t: {"sums": t.sums[:3]}, r"int32\[3\]"),
+        (lambda t: {"sums": None}, "there are none"),
+        (lambda t: {"sums": t.sums.astype(jnp.float32)}, "float32"),
+        (lambda t: {"length": 192}, "codes behind the last row or the last of 192 columns"),
+        (lambda t: {"free": (23,)}, "codes behind the last row"),
+        (lambda t: {"words": tuple(w.astype(jnp.int16) for w in t.words)}, "stamp says .* words of 1 bytes"),
+        (lambda t: {"words": tuple(w[:1] for w in t.words)}, "words of shapes"),
+    ],
+)
+def test_damaged_planes_are_found(packed_kernel, change, words):
+    packed_kernel.validate()
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(packed_kernel, **change(packed_kernel)).validate()

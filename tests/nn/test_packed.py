@@ -6,11 +6,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
 
 import lowbit_jax as lb
+from lowbit_jax.nn.nnx import PackedWeight
 
 RECIPES = {
     "quest W4A4": lb.quest(4),
@@ -234,11 +236,17 @@ def test_weights_that_layers_share_stay_one():
     close(run(packed, x), run(model, x))
 
 
-def test_packed_weights_are_no_parameters():
-    """What is trained beside them, such as a bias, is; optimizers make no moments of codes."""
+def test_what_lies_beside_packed_weights_can_be_trained():
     packed = lb.convert(lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), lb.quest(4)))
-    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 32)))))(packed)
-    assert set(nnx.to_flat_state(grads).get_paths() if hasattr(grads, "get_paths") else dict(grads)) == {"bias"}
+    beside = nnx.All(nnx.Param, nnx.Not(PackedWeight))
+    optimizer = nnx.Optimizer(packed, optax.sgd(0.1), wrt=beside)
+    before = packed.kernel.get_value()
+    loss = lambda m: jnp.sum((m(jnp.ones((2, 32))) - 1) ** 2)
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, beside))(packed)
+    old = float(loss(packed))
+    optimizer.update(packed, grads)
+    assert float(loss(packed)) < old
+    jax.tree.map(np.testing.assert_array_equal, packed.kernel.get_value(), before)
 
 
 @pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm])
