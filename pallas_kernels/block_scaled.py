@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8, UInt32
 
-from pallas_kernels import launch, threefry
+from pallas_kernels import chips, launch, threefry
 from pallas_kernels.checks import check_matrix, check_shape, fail
 from pallas_kernels.launch import Tile
 from pallas_kernels.minifloat import (
@@ -85,7 +85,7 @@ def quantize_mx(
     sm_89 and later have, instead of by bit arithmetic; the same codes with a quarter fewer instructions.
     Reference: `impl="xla"`, bit for bit.
     Raises: ValueError for an unknown format or mode, K that 32 does not divide, or a cast that cannot take effect (a
-    format that is not FP8, stochastic rounding); TypeError for dtypes.
+    format that is not FP8, stochastic rounding); NoKernel for a cast on a chip without FP8; TypeError for dtypes.
     Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3."""
     who = "quantize_mx"
     element = _mx_element(who, format)
@@ -94,6 +94,8 @@ def quantize_mx(
     if cast and (element not in _FP8 or key is not None):
         fail(who, f"got cast=True for {format}{'' if key is None else ' with a key'}",
              "Chips convert to FP8, to nearest; drop the argument")  # fmt: skip
+    if cast and impl == "triton":
+        chips.check_fp8(f"{who} with cast=True", "Drop the argument: bit arithmetic gives the same codes")
     _check(who, x, MX_BLOCK, key, impl)
     make = functools.partial(_mx_block, element=element, mode=scale_mode, cast=cast)
     if impl == "xla":
@@ -242,7 +244,8 @@ def _mx_block(x, words, *, element, mode, cast):
     scale = _block_scale(amax, element.max_finite)
     top = scale if mode == "nearest" else scale * element.max_finite
     field = (bits_of(top) + _carry(element, mode)) & _INFINITY
-    exponent = jnp.clip(lax.shift_right_logical(field, 23) - (0 if mode == "nearest" else element.max_exponent), 1, 254)
+    below = 0 if mode == "nearest" else element.max_exponent
+    exponent = jnp.clip(lax.shift_right_logical(field, jnp.int32(23)) - below, 1, 254)
     finite = (amax < _INFINITY) & (bits_of(top) < _INFINITY)
     inverse = number_of(jnp.where(finite, (254 - exponent) << 23, 0x7FC00000))
     codes = _encode(x, inverse, words, element, MX_BLOCK, cast)
@@ -295,10 +298,10 @@ def _packed(codes, bits):
     each = 2 if bits == 4 else 4
     shift = bits * lax.broadcasted_iota(jnp.int32, (1, 1, each), 2)
     group = codes.reshape(rows, columns // each, each)
-    together = jnp.sum(lax.shift_left(*jnp.broadcast_arrays(group, shift)), axis=2)
+    together = jnp.sum(lax.shift_left(*jnp.broadcast_arrays(group, shift)), axis=2, dtype=jnp.int32)
     if bits == 4:
         return [together.astype(jnp.uint8)]
-    return [(lax.shift_right_logical(together, 8 * byte) & 0xFF).astype(jnp.uint8) for byte in range(3)]
+    return [(lax.shift_right_logical(together, jnp.int32(8 * byte)) & 0xFF).astype(jnp.uint8) for byte in range(3)]
 
 
 def _unpacked(parts, bits):
@@ -418,6 +421,7 @@ def _bytes(bits: int) -> tuple[int, int]:
 def _fitting(who: str, k: int, block: int, tile: Tile | None) -> Tile:
     if tile is None:
         return default_tile(k, block)
+    launch.check_tile(who, tile)
     if k % tile.columns or tile.columns % block:
         fail(who, f"got tile.columns={tile.columns} for rows of {k} in blocks of {block}",
              "Take a multiple of the block that divides the row")  # fmt: skip

@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from pallas_kernels.checks import NoKernel
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,14 @@ CHIPS = {
     ),
 }  # fmt: skip
 
+FP8 = (8, 9)  # the compute capability from which on chips convert to and from FP8
+_LEAST = (8, 0)
+_NAMED = {  # compute capabilities by a part of the device kind
+    r"\bG?B300": (10, 3), r"\bG?B200|\bB100": (10, 0), r"\bG?H\d": (9, 0), r"\bL\d|GeForce RTX 40|\bAda\b": (8, 9),
+    r"GeForce RTX 50|RTX PRO": (12, 0), r"\bA(2|10G?|16|40)\b|RTX A\d|GeForce RTX 30": (8, 6),
+    r"\bA\d": (8, 0),
+}  # fmt: skip
+
 
 @contextlib.contextmanager
 def abstract_gpu(chip: str) -> Iterator[None]:
@@ -65,25 +76,31 @@ def traced_kind() -> str | None:
 
 
 def abstract_capability() -> int | None:
-    """The compute capability (90 for sm_90) of the abstract device that a program is traced for; None without one.
-
-    Raises: ValueError for an abstract GPU that is not in `CHIPS`."""
+    """The compute capability (90 for sm_90) of the abstract NVIDIA GPU that a program is traced for, 80, what kernels
+    need at least, for an unknown name; None without one."""
     told = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if told is None or told.platform != "gpu":
+    if told is None or told.platform != "gpu" or not told.device_kind.startswith("NVIDIA"):
         return None
-    for chip in CHIPS.values():
-        if chip.name == told.device_kind:
-            return 10 * chip.capability[0] + chip.capability[1]
-    raise ValueError(
-        f"pallas_kernels.chips knows no {told.device_kind!r}; here are {', '.join(c.name for c in CHIPS.values())}."
-    )
+    found = (capability for pattern, capability in _NAMED.items() if re.search(pattern, told.device_kind))
+    major, minor = next(found, _LEAST)
+    return 10 * major + minor
 
 
 def traced_capability() -> tuple[int, int]:
     """The compute capability of the GPU that a program is traced for, abstract or real; (0, 0) where none is known."""
     if (told := abstract_capability()) is not None:
         return divmod(told, 10)
-    if jax.default_backend() != "gpu":
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) is not None
+    if abstract or jax.default_backend() != "gpu":
         return 0, 0
     major, dot, minor = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if dot and major.isdigit() and minor.isdigit() else (0, 0)
+
+
+def check_fp8(who: str, way_out: str) -> None:
+    """Raises: NoKernel when the GPU traced for is known to have no FP8 conversions: the compiler would abort."""
+    if (0, 0) < (capability := traced_capability()) < FP8:
+        raise NoKernel(
+            f"{who} needs compute capability {FP8[0]}.{FP8[1]}, and the GPU traced for has"
+            f" {capability[0]}.{capability[1]}. {way_out}."
+        )

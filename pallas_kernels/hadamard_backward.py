@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import launch, masks, planes, tuning
-from pallas_kernels.checks import MATRIX_DTYPES, check_matrix, check_shape, fail
+from pallas_kernels.checks import MATRIX_DTYPES, check_matrix, check_out_dtype, check_shape, fail
 from pallas_kernels.hadamard import (
     CHUNK,
     MASK_BLOCK,
@@ -49,7 +49,7 @@ def hadamard_backward(
     answers [K, M], the layout of a weight whose contraction axis leads. tile.rows: rows of g in a program, 256 indices
     of each. Reference: `impl="xla"`, equal to a rounding of the result.
     Raises: ValueError for a mask of other sizes, blocks that do not divide K and from 2^31 elements on, NoKernel for K
-    that 128 does not divide."""
+    that 128 does not divide, TypeError for dtypes."""
     who = "hadamard_backward"
     launch.check_impl(who, impl)
     m, k = check_matrix(who, "g", g, MATRIX_DTYPES)
@@ -58,12 +58,14 @@ def hadamard_backward(
         fail(who, f"got axis={axis}", "The rotated axis of the result is 0 or 1")
     check_block(who, block, k)
     check_size(who, m, k)
-    dtype = jnp.dtype(out_dtype or g.dtype)
+    launch.check_tile(who, tile)
+    dtype = g.dtype if out_dtype is None else check_out_dtype(who, out_dtype)
     if impl == "xla":
         out = _reference(g, mask, block).astype(dtype)
         return out if axis == 1 else out.T
     check_chunk(who, k)
-    return _run(g, mask, block, dtype, axis, tile or default_tile(m, k, axis, dtype), impl)
+    tile = default_tile(m, k, axis, dtype) if tile is None else tile
+    return _run(g, mask, block, dtype, axis, tile, impl)
 
 
 def tuning_key(m: int, k: int, axis: int, dtype: Any) -> str:
@@ -73,7 +75,7 @@ def tuning_key(m: int, k: int, axis: int, dtype: Any) -> str:
 
 def default_tile(m: int, k: int, axis: int, dtype: Any) -> Tile:
     """The tuned tile of this shape's bucket, or 64 rows, which a warp group's product takes, if there are as many."""
-    if found := tuning.lookup(tuning_key(m, k, axis, dtype)):
+    if (found := tuning.lookup(tuning_key(m, k, axis, dtype))) and found.get("split", 1) == 1:
         return Tile(**found)
     return Tile(rows=launch.power_of_two(m, 16, 64), stages=1)
 

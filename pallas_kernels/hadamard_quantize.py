@@ -98,6 +98,7 @@ def hadamard_quantize(
     m, k = x.shape[1 - axis], x.shape[axis]
     check_block(who, block, k)
     check_size(who, m, k)
+    launch.check_tile(who, tile)
     if not (math.isfinite(alpha) and alpha > 0):
         fail(who, f"got alpha={alpha}", "It is a positive multiple of the root mean square")
     if trust is not None and not trust > 0:
@@ -106,14 +107,15 @@ def hadamard_quantize(
     if impl == "xla":
         return _reference(x if axis == 1 else x.T, packed=packed, **options)
     check_chunk(who, k)
-    return _run(x, axis, packed, impl, tile or default_tile(m, k, axis, x.dtype, packed), **options)
+    tile = default_tile(m, k, axis, x.dtype, packed) if tile is None else tile
+    return _run(x, axis, packed, impl, tile, **options)
 
 
 def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) -> Tile:
     """The tuned tile of this shape's bucket, or what was fastest at every K on an H100: programs of two warps and 16
     pieces, whole rows up to K of 4096, so small that many run at once and some read while others compute. With axis=0
     runs of 64 bytes."""
-    if found := tuning.lookup(tuning_key(m, k, axis, dtype, packed)):
+    if (found := tuning.lookup(tuning_key(m, k, axis, dtype, packed))) and found.get("split", 1) == 1:
         return Tile(**found)
     wide = jnp.dtype(dtype).itemsize // 2
     if axis == 1:
@@ -151,7 +153,7 @@ def _reference(x, *, bits, alpha, block, midrise, trust, packed):
         mask = planes.pack((jnp.abs(v) <= trust).astype(jnp.uint8), 1, 8)[0][:, : x.shape[0]]
     if packed:
         words = planes.pack((codes.astype(jnp.int32) - low).astype(jnp.uint8), bits, 8)
-    return Quantized(codes, scale, jnp.sum(codes.astype(jnp.int32), axis=1), mask, words)
+    return Quantized(codes, scale, jnp.sum(codes, axis=1, dtype=jnp.int32), mask, words)
 
 
 def _scale(squares, k, alpha):
@@ -215,7 +217,7 @@ class Rounder:
         word = jnp.zeros_like(found[0])
         for p, each in enumerate(found, first):
             part, by = each & (ones << above), field * p - above
-            word = word | (part << by if by >= 0 else lax.shift_right_logical(part, -by))
+            word = word | (part << by if by >= 0 else lax.shift_right_logical(part, jnp.int32(-by)))
         return word ^ sum(((turn >> above) & ones) << field * p for p in range(first, first + len(found)))
 
 
@@ -232,7 +234,8 @@ def _squares(total, part, assembly):
 def _beyond(word, h, limit, assembly):
     """2 word, + 1 where |h| is larger than the limit (the sign of what is left of it)."""
     if not assembly:
-        return word << 1 | lax.shift_right_logical(lax.bitcast_convert_type(limit - jnp.abs(h), jnp.int32), 31)
+        left = lax.bitcast_convert_type(limit - jnp.abs(h), jnp.int32)
+        return word << 1 | lax.shift_right_logical(left, jnp.int32(31))
     text = "abs.f32 t, $2; sub.f32 t, $3, t; mov.b32 u, t; shf.l.wrap.b32 $0, u, $1, 1;"
     text = f"{{ .reg .f32 t; .reg .b32 u; {text} }}"
     return _inline(text, "=r,r,f,f", jnp.int32, word, h, jnp.broadcast_to(limit, h.shape))
@@ -284,7 +287,7 @@ def _kernel(x_ref, matrix_ref, code_ref, scale_ref, sum_ref, *refs, own, alpha, 
 
     parts = load(0) if own.turns == 1 else None  # held to the end
     nothing = jnp.zeros(shape, jnp.float32)
-    squares = squared(0, nothing, parts) if parts else lax.fori_loop(0, own.turns, squared, nothing)
+    squares = squared(0, nothing, parts) if parts else launch.loop(own.turns, squared, nothing)
     scale = _scale(own.by_row(jnp.sum(squares, axis=1)), own.k, alpha)
     norm = 1.0 if block is None else block**-0.5
     gain = own.of_row(_inverse(scale) * np.float32(norm / rounder.top))
@@ -322,9 +325,9 @@ def _kernel(x_ref, matrix_ref, code_ref, scale_ref, sum_ref, *refs, own, alpha, 
         return total
 
     none = jnp.zeros(shape, jnp.int32)
-    total = finish(0, none) if parts else lax.fori_loop(0, own.turns, finish, none)
+    total = finish(0, none) if parts else launch.loop(own.turns, finish, none)
     count = own.steps * own.turns * MASK_BLOCK
-    sums = rounder.sums(own.by_row(jnp.sum(total, axis=1)), count, count - own.k)
+    sums = rounder.sums(own.by_row(jnp.sum(total, axis=1, dtype=jnp.int32)), count, count - own.k)
     rows = program * own.rows + lax.iota(jnp.int32, own.rows)
     inside = own.rows_inside(rows)
     masks.store(scale_ref.at[rows], scale, inside)

@@ -9,10 +9,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from jax import lax
+from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.checks import fail
+from pallas_kernels import chips
+from pallas_kernels.checks import NoKernel, check_kind, fail
 
 IMPLS = ("triton", "interpret", "xla")
 SHARED_MEMORY = 160 * 1024  # bytes a block may use on an A100; Hopper has 227 KiB
@@ -33,6 +37,9 @@ class Tile:
     split: int = 1
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if type(value := getattr(self, field.name)) is not int:
+                fail("Tile", f"got {field.name}={value!r}", "It takes plain integers")
         for name in ("rows", "columns"):
             size = getattr(self, name)
             if size < 16 or size & (size - 1):
@@ -48,20 +55,45 @@ def check_impl(who: str, impl: str) -> None:
         fail(who, f"got impl={impl!r}", f"It is one of {', '.join(IMPLS)}")
 
 
+def check_tile(who: str, tile: Any) -> None:
+    """Raises: TypeError for anything but a `Tile` or None."""
+    if tile is not None:
+        check_kind(who, "tile", tile, Tile)
+
+
 def assembly(impl: str) -> bool:
     """Whether inline assembly runs (interpretation cannot)."""
     return impl == "triton"
 
 
 def call(kernel: Callable, name: str, impl: str, tile: Tile, **options: Any) -> Callable:
-    """`pl.pallas_call` of the kernel body."""
-    return pl.pallas_call(
+    """`pl.pallas_call` of the kernel body.
+
+    Raises (the callable): NoKernel for arrays where JAX has no GPU; what is only traced may be for another machine."""
+    run = pl.pallas_call(
         kernel,
         name=name,
         interpret=impl == "interpret",
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         **options,
     )
+    if impl == "interpret":
+        return run
+
+    def on_gpu(*operands: Any) -> Any:
+        if not any(isinstance(operand, Tracer) for operand in operands) and chips.traced_kind() is None:
+            raise NoKernel(
+                f"{name} with impl={impl!r} needs an NVIDIA GPU, and JAX has none here. Pass impl='xla', or"
+                " impl='interpret' to test the kernel itself."
+            )
+        return run(*operands)
+
+    return on_gpu
+
+
+def loop(turns: int, body: Callable, start: Any) -> Any:
+    """`lax.fori_loop` from 0, its index an int32 with jax_enable_x64 too."""
+    return lax.fori_loop(np.int32(0), np.int32(turns), body, start)
 
 
 def power_of_two(n: int, low: int, high: int) -> int:

@@ -24,7 +24,6 @@ from pallas_kernels.checks import (
     MATRIX_DTYPES,
     SCALE_DTYPES,
     check_group,
-    check_kind,
     check_matrix,
     check_offsets,
     check_out_dtype,
@@ -80,8 +79,7 @@ def matmul_a16(
     else:
         zeros = jnp.asarray(zeros)
         check_shape(who, "zeros", zeros, (k // length, n), SCALE_DTYPES)
-    if tile is not None:
-        check_kind(who, "tile", tile, Tile)
+    launch.check_tile(who, tile)
     if impl == "xla":
         return _reference(x, words, scales, zeros, bits, length).astype(out_dtype)
     tile = default_tile(m, n, k, bits, length) if tile is None else tile
@@ -242,7 +240,7 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
             total = inner if per_channel else total + scaled(inner, at * (step // group) + g)
         return total
 
-    total = lax.fori_loop(0, steps, turn, nothing)
+    total = launch.loop(steps, turn, nothing)
     if per_channel:  # one scale for the whole row; each part adds its share of the shift
         total = scaled(total, 0, 1 / split)
     masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))

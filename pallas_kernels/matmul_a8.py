@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import launch, masks, matmul_i8, occupancy, planes, tuning
 from pallas_kernels.checks import (
+    MOST_ELEMENTS,
     SCALE_DTYPES,
     check_bits,
-    check_kind,
     check_matrix,
     check_number,
     check_offsets,
@@ -81,23 +81,22 @@ def matmul_a8(
     x_zero = check_number(who, "x_zero", x_zero)
     w_zero = float(1 << (bits - 1)) if w_zero is None else check_number(who, "w_zero", w_zero)
     out_dtype = check_out_dtype(who, out_dtype)
-    if tile is not None:
-        check_kind(who, "tile", tile, Tile)
+    launch.check_tile(who, tile)
     if not x_zero:
         w_sums = None
     elif w_sums is None:
-        w_sums = planes.unpack(tuple(words), bits, n, k).astype(jnp.int32).sum(-1)
+        w_sums = planes.unpack(tuple(words), bits, n, k).sum(-1, dtype=jnp.int32)
     if not _about(bits) and integer_zero(bits) == w_zero:
         x_sums = None
     elif x_sums is None:
-        x_sums = x.astype(jnp.int32).sum(-1)
+        x_sums = x.sum(-1, dtype=jnp.int32)
     finish = functools.partial(_finished, bits=bits, w_zero=w_zero, x_zero=x_zero, k=k)
     sides = x_scales, w_scales, x_sums, w_sums
     if impl == "xla":
         codes = planes.unpack(tuple(words), bits, n, k).astype(jnp.int32) - (integer_zero(bits) - _about(bits))
         sums = lax.dot_general(x, codes.astype(jnp.int8), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         return finish(sums, *sides).astype(out_dtype)
-    if tile is None and impl == "triton" and m >= MANY and matmul_i8.best(m, n, k) == "mosaic":
+    if tile is None and impl == "triton" and _unpacks_first(m, n, k):
         return _unpacked_first(x, words, sides, bits, x_zero, w_zero, out_dtype, "mosaic")
     tile = default_tile(m, n, k, bits) if tile is None else tile
     check_offsets(who, x=x.shape, out=(tile.split, m, n), **{f"words[{i}]": word.shape for i, word in enumerate(words)})
@@ -167,6 +166,12 @@ def _steps(k: int, bits: int, rows: int = 16) -> int:
     return -(-k // _step(k, bits, rows))
 
 
+def _unpacks_first(m, n, k):
+    """Whether there are rows enough for it and `matmul_i8` takes the sizes."""
+    small = k <= matmul_i8.LONGEST and n * k <= MOST_ELEMENTS
+    return m >= MANY and small and matmul_i8.best(m, n, k) == "mosaic"
+
+
 def _unpacked_first(x, words, sides, bits, x_zero, w_zero, out_dtype, impl):
     """By `matmul_i8` from codes that XLA unpacks: N K bytes are written and read, which many rows make up for."""
     x_scales, w_scales, x_sums, w_sums = sides
@@ -210,7 +215,7 @@ def _run(x, words, sides, finish, bits, out_dtype, tile, impl):
         out_specs=pl.BlockSpec((None, tile.rows, tile.columns), lambda n, m, s: (s, m, n)),
         out_shape=jax.ShapeDtypeStruct((tile.split, m, n), out_dtype if whole else jnp.int32),
     )(x, *[a for a, _ in given], *words)  # fmt: skip
-    return out[0] if whole else finish(out.sum(0), *sides).astype(out_dtype)
+    return out[0] if whole else finish(out.sum(0, dtype=jnp.int32), *sides).astype(out_dtype)
 
 
 def _kernel(x_ref, *refs, bits, step, steps, sizes, finish, present, use_assembly):
@@ -238,7 +243,7 @@ def _kernel(x_ref, *refs, bits, step, steps, sizes, finish, present, use_assembl
             total = total + jnp.dot(w, xs.T, preferred_element_type=jnp.int32)
         return total
 
-    total = lax.fori_loop(0, steps, turn, jnp.zeros((columns, rows), jnp.int32))
+    total = launch.loop(steps, turn, jnp.zeros((columns, rows), jnp.int32))
     if finish is not None:
         left = iter(side_refs)
         sides = [

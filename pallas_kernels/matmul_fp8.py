@@ -13,8 +13,8 @@ What multiplies, under impl="triton" (read off the machine code, see `pallas_ker
     bits        HMMA    HMMA    HGMMA          UTCHMMA    the same by shifts, where the chip has no FP8
 
 Pallas cannot tell Triton that the sums inside Hopper's FP8 instruction, of about 14 bits, are good enough, so that
-Triton takes the 16-bit instruction there. "aborts": the compiler ends the process, so a caller for sm_80 must choose
-"bits".
+Triton takes the 16-bit instruction there. "aborts": the compiler would end the process, so "bits" is the default
+there and the others raise NoKernel.
 """
 
 import functools
@@ -26,12 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import launch, matmul_fp8_hopper, tuning
-from pallas_kernels.checks import NoKernel, check_matrix, fail
+from pallas_kernels import chips, launch, matmul_fp8_hopper, tuning
+from pallas_kernels.checks import NoKernel, check_matrix, check_out_dtype, fail
 from pallas_kernels.launch import Tile
 
 DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
-OUT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 THROUGH = ("float8", "float16", "bits")
 BLOCK = 128
 STEP = 128  # contraction indices of one turn of the loop
@@ -53,9 +52,10 @@ def matmul_fp8(
     x, w: float8_e4m3fn or float8_e5m2, any pair. x_scales, float32: [] for the tensor, [M] for rows, [M, ceil(K/128)].
     w_scales, float32: [], [N] for channels, [N, ceil(K/128)], or [ceil(N/128), ceil(K/128)] for blocks of 128 x 128;
     if one side has groups, the other is taken alike. through: "float8", "float16" or "bits", see above; by default
-    "float8" where both dtypes are the same and else "float16".
+    "float8" where both dtypes are the same and else "float16", and "bits" where the chip has no FP8.
     Reference: `impl="xla"`, equal to a rounding of the result and K 2^-23 of its summands.
-    Raises: ValueError for sizes that do not fit, TypeError for dtypes, NoKernel for a pair of dtypes through float8.
+    Raises: ValueError for sizes that do not fit, TypeError for dtypes, NoKernel for a pair of dtypes through float8 and
+    for what the chip has no FP8 for.
     Source: DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2."""
     who = "matmul_fp8"
     if impl != "mosaic":
@@ -64,8 +64,8 @@ def matmul_fp8(
     n, k_of_w = check_matrix(who, "w", w, DTYPES)
     if k != k_of_w:
         fail(who, f"got x of shape {x.shape} and w of shape {w.shape}", "Both end in K: w is [N, K]")
-    if jnp.dtype(out_dtype) not in [jnp.dtype(d) for d in OUT_DTYPES]:
-        raise TypeError(f"{who} got out_dtype={jnp.dtype(out_dtype).name}; it returns bfloat16, float16 or float32.")
+    out_dtype = check_out_dtype(who, out_dtype)
+    launch.check_tile(who, tile)
     if through is not None and through not in THROUGH:
         fail(who, f"got through={through!r}", f"It is one of {', '.join(THROUGH)}")
     x_scales, w_scales = _by_group(who, x_scales, w_scales, m, n, k)
@@ -74,9 +74,13 @@ def matmul_fp8(
     if impl == "mosaic":
         if through is not None:
             fail(who, f"got through={through!r} with impl='mosaic'", "That multiplies FP8 as it is; drop the argument")
-        return matmul_fp8_hopper.run(x, w, x_scales, w_scales, out_dtype, tile or matmul_fp8_hopper.default_tile())
+        tile = matmul_fp8_hopper.default_tile() if tile is None else tile
+        return matmul_fp8_hopper.run(x, w, x_scales, w_scales, out_dtype, tile)
     if through is None:
-        through = "float8" if x.dtype == w.dtype else "float16"
+        converts = impl == "interpret" or chips.traced_capability() >= chips.FP8
+        through = "bits" if not converts else "float8" if x.dtype == w.dtype else "float16"
+    elif impl == "triton" and through != "bits":
+        chips.check_fp8(f"{who} with through={through!r}", "Pass through='bits', or leave it out")
     if through == "float8" and x.dtype != w.dtype:
         raise NoKernel(
             f"{who} got x of {x.dtype} and w of {w.dtype}: Triton under Pallas multiplies FP8 of one dtype only."
@@ -88,7 +92,8 @@ def matmul_fp8(
 
 def default_tile(m: int, n: int, k: int) -> Tile:
     """The tuned tile of this shape's bucket, or one that compiles without spills and fills a GPU's multiprocessors."""
-    if found := tuning.lookup(tuning.key("matmul_fp8", 8, m, n, k)):
+    found = tuning.lookup(tuning.key("matmul_fp8", 8, m, n, k))
+    if found and -(-k // STEP) % found.get("split", 1) == 0:
         return Tile(**found)
     if m > 64:
         return Tile(rows=128, columns=128, warps=8)
@@ -106,7 +111,7 @@ def cases() -> list[tuple]:
     operands = lambda m, a, b: (shape(m, 4096, dtype=a), shape(4096, 4096, dtype=b))
     rows = lambda m: (shape(m), shape(4096))
     blocks = shape(4096, 32), shape(32, 32)
-    native = {"sm_89": "QMMA", "sm_90": "HMMA", "sm_100": "UTCQMMA"}
+    native = {"sm_80": "HMMA", "sm_89": "QMMA", "sm_90": "HMMA", "sm_100": "UTCQMMA"}
     widened = {"sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     hopper = functools.partial(matmul_fp8, impl="mosaic")
     half, bits = (functools.partial(matmul_fp8, through=through) for through in ("float16", "bits"))
@@ -203,7 +208,7 @@ def _kernel(x_ref, w_ref, x_scale_ref, w_scale_ref, out_ref, *, steps, grouped, 
     def scale(group):
         return w_scale_ref[group, :][:, None] * x_scale_ref[group, :][None, :]
 
-    total = lax.fori_loop(0, steps, turn, jnp.zeros((columns, rows), jnp.float32))
+    total = launch.loop(steps, turn, jnp.zeros((columns, rows), jnp.float32))
     if not grouped:
         total = total * scale(0)
     out_ref[...] = total.T.astype(out_ref.dtype)[None]

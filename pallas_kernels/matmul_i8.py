@@ -59,6 +59,7 @@ def matmul_i8(
     if k > LONGEST:
         fail(who, f"got K={k}", f"Sums of more than {LONGEST} products can overflow int32; add up parts of the product")
     out_dtype = check_out_dtype(who, out_dtype)
+    launch.check_tile(who, tile)
     check_shape(who, "x_scales", x_scales, (m,), jnp.float32)
     check_shape(who, "w_scales", w_scales, (n,), jnp.float32)
     sums = _needed_sums(who, "x_sums", x_sums, m, w_offset), _needed_sums(who, "w_sums", w_sums, n, x_offset)
@@ -72,8 +73,10 @@ def matmul_i8(
     if impl == "mosaic":
         finish = functools.partial(_finish, k=k, offsets=offsets)
         sides = [(sums[0], x_scales), (sums[1], w_scales)]
-        return matmul_i8_hopper.run(x, w, sides, finish, out_dtype, tile or matmul_i8_hopper.default_tile(m, n, k))
-    return _run(x, w, x_scales, w_scales, sums, offsets, out_dtype, tile or default_tile(m, n, k), impl)
+        tile = matmul_i8_hopper.default_tile(m, n, k) if tile is None else tile
+        return matmul_i8_hopper.run(x, w, sides, finish, out_dtype, tile)
+    tile = default_tile(m, n, k) if tile is None else tile
+    return _run(x, w, x_scales, w_scales, sums, offsets, out_dtype, tile, impl)
 
 
 def best(m: int, n: int, k: int) -> str:
@@ -86,7 +89,7 @@ def best(m: int, n: int, k: int) -> str:
 
 def default_tile(m: int, n: int, k: int) -> Tile:
     """The tuned tile of this shape's bucket, or one that compiles without spills and fills a GPU's multiprocessors."""
-    if found := tuning.lookup(tuning.key("matmul_i8", 8, m, n, k)):
+    if (found := tuning.lookup(tuning.key("matmul_i8", 8, m, n, k))) and found.get("split", 1) == 1:
         return Tile(**found)
     if min(m, n) <= 64:
         return Tile(rows=launch.power_of_two(m, 16, 64), columns=launch.power_of_two(n, 16, 64), warps=4, stages=3)
@@ -97,11 +100,7 @@ def default_tile(m: int, n: int, k: int) -> Tile:
 def _wide() -> bool:
     """Whether the chip has room for two accumulators of 128 columns: where operands pass through registers on their way
     to the tensor cores (all but Hopper and Blackwell's data-center chips), 240 bytes spill."""
-    kind = chips.traced_kind()
-    known = {chip.name: chip.capability[0] for chip in chips.CHIPS.values()}
-    if kind is None or kind in known:
-        return known.get(kind or "", 9) in (9, 10)
-    return getattr(jax.devices()[0], "compute_capability", "9.0").partition(".")[0] in ("9", "10")
+    return chips.traced_capability()[0] in (0, 9, 10)  # 0: not known
 
 
 def cases() -> list[tuple]:
@@ -218,7 +217,7 @@ def _kernel(x_ref, w_ref, x_scale_ref, w_scale_ref, *refs, sizes, at, offsets, h
         return tuple(total + multiply(read(w_ref, part, inside, i)) for total, part, inside in each)
 
     zeros = jnp.zeros((rows, width), jnp.int32)
-    totals = lax.fori_loop(0, -(-k // STEP), turn, tuple(zeros for _ in parts))
+    totals = launch.loop(-(-k // STEP), turn, tuple(zeros for _ in parts))
     sums = iter(sum_refs)
     x_sum_ref, w_sum_ref = (next(sums) if has else None for has in has_sums)
     side = lambda ref, part, inside: None if ref is None else masks.load(ref.at[part], inside)

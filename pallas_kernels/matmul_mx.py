@@ -67,6 +67,7 @@ def matmul_mx(
         fail(who, f"got x_format={x_format!r} and x_scales of {type(x_scales).__name__}", "Give both, or neither")
     if jnp.dtype(out_dtype) not in [jnp.dtype(d) for d in OUT_DTYPES]:
         raise TypeError(f"{who} got out_dtype={jnp.dtype(out_dtype).name}; it returns bfloat16 or float32.")
+    launch.check_tile(who, tile)
     m, width = check_matrix(who, "x", x, (jnp.bfloat16,) if x_format is None else (jnp.uint8,))
     k = width * _pack(x_format)
     n, _ = check_matrix(who, "words", words, (jnp.uint8,))
@@ -100,7 +101,8 @@ def why_not() -> str | None:
 
 def default_tile(m: int, n: int, k: int, format: str) -> Tile:
     """The tuned tile of this shape's bucket, or one that compiles without spills and fills a GPU's multiprocessors."""
-    if found := tuning.lookup(tuning.key("matmul_mx", 8 // _pack(format), m, n, k)):
+    found = tuning.lookup(tuning.key("matmul_mx", 8 // _pack(format), m, n, k))
+    if found and found.get("split", 1) <= -(-k // STEP):
         return Tile(**found)
     if m > 64:
         return Tile(rows=64, columns=128, warps=8)  # 128 rows spill on Ampere

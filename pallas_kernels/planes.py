@@ -56,8 +56,9 @@ def word_shapes(n: int, k: int, bits: int, word_bits: int = 16) -> tuple[tuple[i
 def pack(codes: UInt8[Array, "n k"], bits: int, word_bits: int = 16) -> tuple[Int[Array, "blocks rows 32"], ...]:
     """The word arrays of codes, one a field. Under `jit` a code of 2^bits or more loses its upper bits unseen.
 
-    Raises: ValueError for widths that are not 1 to 8, words that are not 8 or 16 bits, arrays that are not matrices,
-    or codes of 2^bits or more, where their values are known (not traced); TypeError for codes that are not uint8."""
+    Raises: ValueError for widths that are not 1 to 8, words that are not 8 or 16 bits, arrays that are not matrices
+    or have no rows, or codes of 2^bits or more, where their values are known (not traced); TypeError for codes that are
+    not uint8."""
     check_bits("planes.pack", bits)
     _check_word_bits("planes.pack", word_bits)
     if codes.dtype != jnp.uint8:
@@ -66,6 +67,8 @@ def pack(codes: UInt8[Array, "n k"], bits: int, word_bits: int = 16) -> tuple[In
         raise ValueError(
             f"planes.pack got codes of shape {codes.shape}; it packs a matrix [N, K]. Use vmap for stacks."
         )
+    if codes.shape[0] == 0:
+        fail("planes.pack", f"got codes of shape {codes.shape}", "A matrix has at least one output channel; skip it")
     _check_range(codes, bits)
     n, k = codes.shape
     codes = jnp.pad(codes, ((0, padded_n(n) - n), (0, padded_k(k, bits, word_bits) - k)))

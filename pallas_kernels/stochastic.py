@@ -41,6 +41,7 @@ def stochastic_round(
     Raises: ValueError for shapes, TypeError for an x that is not float32, another dtype or key."""
     who = "stochastic_round"
     launch.check_impl(who, impl)
+    launch.check_tile(who, tile)
     check_matrix(who, "x", x, (jnp.float32,))
     threefry.check_key(who, key)
     name = jnp.dtype(dtype).name
@@ -72,6 +73,7 @@ def stochastic_codes(
     Raises: ValueError for shapes, bits or grid, TypeError for dtypes."""
     who = "stochastic_codes"
     launch.check_impl(who, impl)
+    launch.check_tile(who, tile)
     check_bits(who, bits)
     m, _ = check_matrix(who, "x", x, (jnp.float32,))
     threefry.check_key(who, key)
@@ -109,7 +111,7 @@ def _bfloat16(x, key, row, column):
     magnitude = bits & 0x7FFFFFFF
     up = jnp.minimum(jnp.minimum(magnitude, _LARGEST_BFLOAT16) + noise, _LARGEST_BFLOAT16)
     up = jnp.where(magnitude > _INFINITY, magnitude | 0x00400000, up)  # NaN, quiet, keeps its upper bits
-    return (lax.shift_right_logical(up | (bits ^ magnitude), 16) & 0xFFFF).astype(jnp.uint16)
+    return (lax.shift_right_logical(up | (bits ^ magnitude), jnp.int32(16)) & 0xFFFF).astype(jnp.uint16)
 
 
 def _fp8(x, key, row, column, *, fmt):

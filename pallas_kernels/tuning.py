@@ -12,10 +12,18 @@ import functools
 import json
 import os
 import pathlib
+import uuid
+from collections.abc import Iterator
 
 from pallas_kernels import chips
+from pallas_kernels.launch import Tile
 
-FIELDS = {"rows", "columns", "warps", "stages", "split"}  # of a launch.Tile
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+FIELDS = {"rows": 1024, "columns": 1024, "warps": 16, "stages": 16, "split": 256}  # of a launch.Tile, and the most
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: fewer leave some idle
 ALIKE = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # the same processor with other memory: its tiles, where it has none
 PACKAGED = pathlib.Path(__file__).with_name("tuned.json")
@@ -52,21 +60,47 @@ def on_chip(name: str):
 
 
 def store(entries: dict[str, dict[str, int]], chip: str, path: pathlib.Path | None = None) -> pathlib.Path:
-    """Adds entries to a table and writes it (default: the user's)."""
+    """Adds entries to a table and writes it (default: the user's); other writers wait.
+
+    Raises: OSError where the file cannot be written, ValueError for a table that is damaged."""
     path = user_file() if path is None else path
-    table = dict(_read(path, _age(path)))
-    table[chip] = table.get(chip, {}) | entries
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_suffix(".writing")
-    whole.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    whole.replace(path)
+    whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(f".{path.name}.lock.tmp")):
+            table = dict(_parsed(path)) if path.exists() else {}
+            table[chip] = table.get(chip, {}) | entries
+            try:
+                whole.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+                whole.replace(path)
+            finally:
+                whole.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"pallas_kernels.tuning cannot write {path} ({error}). Set LOWBIT_JAX_TUNING to a file in a folder that can"
+            " be written."
+        ) from error
+    _read.cache_clear()  # two writes may share a time
     return path
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Inside, no other process or thread is; on systems and file systems that have locks."""
+    if fcntl is None:
+        yield
+        return
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def user_file() -> pathlib.Path:
     """Where the user's own table is."""
-    home = pathlib.Path.home() / ".cache" / "lowbit_jax" / "tuning.json"
-    return pathlib.Path(os.environ.get("LOWBIT_JAX_TUNING", home))
+    if told := os.environ.get("LOWBIT_JAX_TUNING"):
+        return pathlib.Path(told)
+    return pathlib.Path.home() / ".cache" / "lowbit_jax" / "tuning.json"
 
 
 def _age(path: pathlib.Path) -> int:
@@ -78,8 +112,10 @@ def _age(path: pathlib.Path) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _read(path: pathlib.Path, age: int) -> dict:
-    if not age:
-        return {}
+    return _parsed(path) if age else {}
+
+
+def _parsed(path: pathlib.Path) -> dict:
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -88,15 +124,20 @@ def _read(path: pathlib.Path, age: int) -> dict:
         ) from error
     entries = table.values() if isinstance(table, dict) else [None]
     tiles = [tile for entry in entries for tile in (entry.values() if isinstance(entry, dict) else [None])]
-    if bad := [tile for tile in tiles if not _is_tile(tile)]:
+    if bad := [(tile, why) for tile in tiles if (why := _why_no_tile(tile))]:
         raise ValueError(
-            f"pallas_kernels.tuning: {path} holds {bad[0]!r} where {{chip: {{bucket: tile}}}} belongs, a tile being"
-            f" integers under {', '.join(sorted(FIELDS))}. Delete the file, or run benchmarks.gpu again."
+            f"pallas_kernels.tuning: {path} holds {bad[0][0]!r} where {{chip: {{bucket: tile}}}} belongs ({bad[0][1]})."
+            " Delete the file, or run benchmarks.gpu again."
         )
     return table
 
 
-def _is_tile(tile: object) -> bool:
-    return (
-        isinstance(tile, dict) and set(tile) <= FIELDS and all(type(size) is int and size > 0 for size in tile.values())
-    )
+def _why_no_tile(fields: object) -> str | None:
+    if not isinstance(fields, dict) or not set(fields) <= set(FIELDS):
+        return f"a tile is integers under {', '.join(sorted(FIELDS))}"
+    try:
+        Tile(**fields)
+    except ValueError as error:
+        return str(error).removesuffix(".")
+    beyond = [name for name, size in fields.items() if size > FIELDS[name]]
+    return f"{beyond[0]} is at most {FIELDS[beyond[0]]}" if beyond else None

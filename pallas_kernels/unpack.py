@@ -82,7 +82,7 @@ def _code(words, bits, planes, word):
     """The code of one plane, int32; `word` has the bits of a word set."""
     code = jnp.zeros(words[0].shape, jnp.int32)
     for i, width, at, above in _fields(bits, planes):
-        part = lax.shift_right_logical(words[i].astype(jnp.int32) & word, at) & ((1 << width) - 1)
+        part = lax.shift_right_logical(words[i].astype(jnp.int32) & word, jnp.int32(at)) & ((1 << width) - 1)
         code = code | part << above
     return code
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.operands import bytes_of
-from benchmarks.gpu.speed import NO_SPILLS, Roof, on_device, seconds
-from pallas_kernels import hadamard_backward, hadamard_quantize, planes, tuning
+from benchmarks.gpu.speed import NO_SPILLS, Roof, on_device, seconds, store
+from pallas_kernels import hadamard_backward, hadamard_quantize, planes
 from pallas_kernels.launch import Tile
 
 ARRAYS = 6  # in one program, together several times the cache
@@ -81,7 +81,7 @@ def measure(rounds: int, roof: Roof) -> list[dict]:
         best = min(programs, key=took.__getitem__)
         tile, device = each[int(best)][0], on_device(programs[best], ARRAYS)
         if tile is not None:
-            tuning.store({case.key: dataclasses.asdict(tile)}, jax.devices()[0].device_kind)
+            store(case.key, tile)
         moved = bytes_of(case.arguments[0]) + bytes_of(jax.eval_shape(case.run, *case.arguments[0]))
         copied_a_second = 2 * copied.nbytes / ARRAYS / took["copy"]
         rows.append({

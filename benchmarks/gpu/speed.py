@@ -194,6 +194,14 @@ def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str,
     return rows
 
 
+def store(entry: str, tile: Tile) -> None:
+    """The tile goes into the user's tuning table, if that can be written: the row of the report matters more."""
+    try:
+        tuning.store({entry: dataclasses.asdict(tile)}, jax.devices()[0].device_kind)
+    except (OSError, ValueError) as error:
+        print(f"the tile of {entry} is in the report alone: {error}", flush=True)
+
+
 def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, rounds: int, roof: Roof) -> dict:
     """The row of one product; its best tile goes into the user's tuning table."""
     p, x, weights = b.product, b.product.activation(0), weights_of(b.product)
@@ -207,8 +215,7 @@ def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, round
                          (("bfloat16", dots), ("kernel", len(weights)), ("xla", XLA_COPIES)))  # fmt: skip
     device = on_device(asked["kernel"], len(weights))
     if tile is not None:
-        entry = {tuning.key(p.kernel, p.bits, p.m, p.n, p.k): dataclasses.asdict(tile)}
-        tuning.store(entry, jax.devices()[0].device_kind)
+        store(tuning.key(p.kernel, p.bits, p.m, p.n, p.k), tile)
     return {
         "product": p.name, "group": p.group, "m": p.m, "n": p.n, "k": p.k,
         "bfloat16_us": 1e6 * float(np.median(base)), "kernel_us": 1e6 * float(np.median(kernel)),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lowbit_jax.nn.site import Site
 from lowbit_jax.ops import LinearRecipe, integer_product
-from lowbit_jax.ops.backend import available, sees_gpu
+from lowbit_jax.ops.backend import available, sees_gpu, takes_kernel
 from lowbit_jax.ops.packed_product import PackedProduct, fused_options, has_kernel, kernel_name, uses_int8
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.product import Dims, Forward
@@ -42,9 +42,9 @@ def of_activation(recipe: LinearRecipe, site: Site, packed: QTensor | None, dtyp
 def _chosen(name: str | None, implementation: str) -> str:
     if name is None or implementation == "reference" or not available():
         return "xla"
-    if implementation in ("kernel", "interpret") or sees_gpu():
+    if implementation in ("kernel", "interpret") or takes_kernel():
         return name
-    return f"xla ({name} on a GPU)"
+    return f"xla ({name} on {'one device' if sees_gpu() else 'a GPU'})"
 
 
 def _of_training(recipe: LinearRecipe, site: Site, dtype: Any) -> str | None:
