@@ -19,7 +19,8 @@ FIRST, SECOND = "first", "second"
 
 # Class of an optax state -> its fields that have the shape of the parameters: a signed average ("first"), an average of
 # squares or another non-negative one ("second"), or None for what stays as it is: sums that only grow (SM3's
-# accumulators), step sizes that are multiplied at every step (Rprop), one number for a layer (NovoGrad).
+# accumulators), step sizes that are multiplied at every step (Rprop), one number for a layer (NovoGrad), moments of
+# which the difference is taken (nu - mu**2 of centered RMSProp, which rounding would make negative).
 FIELDS: dict[str, dict[str, str | None]] = {
     "ScaleByAdamState": {"mu": FIRST, "nu": SECOND},
     "ScaleByAmsgradState": {"mu": FIRST, "nu": SECOND, "nu_max": SECOND},
@@ -27,8 +28,8 @@ FIELDS: dict[str, dict[str, str | None]] = {
     "ScaleByLionState": {"mu": FIRST},
     "ScaleByRmsState": {"nu": SECOND},
     "ScaleByRmsWithCountState": {"nu": SECOND},
-    "ScaleByRStdDevState": {"mu": FIRST, "nu": SECOND},
-    "ScaleByRStdDevWithCountState": {"mu": FIRST, "nu": SECOND},
+    "ScaleByRStdDevState": {"mu": None, "nu": None},
+    "ScaleByRStdDevWithCountState": {"mu": None, "nu": None},
     "ScaleByAdemamixState": {"m1": FIRST, "m2": FIRST, "nu": SECOND},
     "ScaleBySimplifiedAdEMAMixState": {"m": FIRST, "n": SECOND},
     "MomoAdamState": {"exp_avg": FIRST, "exp_avg_sq": SECOND},

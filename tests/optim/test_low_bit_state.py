@@ -391,6 +391,14 @@ def test_fields_of_unknown_kind_are_named_with_their_class():
         assert stored_in(lb.optim.low_bit_state(tx).init(PARAMS))
 
 
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_moments_whose_difference_is_taken_stay_in_float32(bias_correction):
+    """sqrt(nu - mu**2) of a gradient that hardly changes: a code's rounding is more than the whole difference."""
+    tx = lb.optim.low_bit_state(optax.rmsprop(1e-3, centered=True, bias_correction=bias_correction))
+    with pytest.warns(UserWarning, match="nothing in few bits"):
+        assert not stored_in(tx.init(PARAMS))
+
+
 @pytest.mark.parametrize("wrap", [lb.optim.low_bit_state, lb.optim.master_weights])
 def test_gradients_that_are_not_floating(wrap):
     tx = wrap(optax.adam(1e-3))
