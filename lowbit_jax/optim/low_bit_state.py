@@ -193,6 +193,7 @@ def _warn_if_nothing(state: Any, params: Any, own: moments.Rules) -> None:
     if jax.tree.leaves(params) and not any(map(is_stored, leaves)):
         warnings.warn(
             f"low_bit_state stored nothing in few bits: no moment that may be (lb.optim.FIELDS) has {own.min_size}"
-            f" elements or more outside of what keep={own.keep} names. Pass a smaller min_size, or leave the wrapper out.",
+            f" elements or more outside of what keep={own.keep} names. Pass a smaller min_size, or leave the wrapper"
+            " out.",
             stacklevel=3,
         )
