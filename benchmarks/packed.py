@@ -27,6 +27,7 @@ RECIPES = {
     "w3a16 without rotation": lb.quest(3, activations=False, block=None),
     "w1a16 without rotation": lb.quest(1, activations=False, block=None),
     "w4a4": lb.quest(4),
+    "w8a8": lb.quest(8),
 }
 LAYOUTS = ("bitstream-le/1", "planes/1")
 

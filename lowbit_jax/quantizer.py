@@ -6,6 +6,7 @@ The record is frozen and hashable: it can be a static argument of a jitted funct
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -122,6 +123,26 @@ class Quantizer:
         if support is not None:
             values = jnp.where(support, values, jnp.zeros_like(values))
         return lax.stop_gradient((join(values, h.shape), scale))
+
+    def factors(
+        self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None
+    ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"], Any]:
+        """`elements`, and what `pull_back` needs, for a product with a gradient of its own: one scale a row or a
+        tensor, and none learned."""
+        _, tiles, _, scale, inv_scale, support = self._fitted(x, axis, None)
+        u = lax.mul(tiles, lax.broadcast_in_dim(inv_scale, tiles.shape, range(tiles.ndim)))
+        values = self.rounding(u, self.format, key)
+        if support is not None:
+            values = jnp.where(support, values, jnp.zeros_like(values))
+        return values, scale, self.estimator.residuals(u, values, self.format, support)
+
+    def pull_back(self, residuals: Any, g: Float[Array, "*s"], *, axis: Axis = -1) -> Float[Array, "*s"]:
+        """The cotangent of x, float32, for the cotangent g of the product of both `factors`."""
+        tiles, axes = self.tiling.split(g.astype(jnp.float32), axis)
+        dx, _ = self.estimator.gradients(residuals, tiles, self.format, math.prod(tiles.shape[a] for a in axes))
+        if self.rotation is None:
+            return dx
+        return self.rotation.undo(dx, normalized_axes(axis, g.ndim, "Quantizer")[-1])  # orthogonal: the transpose
 
     def quantize(
         self, x: Float[Array, "*s"], *, axis: int = -1, key: Array | None = None, scale: Array | None = None

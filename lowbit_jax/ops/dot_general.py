@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lowbit_jax.ops import backend, integer_product
+from lowbit_jax.ops import backend, coded_product, integer_product
 from lowbit_jax.ops.packed_product import PackedProduct, has_kernel
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.product import Dims, Forward, backward_operands, plain_product, product
@@ -58,7 +58,8 @@ def dot_general(
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
         by_kernel = by_name or (recipe.implementation == "auto" and has_kernel(rhs) and backend.takes_kernel(lhs, rhs))
-        product_of = packed if by_kernel or isinstance(rhs, PlaneTensor) else functools.partial(_packed_by_xla, packed)
+        by_kernel |= isinstance(rhs, PlaneTensor) or (recipe.implementation == "auto" and packed.on_int8(lhs, rhs))
+        product_of = packed if by_kernel else functools.partial(_packed_by_xla, packed)
         return product_of(lhs, rhs, lhs_key, learned.get("lhs"))
     if by_name or (recipe.implementation == "auto" and backend.takes_kernel(lhs, rhs)):
         reason = integer_product.why_not(recipe, forward, lhs, rhs)
@@ -66,6 +67,8 @@ def dot_general(
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs)
         if by_name:
             raise NotImplementedError(f"lb.dot_general: no integer product for this recipe: {reason}.")
+    if coded_product.serves(recipe, forward, lhs, rhs, rotated):
+        return coded_product.coded_product(forward, recipe, lhs, rhs, (lhs_key, rhs_key, backward_key))
     lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, learned.get("lhs"))
     if recipe.rhs_ready:
         rhs_hat = rhs

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int8
 
 from lowbit_jax import rounding
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
-from lowbit_jax.ops import backend, mx_product
+from lowbit_jax.ops import backend, coded_product, mx_product
 from lowbit_jax.ops.plane_tensor import PlaneTensor, affine_zero
 from lowbit_jax.ops.product import Forward
 from lowbit_jax.ops.recipe import LinearRecipe
@@ -49,6 +49,15 @@ class PackedProduct:
         if mx_product.mx_format(rhs.quantizer):
             return mx_product.why_not(self, lhs, rhs)
         return f"no kernel reads weights of {rhs.quantizer.format.name} in the layout {rhs.layout!r}"
+
+    def on_int8(self, lhs: Any, rhs: QTensor) -> bool:
+        """Whether XLA multiplies integers here, where no kernel runs."""
+        return coded_product.serves_packed(self.recipe, self.forward, lhs, rhs, self.rotated)
+
+
+def _coded(product: PackedProduct, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:
+    assert scale is None, "`on_int8` takes no learned scales"
+    return coded_product.packed_product(product.recipe, product.forward, lhs, rhs, key)
 
 
 def has_kernel(rhs: QTensor) -> bool:
@@ -122,9 +131,10 @@ def _through(product, lhs, rhs, key, scale):
     why_not = None if implementation == "reference" else product.why_not(lhs, rhs)
     if not planes and implementation == "interpret" and why_not is None:
         why_not = "raw Triton has no interpretation under JAX"
+    by_xla = _coded if implementation == "auto" and product.on_int8(lhs, rhs) else product.reference
     return backend.choose(
         functools.partial(_kernel if planes else mx_product.kernel, product),
-        functools.partial(product.reference, product), lhs, rhs, key, scale,
+        functools.partial(by_xla, product), lhs, rhs, key, scale,
         implementation=implementation, why_not=why_not, who="lb.dot_general",
     )  # fmt: skip
 

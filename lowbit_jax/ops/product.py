@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from lowbit_jax.ops import backend
+from lowbit_jax.ops import backend, int8
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import PerRow, PerTensor, absmax
@@ -63,6 +63,13 @@ def _plain_forward(forward, lhs, rhs):
 
 def _plain_backward(forward, saved, g):
     lhs, rhs = saved
+    return plain_gradients(forward, lhs, rhs, g)
+
+
+def plain_gradients(
+    forward: Forward, lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"], g: Float[Array, "*out"]
+) -> tuple[Float[Array, "*lhs"], Float[Array, "*rhs"]]:
+    """Cotangents of both operands of `plain_product`."""
     (dlhs,) = jax.linear_transpose(lambda lhs: forward(lhs, rhs), lhs)(g)
     by_rule = lambda lhs, rhs, g: jax.linear_transpose(lambda rhs: forward(lhs, rhs), rhs)(g)[0]
     dims = forward.dims
@@ -156,7 +163,17 @@ def _product_forward(forward, recipe, lhs_hat, rhs_hat, others, key):
 
 
 def _product_backward(forward, recipe, saved, g):
-    lhs_hat, rhs_hat, (lhs, rhs), key = saved
+    lhs_hat, rhs_hat, others, key = saved
+    nothing = jax.tree.map(jnp.zeros_like, others)
+    no_key = None if key is None else np.zeros(key.shape, jax.dtypes.float0)
+    return *product_gradients(forward, recipe, lhs_hat, rhs_hat, others, key, g), nothing, no_key
+
+
+def product_gradients(
+    forward: Forward, recipe: LinearRecipe, lhs_hat: Array, rhs_hat: Array, others: tuple[Any, Any], key: Any, g: Array
+) -> tuple[Array, Array]:
+    """Cotangents of both operands of `product`."""
+    lhs, rhs = others
     keys = (None, None) if key is None else jax.random.split(key)
     dims = forward.dims
     batch = tuple(range(len(dims.lhs_batch)))
@@ -166,7 +183,7 @@ def _product_backward(forward, recipe, saved, g):
 
     numbers = ((g_rhs_free, rhs_free), (batch, dims.rhs_batch))
     if recipe.grad_lhs.fold and rhs_free:
-        dlhs = _folded_product(g, rhs, numbers, 0, recipe.grad_lhs, forward.precision, lhs_hat.dtype, keys[0])
+        dlhs = _folded_product(g, rhs, numbers, 0, recipe, forward.precision, lhs_hat.dtype, keys[0])
     else:
         other = rhs_hat if recipe.grad_lhs.rhs == FORWARD else rhs
         dlhs = _backward_product(g, other, numbers, recipe.grad_lhs, forward.precision, keys[0])
@@ -174,15 +191,13 @@ def _product_backward(forward, recipe, saved, g):
 
     numbers = ((lhs_free, g_lhs_free), (dims.lhs_batch, batch))
     if recipe.grad_rhs.fold and lhs_free:
-        drhs = _folded_product(g, lhs, numbers, 1, recipe.grad_rhs, forward.precision, lhs_hat.dtype, keys[1])
+        drhs = _folded_product(g, lhs, numbers, 1, recipe, forward.precision, lhs_hat.dtype, keys[1])
     else:
         other = lhs_hat if recipe.grad_rhs.lhs == FORWARD else lhs
         drhs = _backward_product(other, g, numbers, recipe.grad_rhs, forward.precision, keys[1])
     drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)).tolist())
 
-    nothing = jax.tree.map(jnp.zeros_like, (lhs, rhs))
-    no_key = None if key is None else np.zeros(key.shape, jax.dtypes.float0)
-    return dlhs.astype(lhs_hat.dtype), drhs.astype(rhs_hat.dtype), nothing, no_key
+    return dlhs.astype(lhs_hat.dtype), drhs.astype(rhs_hat.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -200,28 +215,37 @@ def _backward_product(lhs, rhs, numbers, gemm: Gemm, precision, key):
     return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=recipe, key=key)
 
 
-def _folded_product(g, folded, numbers, side, gemm: Gemm, precision, dtype, key):
+def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, dtype, key):
     """Q(g s) . e, or e . Q(g s) with `side` 1, for the forward's operand s e: on the codes' values, which 16 bits hold
-    exactly, then times the cotangent's own scales."""
+    exactly, then times the cotangent's own scales. folded: (grid values or their integers as int8, scales)."""
+    gemm, kept = (recipe.grad_lhs, recipe.out.rhs) if side == 0 else (recipe.grad_rhs, recipe.out.lhs)
     quantizer = gemm.folded
-    assert isinstance(quantizer, Quantizer)
+    assert isinstance(quantizer, Quantizer) and isinstance(kept, Quantizer)
     values, scales = folded
     contracted, batch = numbers[0][side], numbers[1][side]
     order = (*numbers[1][1 - side], *numbers[0][1 - side])
     along = [1] * g.ndim
     for axis, size in zip((*batch, *contracted), (scales.shape[a] for a in order), strict=True):
         along[axis] = size
-    kept = [a for a in range(scales.ndim) if a not in order]
-    assert all(scales.shape[a] == 1 for a in kept), "one scale a row or a tensor"
-    weighted = g.astype(jnp.float32) * jnp.transpose(scales, (*order, *kept)).reshape(along)
+    other_axes = [a for a in range(scales.ndim) if a not in order]
+    assert all(scales.shape[a] == 1 for a in other_axes), "one scale a row or a tensor"
+    weighted = g.astype(jnp.float32) * jnp.transpose(scales, (*order, *other_axes)).reshape(along)
     whole_rows = isinstance(quantizer.tiling, PerRow | PerTensor) and quantizer.rotation is None
     if whole_rows:
         codes, own = quantizer.elements(weighted, axis=contracted, key=key)
     else:
         codes, own = quantizer(weighted, axis=contracted, key=key), None
-    compute = dtype if whole_rows else jnp.float32
-    a, b = (codes, values) if side == 0 else (values, codes)
-    out = lax.dot_general(a.astype(compute), b.astype(compute), numbers, precision, jnp.float32)
+    pair = (codes, values) if side == 0 else (values, codes)
+    formats = (quantizer.format, kept.format) if side == 0 else (kept.format, quantizer.format)
+    if values.dtype != jnp.int8 or own is None or not int8.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
+        grid = lambda x, fmt: int8.from_int8(x, fmt) if x.dtype == jnp.int8 else x
+        compute = dtype if whole_rows else jnp.float32
+        a, b = (grid(x, fmt).astype(compute) for x, fmt in zip(pair, formats, strict=True))
+        out = lax.dot_general(a, b, numbers, precision, jnp.float32)
+    else:
+        integers = lambda x, fmt: x if x.dtype == jnp.int8 else int8.to_int8(x, fmt)
+        a, b = (integers(x, fmt) for x, fmt in zip(pair, formats, strict=True))
+        out = int8.product(a, b, formats, numbers)
     if own is None:
         return out
     free = [1] * (values.ndim - len(order))

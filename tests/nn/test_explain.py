@@ -7,6 +7,7 @@ from flax import linen, nnx
 
 import lowbit_jax as lb
 from lowbit_jax.nn.compiled import products_of
+from lowbit_jax.ops.int8 import multiplies
 
 
 class Net(nnx.Module):
@@ -21,6 +22,9 @@ class Net(nnx.Module):
 
 
 TOKENS = jnp.arange(6).reshape(2, 3)
+ON_INT8 = multiplies((2, 2), (2, 2), (lb.formats.INT8,) * 2, (((1,), (0,)), ((), ())))
+F32 = "dot f32 x f32 -> f32"
+RAN = {"out": "dot s8 x s8 -> s32" if ON_INT8 else F32, "grad_lhs": F32, "grad_rhs": F32}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +65,9 @@ def test_each_layer_shows_its_block_and_its_bits(model):
 def test_the_compiled_program_shows_operation_and_dtypes(model):
     explanation = lb.explain(model, TOKENS)
     for product in ("out", "grad_lhs", "grad_rhs"):
-        assert {r.ran for r in rows_of(explanation, "up", product)} == {"dot f32 x f32 -> f32"}
+        assert {r.ran for r in rows_of(explanation, "up", product)} == {RAN[product]}
     (head,) = {r.ran for r in rows_of(explanation, "head", "out")}
-    assert head.startswith("dot ") and "bf16" in head or "f32 x f32" in head
+    assert head == RAN["out"] if ON_INT8 else head in (F32, "dot bf16 x bf16 -> bf16", "dot bf16 x bf16 -> f32")
     assert explanation.missing == ("unused",)
     assert "NOT IN THE COMPILED PROGRAM: unused" in str(explanation)
 
@@ -71,7 +75,7 @@ def test_the_compiled_program_shows_operation_and_dtypes(model):
 def test_packed_models_show_that_they_are(model):
     explanation = lb.explain(lb.convert(model), TOKENS)
     assert {r.kernel for r in rows_of(explanation, "up", "out")} == {"xla", "xla, packed"}
-    assert {r.ran for r in rows_of(explanation, "up", "out")} == {"dot f32 x f32 -> f32"}
+    assert {r.ran for r in rows_of(explanation, "up", "out")} == {RAN["out"]}
     assert "gradients" not in str(explanation)
 
 
@@ -90,7 +94,7 @@ def test_convolutions_and_stacks():
     assert not explanation.missing
     for product in ("out", "grad_lhs", "grad_rhs"):
         assert all("f32 x f32 -> f32" in r.ran for r in rows_of(explanation, "conv", product))
-        assert all(r.ran == "dot f32 x f32 -> f32" for r in rows_of(explanation, "layers", product))
+        assert all(r.ran == RAN[product] for r in rows_of(explanation, "layers", product))
     assert rows_of(explanation, "conv", "out")[1].rotation.startswith("hadamard 16")
 
 
@@ -115,7 +119,7 @@ def test_linen_models_are_explained_by_their_inputs():
         explanation = lb.explain(model, *arguments)
         assert {r.layer for r in explanation.rows} == {"up"} and explanation.high_precision == ("head (Dense)",)
         for product in ("out", "grad_lhs", "grad_rhs"):
-            assert {r.ran for r in rows_of(explanation, "up", product)} == {"dot f32 x f32 -> f32"}
+            assert {r.ran for r in rows_of(explanation, "up", product)} == {RAN[product]}
     assert lb.explain(Model()).rows == ()
 
 
