@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from pallas_kernels import chips, launch, threefry
-from pallas_kernels.checks import check_matrix, check_shape, fail
+from pallas_kernels.checks import check_matrix, check_offsets, check_shape, fail
 from pallas_kernels.launch import Tile
 from pallas_kernels.minifloat import (
     E2M1,
@@ -210,6 +210,8 @@ def _check(who, x, block, key, impl):
     _, k = check_matrix(who, "x", x, DTYPES)
     if k % block:
         fail(who, f"got rows of {k} elements, which blocks of {block} do not divide", f"Pad them by {-k % block} zeros")
+    if impl != "xla":
+        check_offsets(who, x=x.shape)
     if key is not None:
         threefry.check_key(who, key)
 
@@ -220,6 +222,8 @@ def _check_words(who, words, scales, bits, block, dtype, impl):
         raise TypeError(f"{who} got dtype={jnp.dtype(dtype).name}; it returns bfloat16, float16 or float32.")
     m, blocks = check_matrix(who, "scales", scales, (jnp.uint8,))
     check_shape(who, "words", words, (m, blocks * block * bits // 8), jnp.uint8)
+    if impl != "xla":
+        check_offsets(who, out=(m, blocks * block))
     return blocks * block
 
 

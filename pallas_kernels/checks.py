@@ -26,10 +26,17 @@ def check_bits(who: str, bits: int) -> None:
         fail(who, f"got bits={bits!r}", "Codes have 1 to 8 bits")
 
 
+def check_array(who: str, name: str, x: Any) -> None:
+    """Raises: TypeError for what has no shape and dtype."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{who} got {name} of type {type(x).__name__}; it takes arrays: pass jnp.asarray({name}).")
+
+
 def check_matrix(who: str, name: str, x: Any, dtypes: tuple) -> tuple[int, int]:
     """(rows, columns) of a matrix of one of the dtypes.
 
-    Raises: ValueError for other ranks or no elements, TypeError for other dtypes."""
+    Raises: ValueError for other ranks or no elements, TypeError for other dtypes and what is no array."""
+    check_array(who, name, x)
     if x.ndim != 2:
         fail(who, f"got {name} of shape {x.shape}", "It takes a matrix; merge leading axes, or use vmap")
     if x.dtype not in [jnp.dtype(d) for d in dtypes]:
@@ -45,7 +52,9 @@ def check_matrix(who: str, name: str, x: Any, dtypes: tuple) -> tuple[int, int]:
 
 
 def check_shape(who: str, name: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """Raises: ValueError for another shape, TypeError for another dtype (or none of them, when they are a tuple)."""
+    """Raises: ValueError for another shape, TypeError for another dtype (or none of a tuple of them) or what is
+    no array."""
+    check_array(who, name, x)
     if tuple(x.shape) != shape:
         fail(who, f"got {name} of shape {tuple(x.shape)}; it takes {shape}", "Check the sizes of the operands")
     allowed = [jnp.dtype(d) for d in (dtype if isinstance(dtype, tuple) else (dtype,))]
@@ -78,6 +87,12 @@ def check_out_dtype(who: str, dtype: Any) -> np.dtype:
     return allowed[seen]
 
 
+def check_integer(who: str, name: str, value: Any) -> None:
+    """Raises: TypeError for anything but an integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{who} got {name}={value!r}, a {type(value).__name__}; it takes an integer, or None.")
+
+
 def check_kind(who: str, name: str, value: Any, kind: type) -> None:
     """Raises: TypeError unless the value is a `kind`."""
     if not isinstance(value, kind):
@@ -101,9 +116,10 @@ def check_offsets(who: str, **shapes: tuple[int, ...]) -> None:
 def check_group(who: str, group: int | None, k: int) -> int:
     """The length of a group, `k` for None.
 
-    Raises: ValueError unless it is a multiple of 32 that divides k."""
+    Raises: ValueError unless it is a multiple of 32 that divides k, TypeError unless it is an integer."""
     if group is None:
         return k
+    check_integer(who, "group", group)
     if group < 32 or group % 32 or k % group:
         legal = [g for g in (32, 64, 128, 256) if k % g == 0]
         fail(who, f"got group={group} for K={k}", f"A group is a multiple of 32 that divides K (here {legal}), or None")

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import launch, planes
-from pallas_kernels.checks import NoKernel, fail
+from pallas_kernels.checks import NoKernel, check_integer, fail
 from pallas_kernels.launch import Tile
 
 CHUNK = 128  # K is a multiple of this: whole blocks of any rotation
@@ -26,7 +26,9 @@ _MOST = 2**31 - 1  # elements: offsets have 32 bits
 
 
 def check_block(who: str, block: int | None, k: int) -> None:
-    """Raises: ValueError for other blocks than 32, 64, 128 that divide k, or None."""
+    """Raises: ValueError for other blocks than 32, 64, 128 that divide k, or None, TypeError for no integer."""
+    if block is not None:
+        check_integer(who, "block", block)
     if block not in (None, 32, 64, 128) or (block is not None and k % block):
         fail(who, f"got block={block} for K={k}", "Blocks are 32, 64 or 128 and divide K, or None")
 

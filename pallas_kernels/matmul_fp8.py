@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import chips, launch, matmul_fp8_hopper, tuning
-from pallas_kernels.checks import NoKernel, check_matrix, check_out_dtype, fail
+from pallas_kernels.checks import NoKernel, check_matrix, check_offsets, check_out_dtype, fail
 from pallas_kernels.launch import Tile
 
 DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -71,6 +71,7 @@ def matmul_fp8(
     x_scales, w_scales = _by_group(who, x_scales, w_scales, m, n, k)
     if impl == "xla":
         return _reference(x, w, x_scales, w_scales).astype(out_dtype)
+    check_offsets(who, x=x.shape, w=w.shape, out=(m, n))
     if impl == "mosaic":
         if through is not None:
             fail(who, f"got through={through!r} with impl='mosaic'", "That multiplies FP8 as it is; drop the argument")

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from pallas_kernels import launch, threefry
-from pallas_kernels.checks import check_bits, check_matrix, fail
+from pallas_kernels.checks import check_bits, check_matrix, check_offsets, check_shape, fail
 from pallas_kernels.launch import Tile
 from pallas_kernels.minifloat import E4M3, E5M2, bits_of, encode, flush, up_or_down
 
@@ -44,6 +44,7 @@ def stochastic_round(
     launch.check_tile(who, tile)
     check_matrix(who, "x", x, (jnp.float32,))
     threefry.check_key(who, key)
+    _check_offsets(who, x, impl)
     name = jnp.dtype(dtype).name
     if name != "bfloat16" and name not in _FP8:
         raise TypeError(f"{who} got dtype={name}; it rounds to bfloat16, {' or '.join(_FP8)}.")
@@ -77,12 +78,10 @@ def stochastic_codes(
     check_bits(who, bits)
     m, _ = check_matrix(who, "x", x, (jnp.float32,))
     threefry.check_key(who, key)
+    _check_offsets(who, x, impl)
     if grid not in GRIDS:
         fail(who, f"got grid={grid!r}", f"It is one of {', '.join(GRIDS)}")
-    if scales.shape != (m,):
-        fail(who, f"got scales of shape {scales.shape} for {m} rows", "There is one a row")
-    if scales.dtype != jnp.float32:
-        raise TypeError(f"{who} got scales of {scales.dtype}; it takes float32. Cast them first.")
+    check_shape(who, "scales", scales, (m,), jnp.float32)
     inverse = jnp.where(scales == 0, 0.0, 1 / jnp.where(scales == 0, 1.0, scales))
     rounded = functools.partial(_codes, bits=bits, shift=0.5 if grid == "midrise" else 0.0)
     return _run(x, (inverse,), key, rounded, jnp.uint8, f"stochastic_{grid}{bits}", tile, impl)
@@ -99,6 +98,11 @@ def cases() -> list[tuple]:
         call = functools.partial(stochastic_codes, bits=bits, grid=grid)
         found.append((f"stochastic_codes_{grid}{bits}", call, (x, scales, key), nothing))
     return found
+
+
+def _check_offsets(who: str, x: Array, impl: str) -> None:
+    if impl != "xla":
+        check_offsets(who, x=x.shape)
 
 
 def default_tile() -> Tile:

@@ -157,3 +157,28 @@ def test_explain_names_a_kernel_where_auto_takes_it(monkeypatch):
     assert kernels._chosen("matmul_i8", "kernel") == "matmul_i8"
     monkeypatch.setattr(backend, "why_partitioned", lambda *operands: None)
     assert kernels._chosen("matmul_i8", "auto") == "matmul_i8"
+
+
+def test_lists_and_fractions_are_refused():
+    call = CALLS["matmul_a16"]
+    x, words, scales = call.args
+    with pytest.raises(TypeError, match=r"quantize_mx got x of type list; it takes arrays: pass jnp\.asarray\(x\)"):
+        quantize_mx(x.tolist(), format="mxfp8")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="group='64', a str"):
+        matmul_a16(x, words, scales, bits=3, group="64")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="block=128.0, a float"):
+        hadamard_quantize(x, bits=3, alpha=0.4, block=128.0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("call", [
+    lambda x, key: quantize_mx(x, format="mxfp8"),
+    lambda x, key: quantize_nvfp4(x),
+    lambda x, key: stochastic_round(x, key),
+    lambda x, key: stochastic_codes(x, jnp.ones(x.shape[0], jnp.float32), key, bits=4),
+    lambda x, key: dequantize_mx(x.astype(jnp.uint8), jnp.ones((len(x), 2**10), jnp.uint8), format="mxfp8"),
+    lambda x, key: matmul_fp8(*[x.astype(jnp.float8_e4m3fn)] * 2, ONE, ONE),
+])  # fmt: skip
+def test_arrays_beyond_32_bit_offsets_are_refused(call):
+    x, key = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    with pytest.raises(ValueError, match=f"2147483648 elements; kernels count up to {MOST_ELEMENTS}"):
+        jax.eval_shape(call, x, key)
