@@ -71,7 +71,11 @@ def installed(package: str) -> bool:
 
 def contenders() -> dict[str, Quantize]:
     """Name -> how to quantize; the first is the reference. Peers appear when they are installed."""
-    found: dict[str, Quantize] = {"float32": float32, "quest_w4a4": Ours(lb.quest(4))}
+    found: dict[str, Quantize] = {
+        "float32": float32,
+        "quest_w4a4": Ours(lb.quest(4)),
+        "quest_w4a4g8": Ours(lb.quest(4, backward=8)),  # the peers' backward products are not quantized
+    }
     if installed("qwix"):
         found["qwix_w4a4"] = qwix_w4a4
     if installed("aqt"):

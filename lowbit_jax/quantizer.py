@@ -129,7 +129,7 @@ class Quantizer:
     ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"], Any]:
         """`elements`, and what `pull_back` needs, for a product with a gradient of its own: one scale a row or a
         tensor, and none learned."""
-        _, tiles, _, scale, inv_scale, support = self._fitted(x, axis, None)
+        _, tiles, _, scale, inv_scale, support = self._fitted(x, axis, None, with_gradient=False)
         u = lax.mul(tiles, lax.broadcast_in_dim(inv_scale, tiles.shape, range(tiles.ndim)))
         values = self.rounding(u, self.format, key)
         if support is not None:
@@ -142,7 +142,7 @@ class Quantizer:
         dx, _ = self.estimator.gradients(residuals, tiles, self.format, math.prod(tiles.shape[a] for a in axes))
         if self.rotation is None:
             return dx
-        return self.rotation.undo(dx, normalized_axes(axis, g.ndim, "Quantizer")[-1])  # orthogonal: the transpose
+        return self.rotation.undo(dx, normalized_axes(axis, g.ndim, "Quantizer")[-1], with_gradient=False)
 
     def quantize(
         self, x: Float[Array, "*s"], *, axis: int = -1, key: Array | None = None, scale: Array | None = None
@@ -202,7 +202,7 @@ class Quantizer:
         near = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale)
         return tile_report(tiles, jnp.asarray(near), axes)
 
-    def _tiles(self, x, axis):
+    def _tiles(self, x, axis, with_gradient=True):
         if isinstance(x, QTensor):
             raise TypeError(f"Quantizer got {x!r}, which is quantized already. Pass x.dequantize() to do it anew.")
         if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
@@ -215,11 +215,15 @@ class Quantizer:
         if x.ndim == 0:
             raise ValueError("Quantizer got a scalar; it needs at least the contraction axis. Reshape to (1,).")
         axes = normalized_axes(axis, x.ndim, "Quantizer")
-        h = x.astype(jnp.float32) if self.rotation is None else self.rotation.apply(x, axes[-1])
+        h = (
+            x.astype(jnp.float32)
+            if self.rotation is None
+            else self.rotation.apply(x, axes[-1], with_gradient=with_gradient)
+        )
         return h, *self.tiling.split(h, axes)
 
-    def _fitted(self, x, axis, scale, rounded=True):
-        h, tiles, axes = self._tiles(x, axis)
+    def _fitted(self, x, axis, scale, rounded=True, with_gradient=True):
+        h, tiles, axes = self._tiles(x, axis, with_gradient)
         tile_scale_shape = tuple(1 if a in axes else n for a, n in enumerate(tiles.shape))
         if isinstance(self.fit, Learned):
             if scale is None:
@@ -236,7 +240,7 @@ class Quantizer:
                 seen = x.astype(jnp.float32)  # a rotation keeps the rms of whole rows, and x is at hand before h
             else:
                 seen = tiles
-            seen = lax.stop_gradient(seen)
+            seen = lax.stop_gradient(seen) if with_gradient else seen
             if self.fit is rms_optimal:
                 scale, inv_scale = rms_scales(seen, self.format, axes)
             else:
