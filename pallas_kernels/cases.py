@@ -87,7 +87,7 @@ def all_cases() -> list[Case]:
     found += [quantize_case(4), quantize_case(8), quantize_case(1, m=16), quantize_case(4, axis=0, dtype=jnp.float32)]
     found += [quantize_case(4, packed=True), quantize_case(4, axis=0, dtype=jnp.float32, packed=True)]
     found += [quantize_case(1, packed=True), backward_case(), backward_case(axis=0)]
-    for module in ("matmul_i8", "matmul_fp8", "matmul_mx", "block_scaled", "stochastic"):
+    for module in ("matmul_i8", "matmul_fp8", "matmul_mx", "block_scaled", "stochastic", "both_ways"):
         if importlib.util.find_spec(f"pallas_kernels.{module}"):
             found += importlib.import_module(f"pallas_kernels.{module}").cases()
     return found

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.gpu.operands import Product, bits_of, poisoned, relative_error
 from pallas_kernels import block_scaled, chips, matmul_i8_hopper, matmul_mx, planes, stochastic
+from pallas_kernels.both_ways import quantize_both_ways
 from pallas_kernels.hadamard_backward import hadamard_backward
 from pallas_kernels.hadamard_quantize import hadamard_quantize, signed_hadamard
 
@@ -121,7 +122,8 @@ def rotations(impl: str, size: int, seed: int) -> list[Check]:
     for axis in (0, 1):
         told = {"kernel": f"hadamard_backward axis{axis}", "m": size, "k": 2 * size, "limit": LIMIT["bfloat16"]}
         found.append((told, lambda axis=axis: _rotate_back(impl, size, seed, axis)))
-    return found
+    told = {"kernel": "quantize_both_ways", "m": size, "k": 2 * size, "limit": 1e-6}
+    return [*found, (told, lambda: _both_ways(impl, size, seed))]
 
 
 _MATRIX = signed_hadamard(128).astype(np.float64) / np.sqrt(128)
@@ -168,6 +170,29 @@ def _rotate_back(impl: str, size: int, seed: int, axis: int) -> Callable[[], flo
     expected = _rotated(trusted * np.asarray(g, np.float64))
     run = poisoned(lambda g, mask: hadamard_backward(g, mask, axis=axis, impl=impl), g, mask)
     return lambda: relative_error(run(), expected if axis == 1 else expected.T)
+
+
+def _both_ways(impl: str, size: int, seed: int) -> Callable[[], float]:
+    """The share of wrong codes, or the error of the scales if that is more; codes next to a tie are not counted."""
+    random = np.random.default_rng([seed, 2])
+    g = jnp.asarray(random.standard_normal((size, 2 * size), np.float32), jnp.bfloat16)
+    v, u = (jnp.asarray(random.uniform(0.5, 1.5, n), jnp.float32) for n in (2 * size, size))
+    exact = np.asarray(g, np.float64)
+    rows, columns = exact * np.asarray(v, np.float64)[None, :], (exact * np.asarray(u, np.float64)[:, None]).T
+    run = poisoned(lambda *operands: quantize_both_ways(*operands, impl=impl), g, v, u)
+
+    def compare() -> float:
+        got, found = run(), 0.0
+        for codes, scales, weighted in ((got.rows, got.row_scales, rows), (got.columns, got.column_scales, columns)):
+            step = np.abs(weighted).max(1)[:, None] / 127
+            steps = weighted / step
+            sure = np.abs(steps - np.floor(steps) - 0.5) > 1e-4
+            found = max(
+                found, ((np.round(steps) != np.asarray(codes)) & sure).mean(), relative_error(scales, step[:, 0])
+            )
+        return float(found)
+
+    return compare
 
 
 def codecs(impl: str, size: int, seed: int) -> list[Check]:

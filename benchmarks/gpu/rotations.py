@@ -1,4 +1,4 @@
-"""The fused rotations by their best tiles, as a fraction of the bandwidth that a copy has."""
+"""The fused quantizations by their best tiles, as a fraction of the bandwidth that a copy has."""
 
 import dataclasses
 import functools
@@ -13,11 +13,13 @@ import numpy as np
 
 from benchmarks.gpu.operands import bytes_of
 from benchmarks.gpu.speed import NO_SPILLS, Roof, on_device, seconds, store
-from pallas_kernels import hadamard_backward, hadamard_quantize, planes
+from pallas_kernels import both_ways, hadamard_backward, hadamard_quantize, planes
 from pallas_kernels.launch import Tile
 
 ARRAYS = 6  # in one program, together several times the cache
 TILES = (None, *(Tile(rows=r, columns=16, warps=w, stages=1) for r, w in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8))))
+WIDE_TILES = tuple(Tile(rows=r, columns=c, warps=w, stages=1) for r, c, w in
+                   ((16, 256, 4), (16, 128, 2), (16, 512, 8), (32, 128, 4), (32, 256, 8), (64, 64, 4)))  # fmt: skip
 TOKENS = 16384  # of the training step
 QUANTIZE = (  # bits, M, K, dtype, packed
     (4, 8192, 4096, "bfloat16", True), (8, 8192, 4096, "bfloat16", False), (1, 8192, 4096, "bfloat16", True),
@@ -31,18 +33,31 @@ BACK = (  # M, K, axis and dtype of the result
 )  # fmt: skip
 
 
+COTANGENTS = ((TOKENS, 2048), (TOKENS, 11264))  # M, N
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """A rotation: its kernel, the key of its tile in the tuning table, the arguments of each run."""
+    """A fused quantization: its kernel, the key of its tile in the tuning table, the arguments of each run. by_xla: the
+    same by XLA, where the kernel is taken only if it is faster."""
 
     name: str
     key: str
     run: Callable[..., Any]
     arguments: list[tuple]
+    by_xla: Callable[..., Any] | None = None
 
     def compiled(self, tile: Tile | None) -> Callable:
         each = jax.jit(lambda arguments: [self.run(*a, tile=tile) for a in arguments])
         return each.lower(self.arguments).compile(compiler_options=NO_SPILLS)
+
+    def xla(self) -> dict[str, Callable]:
+        """XLA's program under its name, if there is one to compare with."""
+        if self.by_xla is None:
+            return {}
+        run = self.by_xla
+        each = jax.jit(lambda arguments: [run(*a) for a in arguments])
+        return {"xla": functools.partial(each, self.arguments)}
 
 
 def cases() -> Iterator[Case]:
@@ -64,28 +79,39 @@ def cases() -> Iterator[Case]:
             functools.partial(hadamard_backward.hadamard_backward, axis=axis, out_dtype=jnp.dtype(dtype)),
             [(g, mask) for g in normal((m, k), "bfloat16")],
         )
+    for m, n in COTANGENTS:
+        weights = jnp.linspace(0.5, 1.5, n, dtype=jnp.float32), jnp.linspace(0.5, 1.5, m, dtype=jnp.float32)
+        yield Case(
+            f"quantize_both_ways {m}x{n}",
+            both_ways.tuning_key(m, n, jnp.bfloat16),
+            both_ways.quantize_both_ways,
+            [(g, *weights) for g in normal((m, n), "bfloat16")],
+            functools.partial(both_ways.quantize_both_ways, impl="xla"),
+        )
 
 
 def measure(rounds: int, roof: Roof) -> list[dict]:
     """One row a case: microseconds by the best tile, which goes into the user's tuning table, and by the default."""
     every = list(cases())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in TILES] for case in every]
+        jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in (WIDE_TILES if case.by_xla else TILES)]
+                for case in every]  # fmt: skip
         built = [[(tile, job.result()) for tile, job in each if job.exception() is None] for each in jobs]
     copied, copy = jnp.ones((ARRAYS, 8192, 4096), jnp.bfloat16), jax.jit(lambda a: a + 1)
     rows = []
     for case, each in zip(every, built, strict=True):
         programs = {str(i): functools.partial(program, case.arguments) for i, (_, program) in enumerate(each)}
-        times = seconds(programs | {"copy": lambda: copy(copied)}, rounds)
+        times = seconds(programs | case.xla() | {"copy": lambda: copy(copied)}, rounds)
         took = {name: float(np.median(t)) / ARRAYS for name, t in times.items()}
         best = min(programs, key=took.__getitem__)
         tile, device = each[int(best)][0], on_device(programs[best], ARRAYS)
-        if tile is not None:
+        if tile is not None and took[best] < took.get("xla", np.inf):
             store(case.key, tile)
         moved = bytes_of(case.arguments[0]) + bytes_of(jax.eval_shape(case.run, *case.arguments[0]))
         copied_a_second = 2 * copied.nbytes / ARRAYS / took["copy"]
         rows.append({
             "kernel": case.name, "us": 1e6 * took[best], "default_us": 1e6 * took["0"],
+            "xla_us": 1e6 * took["xla"] if "xla" in took else None,
             "bytes_a_second": moved / took[best], "of_copy_bandwidth": moved / took[best] / copied_a_second,
             "device_us": device and 1e6 * device,
             "device_of_copy_bandwidth": device and moved / device / roof.bandwidth,

@@ -252,3 +252,18 @@ def hadamard_backward(impl: str, g: Array, mask: Array, *, block: int | None, ou
     from pallas_kernels.hadamard_backward import hadamard_backward as run
 
     return run(g, mask, block=block, out_dtype=out_dtype, axis=axis, impl=impl)
+
+
+def has_both_ways(m: int, n: int, dtype: Any) -> bool:
+    """Whether a measurement on this GPU found the kernel below faster than XLA at this size (`benchmarks.gpu` stores
+    the tile of one that is)."""
+    from pallas_kernels import both_ways, tuning
+
+    return tuning.lookup(both_ways.tuning_key(m, n, dtype)) is not None
+
+
+def quantize_both_ways(impl: str, g: Array, along_columns: Array, along_rows: Array) -> Any:
+    """int8 codes and scales of g's rows and of its columns, each weighted."""
+    from pallas_kernels.both_ways import quantize_both_ways as run
+
+    return run(g, along_columns, along_rows, impl=impl)

@@ -26,12 +26,13 @@ from jaxtyping import Array, Float, Int8
 from lowbit_jax import rounding
 from lowbit_jax.estimators import Trust
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
+from lowbit_jax.formats.catalogue import INT8
 from lowbit_jax.ops import backend
 from lowbit_jax.ops.packed_product import fused_options
 from lowbit_jax.ops.product import Forward
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
-from lowbit_jax.scaling import FLOAT32, PerRow
+from lowbit_jax.scaling import FLOAT32, PerRow, absmax
 
 _PACK_UP_TO = 4  # bits; wider codes are kept as int8
 _TERMS = (2**31 - 1) // 2**14  # of a sum of int8 products that cannot overflow int32
@@ -137,17 +138,22 @@ def _backward(product, saved, g):
     m, n = math.prod(lhs_shape) // length, math.prod(rhs_shape) // length
     g = g.reshape(m, n)
     exact = functools.partial(lax.dot_general, precision=product.forward.precision)
+    both = _both_ways(recipe, g, x, w) if recipe.grad_lhs.fold and recipe.grad_rhs.fold else None
     if recipe.rhs_ready:
         w_hat = jnp.moveaxis(w, dims.rhs, -1).reshape(n, length)
         dx = exact(g.astype(dtype), w_hat, (((1,), (0,)), ((), ())))
     elif recipe.grad_lhs.fold:
-        codes, scales = _int8(recipe.grad_lhs, g.astype(jnp.float32) * w.scales[None, :], axis=1)
+        codes, scales = both[0] if both else _int8(recipe.grad_lhs, g.astype(jnp.float32) * w.scales[None, :], axis=1)
         dx = _folded(recipe, codes, scales, w, recipe.out.rhs, (n, length), dtype)
     else:
         dx = exact(g.astype(dtype), _values(w, recipe.out.rhs, (n, length), dtype), (((1,), (0,)), ((), ())))
     if recipe.grad_rhs.fold:
-        codes, scales = _int8(recipe.grad_rhs, g.astype(jnp.float32) * x.scales[:, None], axis=0)
-        dw = _folded(recipe, codes.T, scales, x, recipe.out.lhs, (m, length), dtype)
+        if both:
+            codes, scales = both[1]
+        else:
+            codes, scales = _int8(recipe.grad_rhs, g.astype(jnp.float32) * x.scales[:, None], axis=0)
+            codes = codes.T
+        dw = _folded(recipe, codes, scales, x, recipe.out.lhs, (m, length), dtype)
     else:
         dw = exact(g.astype(dtype), _values(x, recipe.out.lhs, (m, length), dtype), (((0,), (0,)), ((), ())))
     at = _leads(lhs_shape, dims.lhs)
@@ -184,6 +190,19 @@ def _returned(recipe: LinearRecipe, quantizer: Quantizer, g: Array, mask: Array,
     assert options is not None
     kernel = functools.partial(backend.hadamard_backward, block=options["block"], out_dtype=dtype, axis=axis)
     return _run(recipe, kernel, g, mask)
+
+
+def _both_ways(recipe: LinearRecipe, g: Array, x: _Kept, w: _Kept) -> tuple[tuple, tuple] | None:
+    """(codes, scales) of the cotangent's rows and of its columns, by the kernel that makes both, where both quantizers
+    are its own; "auto" takes it where it was measured to be faster than XLA."""
+    plain = Quantizer(format=INT8, tiling=PerRow(), fit=absmax)
+    own = [dataclasses.replace(q, estimator=plain.estimator) == plain for q in
+           (recipe.grad_lhs.folded, recipe.grad_rhs.folded) if isinstance(q, Quantizer)]  # fmt: skip
+    asked = recipe.implementation != "auto" or backend.has_both_ways(g.shape[0], g.shape[1], g.dtype)
+    if own != [True, True] or not asked or recipe.implementation == "reference":
+        return None
+    made = _run(recipe, backend.quantize_both_ways, g, w.scales, x.scales)
+    return (made.rows, made.row_scales), (made.columns, made.column_scales)
 
 
 def _int8(gemm: Gemm, g: Array, axis: int) -> tuple[Int8[Array, "m n"], Float[Array, "rows"]]:

@@ -61,7 +61,7 @@ def settled(scale: Float[Array, "*s"], size: Float[Array, "*s"], fmt: Format) ->
 
 def absmax(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """max|x| lies on the largest level: nothing is clipped, below the largest scale that float32 holds."""
-    amax = _amax(tiles, axes)
+    amax = largest_magnitude(tiles, axes)
     return settled(amax * (1 / reach(fmt)), amax, fmt)
 
 
@@ -124,7 +124,7 @@ class Percentile:
         if tiles.size == 0:
             return absmax(tiles, fmt, axes)
         top = jnp.quantile(jnp.abs(tiles), self.percent / 100, axis=axes, keepdims=True)
-        amax = _amax(tiles, axes)
+        amax = largest_magnitude(tiles, axes)
         top = jnp.where(top == 0, amax, top)
         return settled(top * (1 / reach(fmt)), jnp.where(jnp.isfinite(amax), top, amax), fmt)
 
@@ -197,8 +197,13 @@ def positive(scale: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return magnitude + lax.stop_gradient(jnp.maximum(SMALLEST_SCALE - magnitude, 0))
 
 
-def _amax(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:
-    return jnp.max(jnp.abs(tiles), axis=axes, keepdims=True, initial=0)
+def largest_magnitude(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:
+    """max|x|, and NaN where an element is NaN or infinite.
+
+    The sum is there for NaN: XLA's CPU compiler drops it from the maximum of more than some thousands of elements (JAX
+    0.10 to 0.12)."""
+    largest = jnp.max(jnp.abs(tiles), axis=axes, keepdims=True, initial=0)
+    return largest + jnp.sum(tiles * 0, axis=axes, keepdims=True)
 
 
 def _mean_magnitude(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lowbit_jax.scaling.fit import largest_magnitude
+
 OUTLIER_RATIO = 1e3
 """Ratio of the largest element to the rms of the rest above which a report flags a tile."""
 
@@ -44,7 +46,7 @@ class TileReport:
 
 def tile_report(tiles: Float[Array, "*tiles"], near: Float[Array, "*tiles"], axes: tuple[int, ...]) -> TileReport:
     """The report on `tiles`, whose members lie along `axes`, and the values `near` that stand for them."""
-    amax = jnp.max(jnp.abs(tiles), axis=axes, keepdims=True, initial=0)
+    amax = largest_magnitude(tiles, axes)
     unit = jnp.where(amax > 0, amax, 1)  # squares are then finite, whatever the magnitude of the tile
     total = lambda values: jnp.sum(values, axis=axes, keepdims=True)
     largest = jnp.abs(tiles) == amax

@@ -23,6 +23,7 @@ from lowbit_jax.ops import backend, integer_product, pack_rhs, quantize_rhs
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import to_planes
 from lowbit_jax.scaling import Group
+from pallas_kernels import both_ways, tuning
 from tests.methods import reference as quest_reference
 
 NUMBERS = (((2,), (0,)), ((), ()))
@@ -225,6 +226,22 @@ def test_training_for_cuda_is_kernels(backward):
     dots = [line for line in there.splitlines() if "stablehlo.dot_general" in line]
     assert len(dots) == (2 if backward is None else 0)
     assert all("xbf16>" in line and "xi8>" not in line for line in dots)
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+def test_the_cotangents_kernel_runs_where_it_was_measured_to_be_faster(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
+    x, w = operands(k=256, free=(64,))
+
+    def train(x, w):
+        y, back = jax.vjp(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=lb.quest(4, backward=8)), x, w)
+        return back(y)
+
+    assert "quantize_both_ways" not in lowered_for(gpu("NVIDIA H200"), train, x, w)
+    tile = {"rows": 16, "columns": 64, "warps": 4, "stages": 1, "split": 1}
+    tuning.store({both_ways.tuning_key(15, 64, jnp.bfloat16): tile}, "NVIDIA H200")
+    text = lowered_for(gpu("NVIDIA H200"), train, x, w)
+    assert "quantize_both_ways_rows" in text and "quantize_both_ways_columns" in text
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
