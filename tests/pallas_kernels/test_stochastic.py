@@ -138,7 +138,7 @@ def test_bad_input():
         codes(jnp.ones(19), KEY, bits=9)
     with pytest.raises(ValueError, match=r"grid='float'.*midrise"):
         codes(jnp.ones(19), KEY, bits=4, grid="float")
-    with pytest.raises(ValueError, match=r"scales of shape \(7,\) for 19 rows"):
+    with pytest.raises(ValueError, match=r"scales of shape \(7,\); it takes \(19,\)"):
         codes(jnp.ones(7), KEY, bits=4)
     with pytest.raises(TypeError, match=r"scales of float16"):
         codes(jnp.ones(19, jnp.float16), KEY, bits=4)
