@@ -2,12 +2,12 @@
 
     y = s_x s_w sum_k e_x e_w      e on the grid, s one a row or one a tensor
 
-Both quantizers are inside: what is kept are integers, scales and what the estimators need.
+What is kept are integers, scales and what the estimators need.
 """
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,6 @@ def _fits(forward: Forward, lhs: Array, rhs: Any, quantizers: tuple[Quantizer | 
     return forward.out_sharding is None and int8.multiplies(lhs.shape, rhs.shape, formats, forward.dims.numbers)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def coded_product(
     forward: Forward,
     recipe: LinearRecipe,
@@ -77,17 +76,51 @@ def coded_product(
     keys: tuple[Any, Any, Any],
 ) -> Float[Array, "*out"]:
     """The product that `serves` accepts. keys: for the roundings of lhs, of rhs and of the backward."""
-    return _forward(forward, recipe, lhs, rhs, keys)[0]
+    q_lhs, q_rhs = recipe.forward_quantizers
+    assert q_lhs is not None and q_rhs is not None
+    a = cast(Any, _operand(q_lhs, forward.dims.lhs, lhs, keys[0]))  # `jax.custom_vjp` hides the type
+    b = cast(Any, _operand(q_rhs, forward.dims.rhs, rhs, keys[1]))
+    return cast(Array, _product(forward, recipe, jnp.dtype(lhs.dtype), a, b, keys[2]))
 
 
-def _forward(forward, recipe, lhs, rhs, keys):
-    (q_lhs, q_rhs), dims = recipe.forward_quantizers, forward.dims
-    a, a_scale, a_kept = q_lhs.factors(lhs, axis=dims.lhs, key=keys[0])
-    b, b_scale, b_kept = q_rhs.factors(rhs, axis=dims.rhs, key=keys[1])
-    a, b = int8.to_int8(a, q_lhs.format), int8.to_int8(b, q_rhs.format)
-    y = scaled_product(forward, (a, a_scale, q_lhs.format), (b, b_scale, q_rhs.format))
-    like = np.zeros((0,), lhs.dtype), np.zeros((0,), rhs.dtype)
-    return y, ((a, a_scale, a_kept), (b, b_scale, b_kept), like, keys)
+# Operands have rules of their own, beside that of the product, so that under `jax.vmap` the gradient of a weight that
+# all share is summed before it is masked and rotated.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _operand(quantizer: Quantizer, axis: int, x: Float[Array, "*s"], key: Any) -> tuple[Array, Array]:
+    """Grid values and scales; the cotangent of the grid values is that of their product."""
+    return _operand_forward(quantizer, axis, x, key)[0]
+
+
+def _operand_forward(quantizer, axis, x, key):
+    values, scale, kept = quantizer.factors(x, axis=axis, key=key)
+    return (values, scale), (kept, np.zeros((0,), x.dtype), key)
+
+
+def _operand_backward(quantizer, axis, saved, g):
+    kept, like, key = saved
+    dx = quantizer.pull_back(kept, g[0], axis=axis)
+    return lax.convert_element_type(dx, like.dtype), _nothing(key)
+
+
+_operand.defvjp(_operand_forward, _operand_backward)
+
+
+def _nothing(key: Any) -> Any:
+    return None if key is None else np.zeros(key.shape, jax.dtypes.float0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(forward, recipe, dtype, a, b, key):
+    return _forward(forward, recipe, dtype, a, b, key)[0]
+
+
+def _forward(forward, recipe, dtype, a, b, key):
+    formats = [q.format for q in recipe.forward_quantizers]
+    (a, a_scale), (b, b_scale) = ((int8.to_int8(x, fmt), s) for (x, s), fmt in zip((a, b), formats, strict=True))
+    y = scaled_product(forward, (a, a_scale, formats[0]), (b, b_scale, formats[1]))
+    return y, ((a, a_scale), (b, b_scale), key)
 
 
 Coded = tuple[Int8[Array, "*s"], Float[Array, "*#s"], Format]
@@ -117,19 +150,16 @@ def _places(dims: Dims, side: str, lhs_ndim: int, rhs_ndim: int) -> list[int]:
     return [*range(batch), *range(batch + skipped, batch + skipped + free)]
 
 
-def _backward(forward, recipe, saved, g):
-    (a, a_scale, a_kept), (b, b_scale, b_kept), (lhs, rhs), keys = saved
-    (q_lhs, q_rhs), dims = recipe.forward_quantizers, forward.dims
-    a_hat, b_hat = _value(a, a_scale, q_lhs.format, lhs.dtype), _value(b, b_scale, q_rhs.format, lhs.dtype)
+def _backward(forward, recipe, dtype, saved, g):
+    a, b, key = saved
+    formats = [q.format for q in recipe.forward_quantizers]
+    a_hat, b_hat = (_value(x, scale, fmt, dtype) for (x, scale), fmt in zip((a, b), formats, strict=True))
     if recipe.plain_backward:
-        da, db = plain_gradients(forward, a_hat, b_hat, g)
+        found = plain_gradients(forward, a_hat, b_hat, g)
     else:
-        others = (a, a_scale), (b, b_scale)
-        da, db = product_gradients(forward, recipe, a_hat, b_hat, others, keys[2], g)
-    no_keys = jax.tree.map(lambda key: np.zeros(key.shape, jax.dtypes.float0), keys)
-    dlhs = q_lhs.pull_back(a_kept, da, axis=dims.lhs)
-    drhs = q_rhs.pull_back(b_kept, db, axis=dims.rhs)
-    return lax.convert_element_type(dlhs, lhs.dtype), lax.convert_element_type(drhs, rhs.dtype), no_keys
+        found = product_gradients(forward, recipe, a_hat, b_hat, (a, b), key, g)
+    da, db = (lax.convert_element_type(x, jnp.float32) for x in found)
+    return (da, jnp.zeros_like(a[1])), (db, jnp.zeros_like(b[1])), _nothing(key)
 
 
 def _value(integers: Array, scale: Array, fmt: Format, dtype: Any) -> Array:
@@ -138,4 +168,4 @@ def _value(integers: Array, scale: Array, fmt: Format, dtype: Any) -> Array:
     return lax.convert_element_type(lax.mul(values, spread), dtype)
 
 
-coded_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

@@ -195,6 +195,15 @@ def test_under_vmap_scan_and_remat(key):
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_a_weight_that_examples_share_has_one_gradient(key):
+    """The cotangents of 64 examples are summed before they are masked and rotated, not one by one."""
+    x, w = jax.random.normal(key, (64, 128)), jax.random.normal(key, (128, 256))
+    layer = lambda x, w: lb.dot_general(x, w, NUMBERS["a vector"][2], recipe=lb.quest(4))
+    loss = lambda w: (jax.vmap(layer, in_axes=(0, None))(x, w) ** 2).sum()
+    used = jax.jit(jax.grad(loss)).lower(w).compile().memory_analysis()
+    assert used is not None and used.temp_size_in_bytes < 8 * w.nbytes
+
+
 @pytest.mark.parametrize("layout", NUMBERS)
 def test_the_compiled_products_are_int8(key, layout):
     """XLA upcasts what it has no fast product for to int32, which is five times slower than float32."""
