@@ -35,7 +35,7 @@ from lowbit_jax.scaling import (
     absmax,
     rms_optimal,
 )
-from lowbit_jax.scaling.fit import positive, reciprocal, rms_scales
+from lowbit_jax.scaling.fit import carries_nan, positive, reciprocal, rms_scales
 from lowbit_jax.scaling.report import TileReport, tile_report
 from lowbit_jax.scaling.tiling import Axis, join, normalized_axes
 from lowbit_jax.sparsity import Support, compress
@@ -117,9 +117,12 @@ class Quantizer:
     ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"]]:
         """The grid value of each element in the rotated space, and the scales in the view of the tiling.
 
-        Their product (where the tiling leaves the shape as it is) is `in_rotated_space(x)`; no gradient passes."""
-        h, tiles, _, scale, inv_scale, support = self._fitted(x, axis, scale)
+        Their product (where the tiling leaves the shape as it is) is `in_rotated_space(x)`, but for a NaN in a tile of
+        a learned scale, which makes all of it NaN; no gradient passes."""
+        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale)
         values = self.rounding(tiles * inv_scale, self.format, key)
+        if self.learned:
+            scale = _nan_of(tiles, axes, scale)
         if support is not None:
             values = jnp.where(support, values, jnp.zeros_like(values))
         return lax.stop_gradient((join(values, h.shape), scale))
@@ -157,7 +160,7 @@ class Quantizer:
             )
         h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale, rounded=False)
         if self.learned:  # other fits have seen it
-            scale = jnp.where(jnp.any(jnp.isnan(tiles), axis=axes, keepdims=True), jnp.nan, scale)
+            scale = _nan_of(tiles, axes, scale)
         (at,) = normalized_axes(axis, x.ndim, "Quantizer")
         stored = self.scale_format.store(scale, self.format)
         if self.scale_format != FLOAT32 or self.learned:
@@ -245,6 +248,8 @@ class Quantizer:
                 scale, inv_scale = rms_scales(seen, self.format, axes)
             else:
                 scale = lax.stop_gradient(self.fit(seen, self.format, axes))
+                if not carries_nan(self.fit):
+                    scale = lax.stop_gradient(_nan_of(tiles, axes, scale))
         if self.fit is not rms_optimal:  # whose scales are finite or NaN
             scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
         if isinstance(self.scale_format, TwoLevel):  # the 1 of a tile of zeros would count in the tensor's scale
@@ -308,6 +313,11 @@ class _Slot:
             way_out = f"give {self.what}, " + (f"here {meant}" if meant else f"such as {self.example}")
         none = ", or None" if self.optional else ""
         raise TypeError(f"Quantizer({slot}={value!r}): {way_out}{none}.")
+
+
+def _nan_of(tiles: Float[Array, "*tiles"], axes: tuple[int, ...], scale: Float[Array, "*scales"]) -> Array:
+    """The scale, and NaN where an element of its tile is NaN."""
+    return jnp.where(jnp.any(jnp.isnan(tiles), axis=axes, keepdims=True), jnp.nan, scale)
 
 
 def _named(place: str, *names: str) -> dict[str, str]:

@@ -50,7 +50,8 @@ def quantize_through(
     key: Array | None,
     inv_scale: Float[Array, "*#s"] | None = None,
 ) -> Float[Array, "*s"]:
-    """`scale * rounding(x / scale)` on the support, zero off it; gradients by `estimator`. A scale of 0 gives 0.
+    """`scale * rounding(x / scale)` on the support, zero off it; gradients of every order by `estimator`. A scale of 0
+    gives 0.
 
     inv_scale: the reciprocal of `scale`, where it is at hand; it gets no gradient."""
     return _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale)[0]
@@ -61,17 +62,38 @@ def _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale=None):
     q = rounding(u, fmt, key)
     if support is not None:
         q = jnp.where(support, q, jnp.zeros_like(q))
-    return q * scale, (estimator.residuals(u, q, fmt, support), scale, support, key)
+    residuals = estimator.residuals(u, q, fmt, support)
+    return _answered(estimator, fmt, x, scale, q * scale, residuals), (residuals, scale, support, key)
 
 
 def _backward(estimator, fmt, rounding, saved, g):
     residuals, scale, support, key = saved
+    no_gradient = lambda a: None if a is None else np.zeros(a.shape, jax.dtypes.float0)
+    return *_answer(estimator, fmt, residuals, scale, g), no_gradient(support), no_gradient(key), None
+
+
+quantize_through.defvjp(_forward, _backward)
+
+
+def _answer(estimator, fmt, residuals, scale, g):
     tile = tuple(a for a in range(g.ndim) if scale.shape[a] == 1)
     dx, dscale = estimator.gradients(residuals, g, fmt, math.prod(g.shape[a] for a in tile))
     if dscale is not None:
         dscale = jnp.sum(dscale, axis=tile, keepdims=True).astype(scale.dtype)
-    no_gradient = lambda a: None if a is None else np.zeros(a.shape, jax.dtypes.float0)
-    return dx, dscale, no_gradient(support), no_gradient(key), None
+    return dx, dscale
 
 
-quantize_through.defvjp(_forward, _backward)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _answered(estimator, fmt, x, scale, x_hat, residuals):
+    """`x_hat` with the estimator's gradients: what a derivative of a derivative, forward or reverse, meets in place of
+    the rounding, whose own derivative is zero."""
+    return x_hat
+
+
+@_answered.defjvp
+def _answered_tangent(estimator, fmt, primals, tangents):
+    _, scale, x_hat, residuals = primals
+    cotangents = lambda g: [d for d in _answer(estimator, fmt, residuals, scale, g) if d is not None]
+    moved = tangents[: len(jax.eval_shape(cotangents, x_hat))]
+    (dx_hat,) = jax.linear_transpose(cotangents, x_hat)(list(moved))
+    return _answered(estimator, fmt, *primals), dx_hat

@@ -33,7 +33,7 @@ def of_activation(recipe: LinearRecipe, site: Site, packed: QTensor | None, dtyp
         by_kernel, chosen = _of_training(recipe, site, dtype) is not None, recipe.implementation
     else:
         by_kernel = uses_int8(quantizer) and _reason(recipe, site, packed, dtype) is None and has_kernel(packed)
-        chosen = packed.implementation if isinstance(packed, PlaneTensor) else "auto"
+        chosen = packed.implementation if isinstance(packed, PlaneTensor) else recipe.implementation
     if not by_kernel or quantizer is None or fused_options(quantizer, site.length) is None:
         return "xla"
     return _chosen(f"hadamard_quantize{quantizer.format.bits}", chosen)
@@ -60,7 +60,7 @@ def _of_training(recipe: LinearRecipe, site: Site, dtype: Any) -> str | None:
 def _of_packed(recipe: LinearRecipe, site: Site, packed: QTensor, dtype: Any) -> str:
     if site.kind == "conv_general_dilated" or not has_kernel(packed) or _reason(recipe, site, packed, dtype):
         return "xla"
-    implementation = packed.implementation if isinstance(packed, PlaneTensor) else "auto"
+    implementation = packed.implementation if isinstance(packed, PlaneTensor) else recipe.implementation
     return _chosen(kernel_name(recipe, packed), implementation)
 
 

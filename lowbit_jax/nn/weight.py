@@ -60,9 +60,10 @@ class Storage:
                 f"lb.convert(implementation={self.implementation!r}): it is one of {', '.join(IMPLEMENTATIONS)}."
             )
         if self.layout != PLANES and self.implementation != "auto":
-            raise ValueError(
-                f"lb.convert(implementation={self.implementation!r}): kernels read the layout {PLANES!r}; pass it too."
-            )
+            way_out = f"kernels read the layout {PLANES!r}; pass it too"
+            if self.implementation == "reference":
+                way_out += ", or quantize with recipe.with_implementation('reference'), which a packed model keeps"
+            raise ValueError(f"lb.convert(implementation={self.implementation!r}): {way_out}.")
 
 
 def default_layout() -> str:
@@ -87,7 +88,9 @@ def packed_weight(
             return packed
         reason = why_not(packed)
         if reason is None:
-            return to_planes(packed, word_bits(recipe.out.lhs), storage.implementation)
+            by_xla = storage.implementation == "auto" and recipe.implementation == "reference"
+            implementation = "reference" if by_xla else storage.implementation
+            return to_planes(packed, word_bits(recipe.out.lhs), implementation)
         if storage.implementation != "auto":
             raise NotImplementedError(f"lb.convert: no kernel reads the weight of {site.path!r}: {reason}.")
         return packed
@@ -132,9 +135,11 @@ def channel_rotation(quantizer: Quantizer, channels: int) -> Quantizer:
 
 
 def to_nearest(recipe: LinearRecipe) -> LinearRecipe:
-    """The forward product with stochastic roundings replaced by nearest, as a converted model computes it."""
+    """The forward product with stochastic roundings replaced by nearest, as a converted model computes it: by the
+    kernels that read packed weights, or by XLA where the recipe says "reference"."""
     change = lambda q: (
         dataclasses.replace(q, rounding=rounding.nearest) if q and q.rounding is rounding.stochastic else q
     )
     out = dataclasses.replace(recipe.out, lhs=change(recipe.out.lhs), rhs=change(recipe.out.rhs))
-    return LinearRecipe(out=out, name=recipe.name)
+    implementation = "reference" if recipe.implementation == "reference" else "auto"
+    return LinearRecipe(out=out, name=recipe.name, implementation=implementation)

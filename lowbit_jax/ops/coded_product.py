@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int8
 
 from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import int8
+from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.product import Dims, Forward, plain_gradients, product_gradients
 from lowbit_jax.ops.recipe import FORWARD, LinearRecipe
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
-from lowbit_jax.scaling import PerRow, PerTensor
 
 
 def serves(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rotated: bool) -> bool:
@@ -30,23 +30,13 @@ def serves(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rotat
     reused = recipe.grad_lhs.rhs == FORWARD and recipe.grad_rhs.lhs == FORWARD
     if recipe.implementation != "auto" or recipe.rhs_ready or not reused:
         return False
-    return all(codes(q, rotated) for q in quantizers) and _fits(forward, lhs, rhs, quantizers)
-
-
-def codes(quantizer: Quantizer | None, rotated: bool) -> bool:
-    """Whether what this quantizer makes is int8 times a scale that leaves the sum. A learned scale stays finite where
-    an element is NaN, which int8 cannot say."""
-    if quantizer is None or quantizer.learned or (found := int8.grid(quantizer.format)) is None:
-        return False
-    own = type(quantizer).in_rotated_space is Quantizer.in_rotated_space  # a class with another one keeps it
-    zero = quantizer.sparsity is None or found[1] == 0
-    return own and zero and isinstance(quantizer.tiling, PerRow | PerTensor) and (rotated or not quantizer.rotation)
+    return all(int8.codes(q, rotated) for q in quantizers) and _fits(forward, lhs, rhs, quantizers)
 
 
 def serves_packed(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, rotated: bool) -> bool:
     """The same for a weight that is packed already."""
     x, w = recipe.forward_quantizers[0], rhs.quantizer
-    return codes(x, rotated) and codes(w, rotated) and _fits(forward, lhs, rhs, (x, w))
+    return int8.codes(x, rotated) and int8.codes(w, rotated) and _fits(forward, lhs, rhs, (x, w))
 
 
 def packed_product(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, key: Any) -> Array:
@@ -90,11 +80,11 @@ def coded_product(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _operand(quantizer: Quantizer, axis: int, x: Float[Array, "*s"], key: Any) -> tuple[Array, Array]:
     """Grid values and scales; the cotangent of the grid values is that of their product."""
-    return _operand_forward(quantizer, axis, x, key)[0]
+    return quantizer.factors(x, axis=axis, key=key)[:2]
 
 
 def _operand_forward(quantizer, axis, x, key):
-    values, scale, kept = quantizer.factors(x, axis=axis, key=key)
+    values, scale, kept = quantizer.factors(once_differentiable(x), axis=axis, key=key)
     return (values, scale), (kept, np.zeros((0,), x.dtype), key)
 
 
@@ -131,10 +121,12 @@ def scaled_product(forward: Forward, lhs: Coded, rhs: Coded) -> Float[Array, "*o
     """The product of coded operands."""
     dims, (a, a_scale, a_format), (b, b_scale, b_format) = forward.dims, lhs, rhs
     y = int8.product(a, b, (a_format, b_format), dims.numbers)
-    for side, scale in (("lhs", a_scale), ("rhs", b_scale)):
-        along = lax.broadcast_in_dim(_squeezed(dims, side, scale), y.shape, _places(dims, side, a.ndim, b.ndim))
-        y = lax.mul(y, along)
-    return lax.convert_element_type(y, forward.out_dtype)
+    along = [
+        lax.broadcast_in_dim(_squeezed(dims, side, scale), y.shape, _places(dims, side, a.ndim, b.ndim))
+        for side, scale in (("lhs", a_scale), ("rhs", b_scale))
+    ]
+    scales = lax.mul(*along)  # first, as one operand may be as large as the other is small
+    return lax.convert_element_type(lax.mul(y, scales), forward.out_dtype)
 
 
 def _squeezed(dims: Dims, side: str, x: Array) -> Array:

@@ -58,7 +58,7 @@ def dot_general(
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
         by_kernel = by_name or (recipe.implementation == "auto" and has_kernel(rhs) and backend.takes_kernel(lhs, rhs))
-        by_kernel |= isinstance(rhs, PlaneTensor) or (recipe.implementation == "auto" and packed.on_int8(lhs, rhs))
+        by_kernel |= isinstance(rhs, PlaneTensor) or packed.on_int8(lhs, rhs)
         product_of = packed if by_kernel else functools.partial(_packed_by_xla, packed)
         return product_of(lhs, rhs, lhs_key, learned.get("lhs"))
     if by_name or (recipe.implementation == "auto" and backend.takes_kernel(lhs, rhs)):

@@ -15,8 +15,11 @@ from jaxtyping import Array, Float, Int8, Int32
 
 from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import backend
+from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling import PerRow, PerTensor
 
 _MOST = 2**31 - 1
+_SHORTEST = 64  # terms of a sum, for which int8 was faster than float32
 
 
 @functools.cache
@@ -39,6 +42,16 @@ def known_grid(fmt: Format) -> tuple[float, float]:
     return found
 
 
+def codes(quantizer: Quantizer | None, rotated: bool) -> bool:
+    """Whether what this quantizer makes is int8 times a scale that leaves the sum. A learned scale stays finite where
+    an element is NaN, which int8 cannot say."""
+    if quantizer is None or quantizer.learned or (found := grid(quantizer.format)) is None:
+        return False
+    own = type(quantizer).in_rotated_space is Quantizer.in_rotated_space  # a class with another one keeps it
+    zero = quantizer.sparsity is None or found[1] == 0
+    return own and zero and isinstance(quantizer.tiling, PerRow | PerTensor) and (rotated or not quantizer.rotation)
+
+
 def _largest(fmt: Format) -> int:
     """The largest magnitude of its integers."""
     step, offset = known_grid(fmt)
@@ -46,8 +59,8 @@ def _largest(fmt: Format) -> int:
 
 
 def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format, Format], numbers: tuple) -> bool:
-    """Whether `product` of arrays of these shapes is possible, and faster here than in float32. XLA multiplies by one
-    column in plain loops, which int8 makes slower."""
+    """Whether `product` of arrays of these shapes is possible, and faster here than in float32: not for short sums,
+    nor for one column, which XLA multiplies by in plain loops."""
     (lhs_axes, rhs_axes), (_, rhs_batch) = numbers
     if platform.machine().lower() not in ("x86_64", "amd64") or backend.platform() != "cpu":
         return False
@@ -56,7 +69,7 @@ def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format
     length = math.prod(lhs[a] for a in lhs_axes)
     columns = math.prod(n for a, n in enumerate(rhs) if a not in (*rhs_axes, *rhs_batch))
     turns = lhs_axes[-1] == len(lhs) - 1 or len(lhs_axes) > 1 or length % 2 == 0  # see `_dot`
-    return columns > 1 and turns and length * math.prod(map(_largest, formats)) <= _MOST
+    return columns > 1 and length >= _SHORTEST and turns and length * math.prod(map(_largest, formats)) <= _MOST
 
 
 def to_int8(values: Float[Array, "*s"], fmt: Format) -> Int8[Array, "*s"]:

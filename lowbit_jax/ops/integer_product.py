@@ -28,6 +28,7 @@ from lowbit_jax.estimators import Trust
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
 from lowbit_jax.formats.catalogue import INT8
 from lowbit_jax.ops import backend
+from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.packed_product import fused_options
 from lowbit_jax.ops.product import Forward
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
@@ -108,10 +109,14 @@ class _Kept(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _through(product, lhs, rhs):
-    return _forward(product, lhs, rhs)[0]
+    return _kept_forward(product, lhs, rhs)[0]
 
 
 def _forward(product, lhs, rhs):
+    return _kept_forward(product, *once_differentiable((lhs, rhs)))
+
+
+def _kept_forward(product, lhs, rhs):
     dims, out, out_dtype = product.forward.dims, product.recipe.out, product.forward.out_dtype
     x, x_kept = _quantized(product.recipe, out.lhs, _rows(lhs, dims.lhs))
     if product.recipe.rhs_ready:
@@ -136,7 +141,7 @@ def _backward(product, saved, g):
     lhs_shape, rhs_shape = lhs.shape[1:], rhs.shape[1:]
     length = lhs_shape[dims.lhs]
     m, n = math.prod(lhs_shape) // length, math.prod(rhs_shape) // length
-    g = g.reshape(m, n)
+    g = once_differentiable(g).reshape(m, n)
     exact = functools.partial(lax.dot_general, precision=product.forward.precision)
     both = _both_ways(recipe, g, x, w) if recipe.grad_lhs.fold and recipe.grad_rhs.fold else None
     if recipe.rhs_ready:

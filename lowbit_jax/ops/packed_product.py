@@ -52,7 +52,8 @@ class PackedProduct:
 
     def on_int8(self, lhs: Any, rhs: QTensor) -> bool:
         """Whether XLA multiplies integers here, where no kernel runs."""
-        return coded_product.serves_packed(self.recipe, self.forward, lhs, rhs, self.rotated)
+        serves = coded_product.serves_packed
+        return self.recipe.implementation == "auto" and serves(self.recipe, self.forward, lhs, rhs, self.rotated)
 
 
 def _coded(product: PackedProduct, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lowbit_jax.ops import backend, int8
+from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import PerRow, PerTensor, absmax
@@ -121,16 +122,15 @@ def backward_operands(
             return None
         if side == "rhs" and recipe.rhs_ready:
             return _ready_elements(quantizer, x, axis)
-        values, scale = quantizer.elements(x, axis=axis, key=key, scale=(scales or {}).get(side))
+        values, scale = quantizer.elements(lax.stop_gradient(x), axis=axis, key=key, scale=(scales or {}).get(side))
         if quantizer.rotation is not None and not rotated:
             values = quantizer.rotation.undo(values, axis)
         return values, scale
 
-    found = (
+    return (
         operand("lhs", lhs, dims.lhs, recipe.grad_rhs, keys[0]),
         operand("rhs", rhs, dims.rhs, recipe.grad_lhs, keys[1]),
     )
-    return jax.tree.map(lax.stop_gradient, found)
 
 
 def _ready_elements(quantizer: Quantizer, x_hat: Array, axis: int) -> tuple[Array, Array]:
@@ -154,19 +154,21 @@ def product(
     say.
 
     Each backward operand is quantized along the axis that its own product contracts: output channels in grad_lhs,
-    tokens in grad_rhs. others: `backward_operands`."""
+    tokens in grad_rhs. others: `backward_operands`; they get no gradient. Second derivatives are those of the backward
+    products, but where these fold scales there are none."""
     return forward(lhs_hat, rhs_hat)
 
 
 def _product_forward(forward, recipe, lhs_hat, rhs_hat, others, key):
-    return forward(lhs_hat, rhs_hat), (lhs_hat, rhs_hat, others, key)
+    if recipe.grad_lhs.fold or recipe.grad_rhs.fold:
+        lhs_hat, rhs_hat = once_differentiable((lhs_hat, rhs_hat))
+    return product(forward, recipe, lhs_hat, rhs_hat, others, key), (lhs_hat, rhs_hat, others, key)
 
 
 def _product_backward(forward, recipe, saved, g):
     lhs_hat, rhs_hat, others, key = saved
-    nothing = jax.tree.map(jnp.zeros_like, others)
     no_key = None if key is None else np.zeros(key.shape, jax.dtypes.float0)
-    return *product_gradients(forward, recipe, lhs_hat, rhs_hat, others, key, g), nothing, no_key
+    return *product_gradients(forward, recipe, lhs_hat, rhs_hat, others, key, g), None, no_key
 
 
 def product_gradients(
@@ -186,7 +188,7 @@ def product_gradients(
         dlhs = _folded_product(g, rhs, numbers, 0, recipe, forward.precision, lhs_hat.dtype, keys[0])
     else:
         other = rhs_hat if recipe.grad_lhs.rhs == FORWARD else rhs
-        dlhs = _backward_product(g, other, numbers, recipe.grad_lhs, forward.precision, keys[0])
+        dlhs = _backward_product(g, other, numbers, recipe, recipe.grad_lhs, forward.precision, keys[0])
     dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)).tolist())
 
     numbers = ((lhs_free, g_lhs_free), (dims.lhs_batch, batch))
@@ -194,7 +196,7 @@ def product_gradients(
         drhs = _folded_product(g, lhs, numbers, 1, recipe, forward.precision, lhs_hat.dtype, keys[1])
     else:
         other = lhs_hat if recipe.grad_rhs.lhs == FORWARD else lhs
-        drhs = _backward_product(other, g, numbers, recipe.grad_rhs, forward.precision, keys[1])
+        drhs = _backward_product(other, g, numbers, recipe, recipe.grad_rhs, forward.precision, keys[1])
     drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)).tolist())
 
     return dlhs.astype(lhs_hat.dtype), drhs.astype(rhs_hat.dtype)
@@ -203,16 +205,18 @@ def product_gradients(
 product.defvjp(_product_forward, _product_backward)
 
 
-def _backward_product(lhs, rhs, numbers, gemm: Gemm, precision, key):
-    """One backward product: again a `dot_general` with a recipe, that of its own two operands."""
+def _backward_product(lhs, rhs, numbers, recipe: LinearRecipe, gemm: Gemm, precision, key):
+    """One backward product: again a `dot_general` with a recipe, that of its own two operands. Kernels that are asked
+    for by name are those of the forward."""
     from lowbit_jax.ops.dot_general import dot_general
 
     chosen = {s: q if isinstance(q := getattr(gemm, s), Quantizer) else None for s in ("lhs", "rhs")}
     common = jnp.promote_types(lhs.dtype, rhs.dtype)
     if not numbers[0][0]:  # an outer product: nothing is contracted, so nothing is quantized
         return lax.dot_general(lhs.astype(common), rhs.astype(common), numbers, precision)
-    recipe = LinearRecipe(out=Gemm(lhs=chosen["lhs"], rhs=chosen["rhs"]))
-    return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=recipe, key=key)
+    implementation = "reference" if recipe.implementation == "reference" else "auto"
+    own = LinearRecipe(out=Gemm(lhs=chosen["lhs"], rhs=chosen["rhs"]), implementation=implementation)
+    return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=own, key=key)
 
 
 def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, dtype, key):
@@ -229,7 +233,7 @@ def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, d
         along[axis] = size
     other_axes = [a for a in range(scales.ndim) if a not in order]
     assert all(scales.shape[a] == 1 for a in other_axes), "one scale a row or a tensor"
-    weighted = g.astype(jnp.float32) * jnp.transpose(scales, (*order, *other_axes)).reshape(along)
+    weighted = once_differentiable(g).astype(jnp.float32) * jnp.transpose(scales, (*order, *other_axes)).reshape(along)
     whole_rows = isinstance(quantizer.tiling, PerRow | PerTensor) and quantizer.rotation is None
     if whole_rows:
         codes, own = quantizer.elements(weighted, axis=contracted, key=key)
@@ -237,7 +241,8 @@ def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, d
         codes, own = quantizer(weighted, axis=contracted, key=key), None
     pair = (codes, values) if side == 0 else (values, codes)
     formats = (quantizer.format, kept.format) if side == 0 else (kept.format, quantizer.format)
-    if values.dtype != jnp.int8 or own is None or not int8.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
+    as_int8 = values.dtype == jnp.int8 and own is not None and int8.codes(quantizer, rotated=False)
+    if not as_int8 or not int8.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
         grid = lambda x, fmt: int8.from_int8(x, fmt) if x.dtype == jnp.int8 else x
         compute = dtype if whole_rows else jnp.float32
         a, b = (grid(x, fmt).astype(compute) for x, fmt in zip(pair, formats, strict=True))

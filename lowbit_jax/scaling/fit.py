@@ -156,6 +156,13 @@ class CandidateSearch:
         return best
 
 
+def carries_nan(fit: Fit) -> bool:
+    """Whether this fit is known to answer NaN for a tile that holds one: whether it is one of those above."""
+    if isinstance(fit, CandidateSearch):
+        return carries_nan(fit.base)
+    return isinstance(fit, Percentile) or any(fit is own for own in (absmax, rms_optimal, mean_abs))
+
+
 def lsq_initial(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """2 mean|x| / sqrt(max_finite). Source: Esser et al. 2019, arXiv:1902.08153, section 2.1."""
     mean = _mean_magnitude(tiles, axes)

@@ -13,16 +13,16 @@ from lowbit_jax.ops.int8 import multiplies
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(7, 96, rngs=rngs)
-        self.up = nnx.Linear(96, 40, rngs=rngs)
-        self.unused = nnx.Linear(40, 8, rngs=rngs)
-        self.head = nnx.Linear(40, 24, dtype=jnp.bfloat16, rngs=rngs)
+        self.up = nnx.Linear(96, 80, rngs=rngs)
+        self.unused = nnx.Linear(80, 8, rngs=rngs)
+        self.head = nnx.Linear(80, 24, dtype=jnp.bfloat16, rngs=rngs)
 
     def __call__(self, tokens):
         return self.head(jnp.tanh(self.up(self.embed(tokens))))
 
 
 TOKENS = jnp.arange(6).reshape(2, 3)
-ON_INT8 = multiplies((2, 2), (2, 2), (lb.formats.INT8,) * 2, (((1,), (0,)), ((), ())))
+ON_INT8 = multiplies((2, 64), (64, 2), (lb.formats.INT8,) * 2, (((1,), (0,)), ((), ())))
 F32 = "dot f32 x f32 -> f32"
 RAN = {"out": "dot s8 x s8 -> s32" if ON_INT8 else F32, "grad_lhs": F32, "grad_rhs": F32}
 
@@ -82,8 +82,8 @@ def test_packed_models_show_that_they_are(model):
 def test_convolutions_and_stacks():
     class Images(nnx.Module):
         def __init__(self, rngs):
-            self.conv = nnx.Conv(16, 12, (3, 3), rngs=rngs)
-            self.layers = nnx.vmap(lambda rngs: nnx.Linear(12, 12, rngs=rngs))(rngs.split(2))
+            self.conv = nnx.Conv(16, 64, (3, 3), rngs=rngs)
+            self.layers = nnx.vmap(lambda rngs: nnx.Linear(64, 64, rngs=rngs))(rngs.split(2))
 
         def __call__(self, x):
             return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(

@@ -9,15 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lowbit_jax as lb
 from lowbit_jax.ops import int8
 from lowbit_jax.ops.dot_general import pack_rhs
+from lowbit_jax.sparsity import NofM
 
 pytestmark = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64") or jax.default_backend() != "cpu",
     reason="int8 products by XLA are for x86 CPUs",
 )
+
+
+@pytest.fixture(autouse=True)
+def also_short_sums(monkeypatch, request):
+    """Sums of backward products are short here, and would stay in float32."""
+    if "short" not in request.node.name:
+        monkeypatch.setattr(int8, "_SHORTEST", 4)
+
+
 FORMATS = [*(f"midrise{b}" for b in range(1, 9)), "int2", "int4", "int8", "ternary", "e2m1", "e2m3"]
 NUMBERS = {
     "matrix": ((12, 64), (64, 10), (((1,), (0,)), ((), ()))),
@@ -152,6 +163,12 @@ def test_a_contraction_that_could_overflow_stays_in_float32(key):
     assert count(absmax) == 0 and count(lb.quest(1)) >= 1
 
 
+@pytest.mark.parametrize(("length", "count"), [(32, 0), (64, 1)])
+def test_short_sums_stay_in_float32(length, count):
+    run = jax.jit(lambda x, w: lb.dot_general(x, w, NUMBERS["matrix"][2], recipe=lb.quest(4)))
+    assert int8_products(run.lower(jnp.ones((8, length)), jnp.ones((length, 8))).as_text()) == count
+
+
 @pytest.mark.parametrize("method", ["quest4", "quest8", "absmax"])
 @pytest.mark.parametrize("shape", [(12, 64), (64, 512)], ids=str)  # XLA drops NaN from the maximum of the larger one
 def test_rows_that_are_not_finite_stay_their_own(key, method, shape):
@@ -164,6 +181,60 @@ def test_rows_that_are_not_finite_stay_their_own(key, method, shape):
     assert np.isnan(y[1]).all() and np.isnan(y[2]).all()
     np.testing.assert_array_equal(y[4], 0)
     assert np.isfinite(np.delete(y, [1, 2], axis=0)).all()
+
+
+def largest_finite(tiles, fmt, axes):
+    """A user's fit, which does not see NaN."""
+    finite = jnp.where(jnp.isnan(tiles), 0.0, jnp.abs(tiles))
+    return jnp.max(finite, axis=axes, keepdims=True) / fmt.max_finite
+
+
+@pytest.mark.parametrize("base", [None, lb.scaling.CandidateSearch(base=largest_finite)], ids=["own", "searched"])
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_nan_that_a_fit_of_the_users_own_does_not_see(key, implementation, base):
+    lhs, rhs, numbers = operands(key, "matrix")
+    quantizer = lb.Quantizer(fit=base or largest_finite)
+    recipe = lb.LinearRecipe(out=lb.Gemm(lhs=quantizer, rhs=quantizer), implementation=implementation)
+    y, dlhs, drhs = with_gradients(lhs.at[1, 3].set(jnp.nan), rhs, numbers, recipe)
+    assert np.isnan(y[1]).all() and np.isfinite(np.delete(y, 1, axis=0)).all()
+    assert np.isnan(drhs).mean() > 0.5  # the others lie a rounding above the grid, where no gradient passes
+    packed = pack_rhs(rhs.at[3, 2].set(jnp.nan), numbers, recipe)
+    y = np.asarray(lb.dot_general(lhs, packed, numbers, recipe=recipe))
+    assert np.isnan(y[:, 2]).all() and np.isfinite(np.delete(y, 2, axis=1)).all()
+
+
+def test_a_sparse_cotangent_off_the_integers(key):
+    """8-bit mid-rise codes of a cotangent with a support: its zeros are no level, so these stay in float32."""
+    lhs, rhs, numbers = jax.random.normal(key, (12, 64)), jax.random.normal(key, (64, 64)), NUMBERS["matrix"][2]
+    base = lb.quest(4, block=16)
+    sparse = lb.Quantizer(format=lb.formats.get("midrise8"), sparsity=NofM(2, 4))
+    folded = dict(grad_lhs=lb.Gemm(lhs=sparse, rhs=lb.FORWARD, fold=True))
+    recipe = dataclasses.replace(base, **folded)
+    found = with_gradients(lhs, rhs, numbers, recipe)
+    expected = with_gradients(lhs, rhs, numbers, recipe.with_implementation("reference"))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
+def test_a_large_activation_meets_a_small_weight():
+    """The sum of codes is 10^6: times the activation's scale alone it would overflow."""
+    recipe = lb.LinearRecipe(out=lb.Gemm(lhs=lb.Quantizer(), rhs=lb.Quantizer()))
+    x, w = jnp.full((4, 64), 2.0**118), jnp.full((64, 4), 2.0**-118)
+    np.testing.assert_allclose(with_gradients(x, w, NUMBERS["matrix"][2], recipe)[0], 64.0, rtol=1e-6)
+
+
+def test_reference_reaches_every_product(key):
+    """Quantized backward products and packed weights too, also those of a converted layer."""
+    lhs, rhs, numbers = jax.random.normal(key, (64, 64)), jax.random.normal(key, (64, 64)), NUMBERS["matrix"][2]
+    out = lb.Gemm(lhs=lb.Quantizer(), rhs=lb.Quantizer())
+    recipe = lb.LinearRecipe(out=out, grad_lhs=out, grad_rhs=out)
+    assert int8_products(program(lhs, rhs, numbers, recipe)) == 2  # the backward ones
+    assert int8_products(program(lhs, rhs, numbers, recipe.with_implementation("reference"))) == 0
+    for implementation, count in (("auto", 1), ("reference", 0)):
+        layer = lb.quantize(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), recipe.with_implementation(implementation))
+        for layout in ("bitstream-le/1", "planes/1"):
+            packed = lb.convert(layer, layout=layout)
+            assert int8_products(jax.jit(lambda x, packed=packed: packed(x)).lower(lhs).as_text()) == count
 
 
 def test_half_precision_operands_and_results(key):
