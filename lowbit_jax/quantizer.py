@@ -120,23 +120,19 @@ class Quantizer:
         Their product (where the tiling leaves the shape as it is) is `in_rotated_space(x)`, but for a NaN in a tile of
         a learned scale, which makes all of it NaN; no gradient passes."""
         h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale)
-        values = self.rounding(tiles * inv_scale, self.format, key)
+        _, values = self._on_grid(tiles, inv_scale, support, key)
         if self.learned:
             scale = _nan_of(tiles, axes, scale)
-        if support is not None:
-            values = jnp.where(support, values, jnp.zeros_like(values))
         return lax.stop_gradient((join(values, h.shape), scale))
 
     def factors(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None
     ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"], Any]:
-        """`elements`, and what `pull_back` needs, for a product with a gradient of its own: one scale a row or a
-        tensor, and none learned."""
+        """`elements`, and what `pull_back` needs, for a product with a gradient rule of its own
+        (`ops.coded_product`): one scale a row or a tensor, and none learned."""
+        assert isinstance(self.tiling, PerRow | PerTensor), self.tiling
         _, tiles, _, scale, inv_scale, support = self._fitted(x, axis, None, with_gradient=False)
-        u = lax.mul(tiles, lax.broadcast_in_dim(inv_scale, tiles.shape, range(tiles.ndim)))
-        values = self.rounding(u, self.format, key)
-        if support is not None:
-            values = jnp.where(support, values, jnp.zeros_like(values))
+        u, values = self._on_grid(tiles, inv_scale, support, key)
         return values, scale, self.estimator.residuals(u, values, self.format, support)
 
     def pull_back(self, residuals: Any, g: Float[Array, "*s"], *, axis: Axis = -1) -> Float[Array, "*s"]:
@@ -218,12 +214,17 @@ class Quantizer:
         if x.ndim == 0:
             raise ValueError("Quantizer got a scalar; it needs at least the contraction axis. Reshape to (1,).")
         axes = normalized_axes(axis, x.ndim, "Quantizer")
-        h = (
-            x.astype(jnp.float32)
-            if self.rotation is None
-            else self.rotation.apply(x, axes[-1], with_gradient=with_gradient)
-        )
+        if self.rotation is None:
+            h = x.astype(jnp.float32)
+        else:
+            h = self.rotation.apply(x, axes[-1], **({} if with_gradient else {"with_gradient": False}))
         return h, *self.tiling.split(h, axes)
+
+    def _on_grid(self, tiles, inv_scale, support, key):
+        """x / scale, and the grid values, zero off the support."""
+        u = lax.mul(tiles, lax.broadcast_in_dim(inv_scale, tiles.shape, range(tiles.ndim)))
+        values = self.rounding(u, self.format, key)
+        return u, values if support is None else jnp.where(support, values, jnp.zeros_like(values))
 
     def _fitted(self, x, axis, scale, rounded=True, with_gradient=True):
         h, tiles, axes = self._tiles(x, axis, with_gradient)

@@ -34,6 +34,7 @@ from pallas_kernels.minifloat import (
     decode,
     encode,
     flush,
+    magnitude_bits,
     nearest_integer,
     number_of,
     up_or_down,
@@ -233,8 +234,7 @@ def _check_words(who, words, scales, bits, block, dtype, impl):
 def _block_maximum(x: Float[Array, "rows columns"], block: int) -> Array:
     """Bit pattern of the largest magnitude of each block, [rows, blocks]; above infinity's for NaN."""
     rows, columns = x.shape
-    magnitude = bits_of(x) & 0x7FFFFFFF
-    return jnp.max(magnitude.reshape(rows, columns // block, block), axis=2)
+    return jnp.max(magnitude_bits(x).reshape(rows, columns // block, block), axis=2)
 
 
 def _block_scale(amax: Array, max_finite: float) -> Float[Array, "rows blocks"]:

@@ -22,11 +22,11 @@ from jaxtyping import Array, Float, Int8
 from pallas_kernels import launch, masks, tuning
 from pallas_kernels.checks import check_matrix, check_offsets, check_shape
 from pallas_kernels.launch import Tile
+from pallas_kernels.minifloat import magnitude_bits, nearest_integer, number_of
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _TOP = 127.0
 _LEAST, _MOST = 2.0**-126, 2.0**126  # scales: their reciprocals are normal float32
-_ROUND = np.float32(12582912)  # 1.5 * 2^23: adding it rounds a float32 to the nearest integer, ties to even
 
 
 class BothWays(NamedTuple):
@@ -50,7 +50,7 @@ def quantize_both_ways(
     column of g; absmax scales, nearest even.
 
     A row or column of zeros has scale 1. One with NaN or infinity has scale NaN, its codes mean nothing, and the others
-    are as without it. tile: rows and columns of what a program holds at once.
+    are as without it. tile: rows and columns of what a program of the first kernel holds at once.
     Reference: `impl="xla"`, equal but for codes at a tie where the chip divides inexactly.
     Raises: ValueError for shapes and from 2^31 elements on, TypeError for dtypes."""
     who = "quantize_both_ways"
@@ -103,9 +103,7 @@ def _rounded(v: Array) -> Array:
 def _reference(g, along_columns, along_rows):
     g = g.astype(jnp.float32)
     by_row, by_column = g * along_columns[None, :], g * along_rows[:, None]
-    # The sums are for NaN, which XLA's CPU compiler drops from the maxima of large arrays.
-    s = _settled(jnp.max(jnp.abs(by_row), axis=1) + jnp.sum(by_row * 0, axis=1))
-    t = _settled(jnp.max(jnp.abs(by_column), axis=0) + jnp.sum(by_column * 0, axis=0))
+    s, t = (_settled(number_of(jnp.max(magnitude_bits(x), axis=axis))) for x, axis in ((by_row, 1), (by_column, 0)))
     rows, columns = _rounded(by_row * (1 / s)[:, None]), _rounded(by_column * (1 / t)[None, :])
     return BothWays(rows, s, columns.T, t)
 
@@ -119,7 +117,7 @@ def _run(g, along_columns, along_rows, tile, impl):
     rows, row_scales, maxima = launch.call(kernel, "quantize_both_ways_rows", impl, tile, grid=(parts,), out_shape=out)(
         g, along_columns, along_rows
     )
-    column_scales = _settled(lax.bitcast_convert_type(jnp.max(maxima, axis=0), jnp.float32))
+    column_scales = _settled(number_of(jnp.max(maxima, axis=0)))
     side = min(tile.columns, 64)
     square = Tile(rows=64, columns=side, warps=4, stages=1)
     columns = launch.call(
@@ -127,11 +125,6 @@ def _run(g, along_columns, along_rows, tile, impl):
         grid=(-(-m // square.rows), -(-n // square.columns)), out_shape=jax.ShapeDtypeStruct((n, m), jnp.int8),
     )(g, along_rows, 1 / column_scales)  # fmt: skip
     return BothWays(rows, row_scales, columns, column_scales)
-
-
-def _magnitude_bits(x: Array) -> Array:
-    """Integers in the order of |x|, infinity and NaN above all numbers: their maximum keeps a NaN."""
-    return lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7FFFFFFF)
 
 
 def _rows_kernel(g_ref, v_ref, u_ref, code_ref, scale_ref, maxima_ref, *, m, n, tile):
@@ -151,13 +144,13 @@ def _rows_kernel(g_ref, v_ref, u_ref, code_ref, scale_ref, maxima_ref, *, m, n, 
     def largest(turn, found):
         column, columns, _, g = load(turn)
         v = masks.load(v_ref.at[column], columns)
-        down = jnp.max(_magnitude_bits(g * u[:, None]), axis=0)
+        down = jnp.max(magnitude_bits(g * u[:, None]), axis=0)
         at = jnp.full(tile.columns, program, jnp.int32), column
         masks.store(maxima_ref.at[at], down, columns)
-        return jnp.maximum(found, jnp.max(_magnitude_bits(g * v[None, :]), axis=1))
+        return jnp.maximum(found, jnp.max(magnitude_bits(g * v[None, :]), axis=1))
 
     found = launch.loop(turns, largest, jnp.zeros(tile.rows, jnp.int32))
-    scale = _settled(lax.bitcast_convert_type(found, jnp.float32))
+    scale = _settled(number_of(found))
     masks.store(scale_ref.at[row], scale, rows)
     gain = 1 / scale
 
@@ -185,6 +178,5 @@ def _columns_kernel(g_ref, u_ref, gain_ref, code_ref, *, m, n, tile):
 
 
 def _in_kernel(v: Array) -> Array:
-    """`_rounded` by an addition: Triton under Pallas has no rounding to even."""
-    v = jnp.minimum(jnp.maximum(v, np.float32(-128)), np.float32(127))
-    return lax.bitcast_convert_type(v + _ROUND, jnp.int32).astype(jnp.int8)
+    """`_rounded`: Triton under Pallas has no rounding to even."""
+    return nearest_integer(jnp.minimum(jnp.maximum(v, np.float32(-128)), np.float32(127))).astype(jnp.int8)

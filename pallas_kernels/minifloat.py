@@ -73,6 +73,12 @@ def bits_of(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
+def magnitude_bits(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
+    """The bit pattern of |x|. Such integers are in the order of the magnitudes, infinity and NaN above all numbers, so
+    that their maximum keeps a NaN."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
 def number_of(bits: Int[Array, "*s"]) -> Float[Array, "*s"]:
     """The float32 number of a bit pattern."""
     return lax.bitcast_convert_type(bits, jnp.float32)

@@ -59,8 +59,8 @@ def on_chip(name: str):
         _chip.pop()
 
 
-def store(entries: dict[str, dict[str, int]], chip: str, path: pathlib.Path | None = None) -> pathlib.Path:
-    """Adds entries to a table and writes it (default: the user's); other writers wait.
+def store(entries: dict[str, dict[str, int] | None], chip: str, path: pathlib.Path | None = None) -> pathlib.Path:
+    """Adds entries to a table, or with None takes them out, and writes it (default: the user's); other writers wait.
 
     Raises: OSError where the file cannot be written, ValueError for a table that is damaged."""
     path = user_file() if path is None else path
@@ -69,7 +69,7 @@ def store(entries: dict[str, dict[str, int]], chip: str, path: pathlib.Path | No
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_name(f".{path.name}.lock.tmp")):
             table = dict(_parsed(path)) if path.exists() else {}
-            table[chip] = table.get(chip, {}) | entries
+            table[chip] = {name: tile for name, tile in (table.get(chip, {}) | entries).items() if tile is not None}
             try:
                 whole.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
                 whole.replace(path)

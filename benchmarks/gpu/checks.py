@@ -60,7 +60,7 @@ def every(interpreted: bool, size: int, seed: int) -> list[Check]:
     """All checks: of products, rotations and codecs."""
     pallas = "interpret" if interpreted else "triton"
     return [
-        *rotations(pallas, size, seed),
+        *quantizations(pallas, size, seed),
         *products("interpret" if interpreted else "kernel", size, seed),
         *codecs(pallas, size, seed),
     ]
@@ -112,8 +112,8 @@ def products(impl: str, size: int, seed: int) -> list[Check]:
     return found
 
 
-def rotations(impl: str, size: int, seed: int) -> list[Check]:
-    """The fused quantization's codes, sums, scales and masks, and the masked rotation back."""
+def quantizations(impl: str, size: int, seed: int) -> list[Check]:
+    """The fused quantizations' codes, sums, scales and masks, and the masked rotation back."""
     found = []
     for bits, axis, dtype in ((1, 1, jnp.bfloat16), (4, 1, jnp.bfloat16), (8, 1, jnp.float16), (4, 0, jnp.float32),
                               (8, 0, jnp.bfloat16)):  # fmt: skip

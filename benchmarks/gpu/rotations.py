@@ -31,8 +31,6 @@ BACK = (  # M, K, axis and dtype of the result
     (TOKENS, 2048, 1, "bfloat16"), (TOKENS, 5632, 1, "bfloat16"),
     (11264, 2048, 0, "float32"), (2048, 5632, 0, "float32"),
 )  # fmt: skip
-
-
 COTANGENTS = ((TOKENS, 2048), (TOKENS, 11264))  # M, N
 
 
@@ -46,6 +44,11 @@ class Case:
     run: Callable[..., Any]
     arguments: list[tuple]
     by_xla: Callable[..., Any] | None = None
+
+    @property
+    def tiles(self) -> tuple[Tile | None, ...]:
+        """What is tried, the default first."""
+        return TILES if self.by_xla is None else WIDE_TILES
 
     def compiled(self, tile: Tile | None) -> Callable:
         each = jax.jit(lambda arguments: [self.run(*a, tile=tile) for a in arguments])
@@ -94,29 +97,32 @@ def measure(rounds: int, roof: Roof) -> list[dict]:
     """One row a case: microseconds by the best tile, which goes into the user's tuning table, and by the default."""
     every = list(cases())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in (WIDE_TILES if case.by_xla else TILES)]
-                for case in every]  # fmt: skip
-        built = [[(tile, job.result()) for tile, job in each if job.exception() is None] for each in jobs]
+        jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in case.tiles] for case in every]
+        built = [{str(tile): (tile, job.result()) for tile, job in each if job.exception() is None} for each in jobs]
     copied, copy = jnp.ones((ARRAYS, 8192, 4096), jnp.bfloat16), jax.jit(lambda a: a + 1)
     rows = []
     for case, each in zip(every, built, strict=True):
-        programs = {str(i): functools.partial(program, case.arguments) for i, (_, program) in enumerate(each)}
+        if not each:
+            store(case.key, None)
+            print(f"{case.name}: no tile compiles without spills", flush=True)
+            continue
+        programs = {name: functools.partial(program, case.arguments) for name, (_, program) in each.items()}
         times = seconds(programs | case.xla() | {"copy": lambda: copy(copied)}, rounds)
         took = {name: float(np.median(t)) / ARRAYS for name, t in times.items()}
         best = min(programs, key=took.__getitem__)
-        tile, device = each[int(best)][0], on_device(programs[best], ARRAYS)
-        if tile is not None and took[best] < took.get("xla", np.inf):
-            store(case.key, tile)
+        tile, device, default = each[best][0], on_device(programs[best], ARRAYS), took.get(str(case.tiles[0]))
+        if tile is not None:
+            store(case.key, tile if took[best] < took.get("xla", np.inf) else None)
         moved = bytes_of(case.arguments[0]) + bytes_of(jax.eval_shape(case.run, *case.arguments[0]))
         copied_a_second = 2 * copied.nbytes / ARRAYS / took["copy"]
         rows.append({
-            "kernel": case.name, "us": 1e6 * took[best], "default_us": 1e6 * took["0"],
+            "kernel": case.name, "us": 1e6 * took[best], "default_us": default and 1e6 * default,
             "xla_us": 1e6 * took["xla"] if "xla" in took else None,
             "bytes_a_second": moved / took[best], "of_copy_bandwidth": moved / took[best] / copied_a_second,
             "device_us": device and 1e6 * device,
             "device_of_copy_bandwidth": device and moved / device / roof.bandwidth,
             "tile": None if tile is None else dataclasses.asdict(tile),
-            "tried_us": {str(tile): 1e6 * took[str(i)] for i, (tile, _) in enumerate(each)},
+            "tried_us": {name: 1e6 * took[name] for name in each},
         })  # fmt: skip
         of = 100 * rows[-1]["of_copy_bandwidth"]
         print(f"{case.name}: {1e6 * took[best]:.1f} us, {of:.0f}% of a copy; {tile or 'the default tile'}", flush=True)

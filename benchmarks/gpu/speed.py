@@ -194,10 +194,11 @@ def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str,
     return rows
 
 
-def store(entry: str, tile: Tile) -> None:
-    """The tile goes into the user's tuning table, if that can be written: the row of the report matters more."""
+def store(entry: str, tile: Tile | None) -> None:
+    """The tile goes into the user's tuning table (None: out of it), if that can be written: the row of the report
+    matters more."""
     try:
-        tuning.store({entry: dataclasses.asdict(tile)}, jax.devices()[0].device_kind)
+        tuning.store({entry: tile and dataclasses.asdict(tile)}, jax.devices()[0].device_kind)
     except (OSError, ValueError) as error:
         print(f"the tile of {entry} is in the report alone: {error}", flush=True)
 

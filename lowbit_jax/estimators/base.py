@@ -33,7 +33,7 @@ class Estimator(Protocol):
         self, residuals: Any, g: Float[Array, "*s"], fmt: Format, tile_size: int
     ) -> tuple[Float[Array, "*s"], Float[Array, "*s"] | None]:
         """Cotangents of x and, before the sum over each tile, of the scale (None: zero) for the cotangent g of
-        x_hat."""
+        x_hat, linear in g."""
         ...
 
     def describe(self) -> str: ...
@@ -63,19 +63,24 @@ def _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale=None):
     if support is not None:
         q = jnp.where(support, q, jnp.zeros_like(q))
     residuals = estimator.residuals(u, q, fmt, support)
-    return _answered(estimator, fmt, x, scale, q * scale, residuals), (residuals, scale, support, key)
+    return _with_gradients(estimator, fmt, x, scale, q * scale, residuals), (residuals, scale, support, key)
 
 
 def _backward(estimator, fmt, rounding, saved, g):
     residuals, scale, support, key = saved
-    no_gradient = lambda a: None if a is None else np.zeros(a.shape, jax.dtypes.float0)
-    return *_answer(estimator, fmt, residuals, scale, g), no_gradient(support), no_gradient(key), None
+    dx, dscale = _cotangents(estimator, fmt, residuals, scale, g)
+    return dx, dscale, no_cotangent(support), no_cotangent(key), None
 
 
 quantize_through.defvjp(_forward, _backward)
 
 
-def _answer(estimator, fmt, residuals, scale, g):
+def no_cotangent(x: Array | None) -> Any:
+    """What a gradient rule answers for an argument that is no number: a mask or a key."""
+    return None if x is None else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _cotangents(estimator, fmt, residuals, scale, g):
     tile = tuple(a for a in range(g.ndim) if scale.shape[a] == 1)
     dx, dscale = estimator.gradients(residuals, g, fmt, math.prod(g.shape[a] for a in tile))
     if dscale is not None:
@@ -84,16 +89,16 @@ def _answer(estimator, fmt, residuals, scale, g):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _answered(estimator, fmt, x, scale, x_hat, residuals):
+def _with_gradients(estimator, fmt, x, scale, x_hat, residuals):
     """`x_hat` with the estimator's gradients: what a derivative of a derivative, forward or reverse, meets in place of
     the rounding, whose own derivative is zero."""
     return x_hat
 
 
-@_answered.defjvp
-def _answered_tangent(estimator, fmt, primals, tangents):
+@_with_gradients.defjvp
+def _with_gradients_tangent(estimator, fmt, primals, tangents):
     _, scale, x_hat, residuals = primals
-    cotangents = lambda g: [d for d in _answer(estimator, fmt, residuals, scale, g) if d is not None]
-    moved = tangents[: len(jax.eval_shape(cotangents, x_hat))]
-    (dx_hat,) = jax.linear_transpose(cotangents, x_hat)(list(moved))
-    return _answered(estimator, fmt, *primals), dx_hat
+    transposed = lambda g: [d for d in _cotangents(estimator, fmt, residuals, scale, g) if d is not None]
+    moved = tangents[: len(jax.eval_shape(transposed, x_hat))]
+    (dx_hat,) = jax.linear_transpose(transposed, x_hat)(list(moved))
+    return _with_gradients(estimator, fmt, *primals), dx_hat

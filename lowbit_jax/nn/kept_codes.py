@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from lowbit_jax.estimators import no_cotangent
 from lowbit_jax.nn.nnx import PackedWeight, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.verbs import CODES
 from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.quantizer import Quantizer
 
 
@@ -46,6 +47,7 @@ def _kept(quantizer: Quantizer, axis: int, x: Array, scale: Array | None, key: A
 
 
 def _kept_forward(quantizer, axis, x, scale, key):
+    x, scale = once_differentiable((x, scale))
     differentiable = lambda x, scale: quantizer.in_rotated_space(x, axis=axis, key=key, scale=scale)
     _, back = jax.vjp(differentiable, x, scale)
     packed = quantizer.quantize(x, axis=axis, key=key, scale=scale)
@@ -55,7 +57,7 @@ def _kept_forward(quantizer, axis, x, scale, key):
 
 def _kept_backward(quantizer, axis, saved, g):
     back, key = saved
-    return *back(g), None if key is None else np.zeros(key.shape, jax.dtypes.float0)
+    return *back(g), no_cotangent(key)
 
 
 _kept.defvjp(_kept_forward, _kept_backward)

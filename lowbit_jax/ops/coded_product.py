@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+from lowbit_jax.estimators import no_cotangent
 from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import int8
 from lowbit_jax.ops.once import once_differentiable
@@ -30,13 +31,13 @@ def serves(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rotat
     reused = recipe.grad_lhs.rhs == FORWARD and recipe.grad_rhs.lhs == FORWARD
     if recipe.implementation != "auto" or recipe.rhs_ready or not reused:
         return False
-    return all(int8.codes(q, rotated) for q in quantizers) and _fits(forward, lhs, rhs, quantizers)
+    return all(int8.makes_int8(q, rotated) for q in quantizers) and _fits(forward, lhs, rhs, quantizers)
 
 
 def serves_packed(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, rotated: bool) -> bool:
     """The same for a weight that is packed already."""
     x, w = recipe.forward_quantizers[0], rhs.quantizer
-    return int8.codes(x, rotated) and int8.codes(w, rotated) and _fits(forward, lhs, rhs, (x, w))
+    return int8.makes_int8(x, rotated) and int8.makes_int8(w, rotated) and _fits(forward, lhs, rhs, (x, w))
 
 
 def packed_product(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, key: Any) -> Array:
@@ -91,26 +92,47 @@ def _operand_forward(quantizer, axis, x, key):
 def _operand_backward(quantizer, axis, saved, g):
     kept, like, key = saved
     dx = quantizer.pull_back(kept, g[0], axis=axis)
-    return lax.convert_element_type(dx, like.dtype), _nothing(key)
+    return lax.convert_element_type(dx, like.dtype), no_cotangent(key)
 
 
 _operand.defvjp(_operand_forward, _operand_backward)
 
 
-def _nothing(key: Any) -> Any:
-    return None if key is None else np.zeros(key.shape, jax.dtypes.float0)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _product(forward, recipe, dtype, a, b, key):
-    return _forward(forward, recipe, dtype, a, b, key)[0]
+    return _kept_forward(forward, recipe, a, b, key)[0]
 
 
 def _forward(forward, recipe, dtype, a, b, key):
+    return _kept_forward(forward, recipe, *once_differentiable((a, b)), key)
+
+
+def _kept_forward(forward, recipe, a, b, key):
     formats = [q.format for q in recipe.forward_quantizers]
     (a, a_scale), (b, b_scale) = ((int8.to_int8(x, fmt), s) for (x, s), fmt in zip((a, b), formats, strict=True))
     y = scaled_product(forward, (a, a_scale, formats[0]), (b, b_scale, formats[1]))
     return y, ((a, a_scale), (b, b_scale), key)
+
+
+def _backward(forward, recipe, dtype, saved, g):
+    a, b, key = saved
+    formats = [q.format for q in recipe.forward_quantizers]
+    a_hat, b_hat = (_value(x, scale, fmt, dtype) for (x, scale), fmt in zip((a, b), formats, strict=True))
+    if recipe.plain_backward:
+        found = plain_gradients(forward, a_hat, b_hat, g)
+    else:
+        found = product_gradients(forward, recipe, a_hat, b_hat, (a, b), key, g)
+    da, db = (lax.convert_element_type(x, jnp.float32) for x in found)
+    return (da, jnp.zeros_like(a[1])), (db, jnp.zeros_like(b[1])), no_cotangent(key)
+
+
+def _value(integers: Array, scale: Array, fmt: Format, dtype: Any) -> Array:
+    values = int8.from_int8(integers, fmt)
+    spread = lax.broadcast_in_dim(scale, values.shape, range(values.ndim))
+    return lax.convert_element_type(lax.mul(values, spread), dtype)
+
+
+_product.defvjp(_forward, _backward)
 
 
 Coded = tuple[Int8[Array, "*s"], Float[Array, "*#s"], Format]
@@ -140,24 +162,3 @@ def _places(dims: Dims, side: str, lhs_ndim: int, rhs_ndim: int) -> list[int]:
     batch = len(dims.lhs_batch)
     free, skipped = (lhs_ndim - batch - 1, 0) if side == "lhs" else (rhs_ndim - batch - 1, lhs_ndim - batch - 1)
     return [*range(batch), *range(batch + skipped, batch + skipped + free)]
-
-
-def _backward(forward, recipe, dtype, saved, g):
-    a, b, key = saved
-    formats = [q.format for q in recipe.forward_quantizers]
-    a_hat, b_hat = (_value(x, scale, fmt, dtype) for (x, scale), fmt in zip((a, b), formats, strict=True))
-    if recipe.plain_backward:
-        found = plain_gradients(forward, a_hat, b_hat, g)
-    else:
-        found = product_gradients(forward, recipe, a_hat, b_hat, (a, b), key, g)
-    da, db = (lax.convert_element_type(x, jnp.float32) for x in found)
-    return (da, jnp.zeros_like(a[1])), (db, jnp.zeros_like(b[1])), _nothing(key)
-
-
-def _value(integers: Array, scale: Array, fmt: Format, dtype: Any) -> Array:
-    values = int8.from_int8(integers, fmt)
-    spread = lax.broadcast_in_dim(scale, values.shape, range(values.ndim))
-    return lax.convert_element_type(lax.mul(values, spread), dtype)
-
-
-_product.defvjp(_forward, _backward)

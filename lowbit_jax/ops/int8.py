@@ -13,12 +13,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32
 
+from lowbit_jax import rounding
 from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import backend
 from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.rotation import Hadamard
 from lowbit_jax.scaling import PerRow, PerTensor
 
-_MOST = 2**31 - 1
+_LARGEST_SUM = 2**31 - 1  # of int32
 _SHORTEST = 64  # terms of a sum, for which int8 was faster than float32
 
 
@@ -42,12 +44,14 @@ def known_grid(fmt: Format) -> tuple[float, float]:
     return found
 
 
-def codes(quantizer: Quantizer | None, rotated: bool) -> bool:
+def makes_int8(quantizer: Quantizer | None, rotated: bool) -> bool:
     """Whether what this quantizer makes is int8 times a scale that leaves the sum. A learned scale stays finite where
-    an element is NaN, which int8 cannot say."""
+    an element is NaN, which int8 cannot say; a rounding or a rotation of the user's own may leave the grid."""
     if quantizer is None or quantizer.learned or (found := grid(quantizer.format)) is None:
         return False
-    own = type(quantizer).in_rotated_space is Quantizer.in_rotated_space  # a class with another one keeps it
+    own = type(quantizer).in_rotated_space is Quantizer.in_rotated_space  # `lb.nn.keep_codes` has another one
+    own &= quantizer.rounding in (rounding.nearest, rounding.stochastic, rounding.toward_zero)
+    own &= isinstance(quantizer.rotation, Hadamard | None)
     zero = quantizer.sparsity is None or found[1] == 0
     return own and zero and isinstance(quantizer.tiling, PerRow | PerTensor) and (rotated or not quantizer.rotation)
 
@@ -69,7 +73,7 @@ def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format
     length = math.prod(lhs[a] for a in lhs_axes)
     columns = math.prod(n for a, n in enumerate(rhs) if a not in (*rhs_axes, *rhs_batch))
     turns = lhs_axes[-1] == len(lhs) - 1 or len(lhs_axes) > 1 or length % 2 == 0  # see `_dot`
-    return columns > 1 and length >= _SHORTEST and turns and length * math.prod(map(_largest, formats)) <= _MOST
+    return columns > 1 and length >= _SHORTEST and turns and length * math.prod(map(_largest, formats)) <= _LARGEST_SUM
 
 
 def to_int8(values: Float[Array, "*s"], fmt: Format) -> Int8[Array, "*s"]:
@@ -94,7 +98,8 @@ def from_int8(integers: Int8[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
 def product(
     lhs: Int8[Array, "*lhs"], rhs: Int8[Array, "*rhs"], formats: tuple[Format, Format], numbers: tuple
 ) -> Float[Array, "*out"]:
-    """`lax.dot_general` of the grid values that these integers stand for: exact sums, rounded to float32 at the end."""
+    """`lax.dot_general` of the grid values that these integers stand for: an exact sum of integers, rounded to float32;
+    an offset adds one or two sums to it there."""
     (lhs_axes, rhs_axes), batch = numbers
     (lhs_step, lhs_offset), (rhs_step, rhs_offset) = map(known_grid, formats)
     y = lax.convert_element_type(_dot(lhs, rhs, numbers), jnp.float32)
@@ -113,7 +118,7 @@ def product(
 def _dot(lhs: Int8[Array, "*lhs"], rhs: Int8[Array, "*rhs"], numbers: tuple) -> Int32[Array, "*out"]:
     """XLA's CPU compiler finds its fast product only where the contraction is last in lhs, and loses it again where it
     folds the transposition of a matrix into the product; one with the contraction in two halves stays. It multiplies
-    one row by plain loops, so a row goes twice."""
+    one row by plain loops, so a row goes twice (under `jax.vmap` every example's)."""
     (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = numbers
     if len(lhs_axes) == 1 and lhs_axes[0] != lhs.ndim - 1:
         assert lhs.shape[lhs_axes[0]] % 2 == 0, "`multiplies` says no"

@@ -16,5 +16,5 @@ def _refuse(primals, tangents):
     raise NotImplementedError(
         "lb.dot_general: a second derivative (a Hessian, a gradient penalty) through a product that keeps integers for"
         " its backward, which carry no tangent. Use recipe.with_implementation('reference') for it; a recipe whose"
-        " backward products fold scales has no second derivative at all."
+        " backward products fold scales, and a model of lb.nn.keep_codes, have no second derivatives at all."
     )

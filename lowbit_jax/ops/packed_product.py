@@ -10,10 +10,10 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from lowbit_jax import rounding
+from lowbit_jax.estimators import no_cotangent
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend, coded_product, mx_product
 from lowbit_jax.ops.plane_tensor import PlaneTensor, affine_zero
@@ -148,7 +148,7 @@ def _backward(product, saved, g):
     lhs, rhs, key, scale = saved
     _, back = jax.vjp(lambda lhs, rhs, scale: product.reference(product, lhs, rhs, key, scale), lhs, rhs, scale)
     dlhs, drhs, dscale = back(g)
-    return dlhs, drhs, None if key is None else np.zeros(key.shape, jax.dtypes.float0), dscale
+    return dlhs, drhs, no_cotangent(key), dscale
 
 
 _through.defvjp(_forward, _backward)

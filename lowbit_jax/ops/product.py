@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from lowbit_jax.estimators import no_cotangent
 from lowbit_jax.ops import backend, int8
 from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
@@ -67,6 +68,9 @@ def _plain_backward(forward, saved, g):
     return plain_gradients(forward, lhs, rhs, g)
 
 
+plain_product.defvjp(_plain_forward, _plain_backward)
+
+
 def plain_gradients(
     forward: Forward, lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"], g: Float[Array, "*out"]
 ) -> tuple[Float[Array, "*lhs"], Float[Array, "*rhs"]]:
@@ -89,9 +93,6 @@ def plain_gradients(
     if backend.platform() == "cpu":  # spares the choice below, which takes 4 ms to trace
         return dlhs, transposed_first(lhs, rhs, g)
     return dlhs, lax.platform_dependent(lhs, rhs, g, cpu=transposed_first, default=by_rule)
-
-
-plain_product.defvjp(_plain_forward, _plain_backward)
 
 
 def backward_operands(
@@ -167,8 +168,7 @@ def _product_forward(forward, recipe, lhs_hat, rhs_hat, others, key):
 
 def _product_backward(forward, recipe, saved, g):
     lhs_hat, rhs_hat, others, key = saved
-    no_key = None if key is None else np.zeros(key.shape, jax.dtypes.float0)
-    return *product_gradients(forward, recipe, lhs_hat, rhs_hat, others, key, g), None, no_key
+    return *product_gradients(forward, recipe, lhs_hat, rhs_hat, others, key, g), None, no_cotangent(key)
 
 
 def product_gradients(
@@ -241,19 +241,20 @@ def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, d
         codes, own = quantizer(weighted, axis=contracted, key=key), None
     pair = (codes, values) if side == 0 else (values, codes)
     formats = (quantizer.format, kept.format) if side == 0 else (kept.format, quantizer.format)
-    as_int8 = values.dtype == jnp.int8 and own is not None and int8.codes(quantizer, rotated=False)
-    if not as_int8 or not int8.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
-        grid = lambda x, fmt: int8.from_int8(x, fmt) if x.dtype == jnp.int8 else x
-        compute = dtype if whole_rows else jnp.float32
-        a, b = (grid(x, fmt).astype(compute) for x, fmt in zip(pair, formats, strict=True))
-        out = lax.dot_general(a, b, numbers, precision, jnp.float32)
-    else:
-        integers = lambda x, fmt: x if x.dtype == jnp.int8 else int8.to_int8(x, fmt)
-        a, b = (integers(x, fmt) for x, fmt in zip(pair, formats, strict=True))
-        out = int8.product(a, b, formats, numbers)
+    coded = values.dtype == jnp.int8 and own is not None and int8.makes_int8(quantizer, rotated=False)
+    out = _grid_product(pair, formats, numbers, precision, dtype if whole_rows else jnp.float32, coded)
     if own is None:
         return out
     free = [1] * (values.ndim - len(order))
     sizes = [own.shape[a] for a in range(g.ndim) if a not in contracted]
     at = len(sizes) if side == 0 else len(batch)
     return out * own.reshape([*sizes[:at], *free, *sizes[at:]])
+
+
+def _grid_product(pair, formats, numbers, precision, dtype, coded: bool) -> Float[Array, "*out"]:
+    """The product of two arrays of grid values, or of their integers as int8; coded: both may be multiplied as int8."""
+    if coded and int8.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
+        integers = lambda x, fmt: x if x.dtype == jnp.int8 else int8.to_int8(x, fmt)
+        return int8.product(*map(integers, pair, formats), formats, numbers)
+    values = lambda x, fmt: (int8.from_int8(x, fmt) if x.dtype == jnp.int8 else x).astype(dtype)
+    return lax.dot_general(*map(values, pair, formats), numbers, precision, jnp.float32)

@@ -62,15 +62,19 @@ def test_packed_products(name):
     packed = jax.jit(lambda w: pack_rhs(w, NUMBERS, recipe))(w)
     run = jax.jit(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe))
     values = jax.jit(lambda packed: packed.values())
-    expected, whole = run(x, packed), values(packed)
+    by_xla = jax.jit(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe.with_implementation("reference")))
+    expected, whole = {"auto": run(x, packed), "reference": by_xla(x, packed)}, values(packed)
     planes = jax.jit(lambda packed: to_planes(packed, word_bits(recipe.out.lhs)))(packed)
     assert planes.shape == packed.shape and planes.layout == "planes/1"
     np.testing.assert_array_equal(values(planes), whole)
     for implementation in ("auto", "reference", "interpret"):
         planes = dataclasses.replace(planes, implementation=implementation)
         y = run(x, planes)
-        assert y.dtype == expected.dtype
-        close(y, expected, 0 if implementation == "auto" else 2.0**-6)  # of integers, or two roundings to bfloat16
+        assert y.dtype == x.dtype
+        if implementation == "interpret":
+            close(y, expected["reference"], 2.0**-6)  # two roundings to bfloat16
+        else:
+            np.testing.assert_array_equal(y, expected[implementation])
 
 
 def test_gradients_through_a_packed_product_are_the_references():

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import lowbit_jax as lb
+from lowbit_jax.ops import int8
 from lowbit_jax.ops.dot_general import pack_rhs
 
 NUMBERS = (((1,), (0,)), ((), ()))
@@ -78,6 +79,40 @@ def test_third_derivatives(operands):
     assert jax.grad(jax.grad(jax.grad(f)))(t) == pytest.approx(-27 * np.cos(3 * float(hat(t))), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["lsq", "pact"])
+def test_of_learned_scales(key, name):
+    """The papers' rules written with `stop_gradient`: x_hat = s round(x / s), whose derivative by s is q - u inside the
+    grid and the end of the grid outside (LSQ, times its gain), or the end alone (PACT)."""
+    fmt = lb.formats.get("int4")
+    estimator = {"lsq": lb.estimators.LSQ(), "pact": lb.estimators.PACT()}[name]
+    quantizer = lb.Quantizer(format=fmt, tiling=lb.scaling.PerTensor(), fit=lb.scaling.Learned(), estimator=estimator)
+    fixed, x = jax.lax.stop_gradient, jax.random.normal(key, (3, 64))
+    gain = 1 / np.sqrt(x.size * fmt.max_finite)
+
+    def by_hand(x, s):
+        u = x / s
+        q = fixed(jnp.clip(jnp.round(u), fmt.min_finite, fmt.max_finite))
+        if name == "lsq":
+            inside = fixed((u > fmt.min_finite) & (u < fmt.max_finite))
+            slope = jnp.where(inside, q - u, q) * gain
+        else:
+            inside = fixed((u >= fmt.min_finite) & (u < fmt.max_finite))
+            slope = jnp.where(inside, 0.0, q)
+        x_hat = fixed(q * s) + jnp.where(inside, x - fixed(x), 0.0) + fixed(slope) * (s - fixed(s))
+        g = jnp.cos(x_hat)
+        dx, ds = jnp.where(inside, g, 0.0), (g * slope).sum()
+        return (dx**3).sum() + ds**2
+
+    def ours(x, s):
+        dx, ds = jax.grad(lambda x, s: jnp.sin(quantizer(x, scale=s)).sum(), (0, 1))(x, s)
+        return (dx**3).sum() + ds**2
+
+    s = jnp.float32(0.2)
+    expected, found = (jax.grad(f, (0, 1))(x, s) for f in (by_hand, ours))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
 def test_of_quantized_backward_products(operands):
     """dx = Q(g) w_hat^T and dw = Q(x)^T g, with the original x in dw: differentiated as they are written."""
     x, w = operands
@@ -119,16 +154,25 @@ def test_with_a_packed_weight(operands):
 ])  # fmt: skip
 @pytest.mark.parametrize("within", [lambda f: f, jax.jit, jax.checkpoint])
 def test_integers_raise_instead_of_answering_zero(key, recipe, dtype, within):
-    from lowbit_jax.ops import int8
-
     plain = recipe.implementation == "auto" and recipe.plain_backward
     x, w = jax.random.normal(key, (8, 128), dtype), jax.random.normal(key, (128, 8))
     if plain and not int8.multiplies(x.shape, w.shape, (recipe.out.lhs.format, recipe.out.rhs.format), NUMBERS):
         pytest.skip("no int8 products here")
     product = within(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe))
     jax.grad(lambda w: (product(x, w) ** 2).sum().astype(jnp.float32))(w)  # the first derivative is there
-    with pytest.raises(NotImplementedError, match="second derivative .*with_implementation"):
-        jax.grad(lambda w: penalty(product, x, w).astype(jnp.float32))(w)
+    first = lambda of: lambda *xw: (jax.grad(lambda *xw: (product(*xw) ** 2).sum(), of)(*xw) ** 2).sum()
+    for outer, inner in ((1, 0), (0, 1), (0, 0), (1, 1)):
+        with pytest.raises(NotImplementedError, match="second derivative .*with_implementation"):
+            jax.grad(first(inner), outer)(x, w)
+
+
+def test_models_that_keep_codes_raise(key):
+    layer = lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), lb.quest(4).with_implementation("reference"))
+    layer, x = lb.nn.keep_codes(layer), jax.random.normal(key, (8, 32))
+    first = jax.grad(lambda x: (layer(x) ** 2).sum())
+    assert jnp.abs(first(x)).max() > 0.1
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        jax.grad(lambda x: (first(x) ** 2).sum())(x)
 
 
 def test_hessian_of_a_model(key):
