@@ -67,12 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             try:
                 row = measure(name, function, shapes, chip)
+            except Exception as error:  # the compiler's verdict on this case is what is reported
+                row = {"case": name, "chip": chip, "error": f"{type(error).__name__}: {error}", "good": False}
+            else:
                 row["expected"] = expected.get(chip)
                 row["good"] = not row["spill_bytes"] and (
                     row["expected"] is None or any(used.startswith(row["expected"]) for used in row["tensor_core"])
                 )
-            except Exception as error:  # the compiler's verdict on this case is what is reported
-                row = {"case": name, "chip": chip, "error": f"{type(error).__name__}: {error}", "good": False}
             rows.append(row)
             bad += not row["good"]
             print(line(row) + ("" if row["good"] else "   <-- not as it must be"), flush=True)

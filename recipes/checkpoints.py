@@ -57,6 +57,7 @@ class Checkpoints:
             _all_here(f"name of step {step}")
         except Exception as error:  # Orbax and TensorStore raise many kinds
             shutil.rmtree(hidden, ignore_errors=True)
+            orbax_errors.raise_if_not_the_disks(error)
             raise OSError(
                 f"Checkpoints could not write step {step} to {self.folder}: {orbax_errors.reason(error)}. Earlier"
                 f" checkpoints ({self.steps() or 'none'}) are untouched; free space or choose another --out, and run"
@@ -125,6 +126,8 @@ def read(folder: pathlib.Path, like: Tree, *, a_device: str | None = None) -> tu
         checksum = manifest.pop("sha256")
         if checksum != _digest_of_json(manifest):
             raise CorruptCheckpoint("the manifest does not have its checksum")
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorruptCheckpoint(f"the manifest cannot be read: {error}") from error
     if manifest["version"] != VERSION:
@@ -140,6 +143,8 @@ def read(folder: pathlib.Path, like: Tree, *, a_device: str | None = None) -> tu
             arrays = (
                 reader.restore((folder / "arrays").absolute(), restore_args=as_numpy) | empty
             )  # Orbax refuses those
+    except (MemoryError, PermissionError):  # nothing is damaged
+        raise
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise CorruptCheckpoint(orbax_errors.reason(error)) from error
     for name, entry in manifest["arrays"].items():

@@ -116,6 +116,7 @@ def save_both(folder: pathlib.Path, trained: Any, packed: Any) -> dict:
             os.rename(hidden, final)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             shutil.rmtree(hidden, ignore_errors=True)
+            orbax_errors.raise_if_not_the_disks(error)
             raise OSError(
                 f"deliver: the {name} weights could not be written to {final}: {orbax_errors.reason(error)}. Free space"
                 " and run the same command again: the training is done and its checkpoint is kept."

@@ -42,6 +42,12 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(message.split())}".removesuffix(".")
 
 
+def raise_if_not_the_disks(error: Exception) -> None:
+    """Raises the error itself where no disk can be the cause: a mistake in the code, or memory."""
+    if isinstance(error, (TypeError, NameError, AssertionError, MemoryError)):
+        raise error
+
+
 def _but_closed_loops(hook):
     if getattr(hook, "but_closed_loops", False):
         return hook

@@ -159,11 +159,14 @@ def _hugging_face(name: str, limit: int) -> Iterator[str]:
         raise ImportError(f"The data hf:{name} needs the package `datasets`: pip install datasets.") from error
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
-        first = next(iter(rows))
+        first = next(iter(rows), None)
     except Exception as error:  # the package raises many kinds
         raise ValueError(
-            f"recipes.text cannot load the dataset {name!r}: {error}. Check the name and the network, or pass a file."
+            f"recipes.text cannot load the dataset {name!r}: {type(error).__name__}: {error}. Check the name and the"
+            " network, or pass a file."
         ) from error
+    if first is None:
+        raise ValueError(f"recipes.text: the dataset {name!r} has no rows. Pass another one, or a file.")
     if not isinstance(first.get("text"), str):
         raise ValueError(
             f"recipes.text reads the column 'text'; {name!r} has {', '.join(first)}. Save it as text files."

@@ -136,14 +136,7 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
     )
     checkpoints = Checkpoints(folder / "checkpoints", plan.keep)
 
-    start = 0
-    if found := checkpoints.latest(state, a_device="errors"):
-        start, state, extra = found
-        data.set_state(extra["data"])
-        print(f"{name} | resumes after step {start} from {folder}")
-    elif origin is not None:
-        state, said = origin.state(state)
-        print(f"{name} | {said}")
+    start, state = _restored(name, state, data, checkpoints, folder, origin)
     if layout is None:
         state = jax.tree.map(jnp.asarray, state)
     else:
@@ -194,21 +187,41 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
     lines = metrics.read(folder / "metrics.jsonl")
     found = [line for line in lines if "validation_loss" in line and line["step"] == plan.steps]
     final = found[-1]["validation_loss"] if found else evaluate(nnx.merge(graph, state["params"], rest), held, layout)
-    skipped, in_a_row = int(state["skipped"]), int(state["in_a_row"])
-    if final is None or not np.isfinite(final):
-        raise Diverged(
-            f"{name}: the held-out loss after step {plan.steps} is not finite; {skipped} steps were skipped, the last"
-            f" {in_a_row} among them. Lower --learning-rate, or use --dtype float32."
-        )
-    if in_a_row:
-        print(f"{name} | the last {in_a_row} steps were skipped; what follows is of step {plan.steps - in_a_row}")
+    _check_final(name, final, state, plan.steps)
     speeds = [line.get("tokens_per_second") for line in metrics.read(folder / "timing.jsonl")]
     speed = float(np.median([value for value in speeds if value] or [0.0]))
     if layout is None:
         trained = nnx.merge(graph, state["params"], rest)
     else:
         trained = layout.detach(nnx.merge(graph, fetch(state["params"]), fetch(rest)))
-    return Trained(trained, final, lines, speed, skipped)
+    return Trained(trained, final, lines, speed, int(state["skipped"]))
+
+
+def _restored(
+    name: str, state: dict, data: Any, checkpoints: Checkpoints, folder: pathlib.Path, origin: Origin | None
+) -> tuple[int, dict]:
+    """The step that is done, and the state after it: of the newest checkpoint, of another run, or at the start."""
+    if found := checkpoints.latest(state, a_device="errors"):
+        start, state, extra = found
+        data.set_state(extra["data"])
+        print(f"{name} | resumes after step {start} from {folder}")
+        return start, state
+    if origin is not None:
+        state, said = origin.state(state)
+        print(f"{name} | {said}")
+    return 0, state
+
+
+def _check_final(name: str, loss: float | None, state: dict, steps: int) -> None:
+    """Raises Diverged for a loss that is not finite; tells of skipped steps at the end."""
+    skipped, in_a_row = int(state["skipped"]), int(state["in_a_row"])
+    if loss is None or not np.isfinite(loss):
+        raise Diverged(
+            f"{name}: the held-out loss after step {steps} is not finite; {skipped} steps were skipped, the last"
+            f" {in_a_row} among them. Lower --learning-rate, or use --dtype float32."
+        )
+    if in_a_row:
+        print(f"{name} | the last {in_a_row} steps were skipped; what follows is of step {steps - in_a_row}")
 
 
 def save(checkpoints: Checkpoints, step: int, state: dict, data: dict, on_error: str = "stop",

@@ -37,7 +37,7 @@ def in_a_fresh_python(code: str) -> str:
 
 
 def test_import_is_cheap():
-    """Less than 0.3 s of CPU time on top of jax and flax (best of three), and no optional package is loaded."""
+    """Less than 0.3 s of CPU time on top of jax and flax (in one of three tries), and no optional package is loaded."""
     code = """
 import time, sys
 import jax, jax.numpy, flax.nnx, flax.linen
@@ -48,21 +48,18 @@ extras = {"grain", "matplotlib", "tokenizers", "tensorboardX", "tyro", "triton",
 assert not extras & (set(sys.modules) - before), extras & set(sys.modules)
 print(seconds)
 """
-    assert min(float(in_a_fresh_python(code)) for _ in range(3)) < 0.3
+    assert any(float(in_a_fresh_python(code)) < 0.3 for _ in range(3))
 
 
 def test_import_starts_no_device():
-    """With a platform that does not exist, the first array would raise; the import must not."""
-    in_a_fresh_python(
-        """
+    """With a platform that does not exist, the first array raises; the import does not."""
+    code = """
 import os
 os.environ["JAX_PLATFORMS"] = "nowhere"
 import lowbit_jax, jax
 try:
-    jax.devices()
-except RuntimeError:
-    pass
-else:
-    raise AssertionError("the platform 'nowhere' was found: this test shows nothing")
+    print(jax.devices())
+except RuntimeError as error:
+    print(error)
 """
-    )
+    assert "'nowhere'" in in_a_fresh_python(code)

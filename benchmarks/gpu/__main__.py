@@ -15,6 +15,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 
 import jax
@@ -162,7 +163,7 @@ def work(config: Config) -> int:
                 report |= {} if rows is None else {name: rows}
             except Exception as error:  # the other parts' numbers are worth having
                 report["errors"][name] = f"{type(error).__name__}: {str(error)[:2000]}"
-                print(f"{name}: {report['errors'][name]}", file=sys.stderr)
+                traceback.print_exc()
         alive = answers()
         if alive or name != "checks":
             report["ended"].append(name)
@@ -177,7 +178,8 @@ def answers() -> bool:
     """Whether the device still computes: after an illegal access nothing does in this process."""
     try:
         return float(jnp.ones(4).sum()) == 4
-    except Exception:
+    except RuntimeError as error:  # of JAX's runtime
+        print(f"the device does not answer: {error}", file=sys.stderr)
         return False
 
 

@@ -32,7 +32,7 @@ Check = tuple[dict, Callable[[], Callable[[], float]]]  # (what is checked, comp
 def run(checks: list[Check], save: Callable[[list[dict]], None], done: list[dict]) -> None:
     """Appends one row a check to `done`, without those that are there, and saves before and after each.
 
-    Raises: what a kernel raises, after its row has the message."""
+    What a kernel raises becomes its row's `failed`, and the others run."""
     known = {_name(row) for row in done}
     left = [(told, prepare) for told, prepare in checks if _name(told) not in known]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -104,7 +104,8 @@ def _product(forward, recipe, dtype, a, b, key):
 
 
 def _forward(forward, recipe, dtype, a, b, key):
-    return _kept_forward(forward, recipe, *once_differentiable((a, b)), key)
+    a, b = once_differentiable((a, b))
+    return _kept_forward(forward, recipe, a, b, key)
 
 
 def _kept_forward(forward, recipe, a, b, key):

@@ -255,6 +255,8 @@ def _grid_product(pair, formats, numbers, precision, dtype, coded: bool) -> Floa
     """The product of two arrays of grid values, or of their integers as int8; coded: both may be multiplied as int8."""
     if coded and int8.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
         integers = lambda x, fmt: x if x.dtype == jnp.int8 else int8.to_int8(x, fmt)
-        return int8.product(*map(integers, pair, formats), formats, numbers)
+        a, b = map(integers, pair, formats)
+        return int8.product(a, b, formats, numbers)
     values = lambda x, fmt: (int8.from_int8(x, fmt) if x.dtype == jnp.int8 else x).astype(dtype)
-    return lax.dot_general(*map(values, pair, formats), numbers, precision, jnp.float32)
+    a, b = map(values, pair, formats)
+    return lax.dot_general(a, b, numbers, precision, jnp.float32)

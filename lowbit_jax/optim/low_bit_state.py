@@ -63,26 +63,6 @@ def low_bit_state(
     own = moments.rules(bits, first, second, fields or {}, min_size, keep)
     inner = optax.with_extra_args_support(tx)
 
-    def steps(updates: Any, state: Any, params: Any) -> tuple[Program, list[Role]] | None:
-        """The program and roles of a step in chunks; None where the step is to be taken as a whole."""
-        if elementwise is False or not (chunks.pays() or elementwise):
-            return None
-        in_variables = any(map(is_variable, jax.tree.leaves(updates, is_leaf=is_variable)))
-        decoded = jax.eval_shape(lambda s: decode_state(s, in_variables=in_variables), state)
-        roles = own.roles(state)
-        try:
-            found = chunks.program_of(inner.update, updates, state, params, decoded, roles)
-        except Joins as operation:
-            if not elementwise:
-                return None
-            raise ValueError(
-                f"low_bit_state(elementwise=True): this optimizer has the operation {str(operation)!r}, by which"
-                " elements act on one another (clipping by a norm, a trust ratio, noise), or may do so. Leave"
-                " `elementwise` out, or wrap only the part that is elementwise: optax.chain("
-                "optax.clip_by_global_norm(1.0), lb.optim.low_bit_state(optax.scale_by_adam()))."
-            ) from None
-        return (found, roles) if chunks.pays() else None
-
     def init(params):
         trees.check_floating(params, "low_bit_state", "parameter")
         state = lax.optimization_barrier(inner.init(trees.float32(params)))  # or XLA folds the codes of large zeros
@@ -91,29 +71,65 @@ def low_bit_state(
         moments.check_known(state, own)
         stored = own.stored(state)
         if elementwise:
-            steps(params, stored, params)
+            _in_chunks(inner, own, elementwise, params, stored, params)
         _warn_if_nothing(stored, params, own)
         return LowBitState(stored)
 
     def update(updates, state, params=None, **extra):
-        if not isinstance(state, LowBitState):
-            raise ValueError(
-                f"low_bit_state got a {type(state).__name__} for its state; it needs the LowBitState of its `init`."
-                " A state in float32 from an older checkpoint is encoded by lb.optim.encode_state(state, bits)."
-            )
+        _check_state(state)
         trees.check_floating(updates, "low_bit_state", "gradient")
         exact = moments.check_belongs(state.inner_state, updates, own)
-        if exact and not extra and (found := steps(updates, state.inner_state, params)):
-            moved, new = chunks.update_in_chunks(found[0], updates, state.inner_state, params, found[1])
+        stored = state.inner_state
+        if exact and not extra and (found := _in_chunks(inner, own, elementwise, updates, stored, params)):
+            moved, new = chunks.update_in_chunks(found[0], updates, stored, params, found[1])
             return moved, LowBitState(new)
         dtypes = jax.tree.map(lambda u: u.dtype, updates)
-        in_variables = any(map(is_variable, jax.tree.leaves(updates, is_leaf=is_variable)))
-        decoded = decode_state(state.inner_state, in_variables=in_variables)
+        decoded = decode_state(stored, in_variables=_in_variables(updates))
         moved, new = inner.update(trees.squarable(updates), decoded, trees.float32(params), **extra)
         moved = jax.tree.map(lambda u, dtype: u.astype(dtype), moved, dtypes)
-        return moved, LowBitState(_stored_as(state.inner_state, new))
+        return moved, LowBitState(_stored_as(stored, new))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_chunks(
+    inner: optax.GradientTransformationExtraArgs,
+    own: moments.Rules,
+    elementwise: bool | None,
+    updates: Any,
+    state: Any,
+    params: Any,
+) -> tuple[Program, list[Role]] | None:
+    """The program and roles of a step in chunks; None where the step is to be taken as a whole."""
+    if elementwise is False or not (chunks.pays() or elementwise):
+        return None
+    decoded = jax.eval_shape(lambda s: decode_state(s, in_variables=_in_variables(updates)), state)
+    roles = own.roles(state)
+    try:
+        found = chunks.program_of(inner.update, updates, state, params, decoded, roles)
+    except Joins as operation:
+        if not elementwise:
+            return None
+        raise ValueError(
+            f"low_bit_state(elementwise=True): this optimizer has the operation {str(operation)!r}, by which"
+            " elements act on one another (clipping by a norm, a trust ratio, noise), or may do so. Leave"
+            " `elementwise` out, or wrap only the part that is elementwise: optax.chain("
+            "optax.clip_by_global_norm(1.0), lb.optim.low_bit_state(optax.scale_by_adam()))."
+        ) from None
+    return (found, roles) if chunks.pays() else None
+
+
+def _in_variables(tree: Any) -> bool:
+    """Whether arrays stand in variables of Flax NNX."""
+    return any(map(is_variable, jax.tree.leaves(tree, is_leaf=is_variable)))
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, LowBitState):
+        raise ValueError(
+            f"low_bit_state got a {type(state).__name__} for its state; it needs the LowBitState of its `init`."
+            " A state in float32 from an older checkpoint is encoded by lb.optim.encode_state(state, bits)."
+        )
 
 
 def decode_state(state: Any, *, in_variables: bool = True) -> Any:

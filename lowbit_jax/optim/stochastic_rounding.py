@@ -94,11 +94,7 @@ def stochastic_rounding(
 
     def update(updates, state, params=None, **extra):
         trees.require_params(params, _WHO)
-        if not isinstance(state, StochasticRoundingState):
-            raise ValueError(
-                f"{_WHO} got a {type(state).__name__} for its state; it needs that of its own `init`. To go on from a"
-                " checkpoint without it: state = tx.init(params)._replace(inner_state=restored)."
-            )
+        _check_state(state)
         trees.check_same_tree(updates, params, _WHO, ("gradients", "parameters"))
         trees.check_floating(updates, _WHO, "gradient")
         fresh = jax.eval_shape(first_scales, params)
@@ -108,19 +104,32 @@ def stochastic_rounding(
             old_scales = lax.cond(state.count == 0, lambda: first_scales(params), lambda: state.scales)
         moved, inner_state = inner.update(trees.float32(updates), state.inner_state, trees.float32(params), **extra)
         now = jax.random.fold_in(key, state.count)
-        answers, scales = [], {}
-        paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=trees.is_packed)
-        for (path, param), change in zip(paths, tree.flatten_up_to(moved), strict=True):
-            name = trees.name_of(path)
-            leaf_key = jax.random.fold_in(now, path_number(name))
-            answer, own = _step(param, change, old_scales.get(name), leaf_key, axis, refit)
-            answers.append(answer)
-            if own is not None:
-                scales[name] = own
-        state = StochasticRoundingState(state.count + 1, scales, inner_state)
-        return tree.unflatten(answers), state
+        answers, scales = _steps(params, moved, old_scales, now, axis, refit)
+        return answers, StochasticRoundingState(state.count + 1, scales, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, StochasticRoundingState):
+        raise ValueError(
+            f"{_WHO} got a {type(state).__name__} for its state; it needs that of its own `init`. To go on from a"
+            " checkpoint without it: state = tx.init(params)._replace(inner_state=restored)."
+        )
+
+
+def _steps(params: Any, moved: Any, scales: dict[str, GridScales], key: Any, axis: int, refit: bool | None) -> Any:
+    """(updates, new scales) of all parameters, each with a key of its own path."""
+    answers, found = [], {}
+    paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=trees.is_packed)
+    for (path, param), change in zip(paths, tree.flatten_up_to(moved), strict=True):
+        name = trees.name_of(path)
+        leaf_key = jax.random.fold_in(key, path_number(name))
+        answer, own = _step(param, change, scales.get(name), leaf_key, axis, refit)
+        answers.append(answer)
+        if own is not None:
+            found[name] = own
+    return tree.unflatten(answers), found
 
 
 def _step(param, change, scales: GridScales | None, key, axis: int, refit: bool | None) -> tuple[Any, Any]:

@@ -163,8 +163,8 @@ class TwoLevel:
         return tile.astype(self.format.dtype), tensor
 
     def load(self, stored):
-        tile, tensor = stored
-        return tile.astype(jnp.float32) * tensor
+        tile, tensor = stored  # a stack of arrays has a tensor scale for each
+        return tile.astype(jnp.float32) * jnp.expand_dims(tensor, tuple(range(tensor.ndim, tile.ndim)))
 
     def describe(self) -> str:
         return f"{self.format.name} x float32"

@@ -79,7 +79,7 @@ def x(key):
     return jax.random.normal(key, (2, 6, 32))
 
 
-def close(actual, expected):
+def assert_close(actual, expected):
     """Same values in another order of sums: five layers of at most 96 terms, no layer growing more than fourfold."""
     np.testing.assert_allclose(actual, expected, rtol=0, atol=96 * 2.0**-23 * 4 * float(jnp.abs(expected).max()))
 
@@ -88,7 +88,7 @@ def close(actual, expected):
 def test_nnx_packed_equals_training_form(name, stack, x):
     model = lb.quantize(stack, RECIPES[name], rules=HEAD)
     packed = lb.convert(model)
-    close(run(packed, x), run(model, x))
+    assert_close(run(packed, x), run(model, x))
     bits = RECIPES[name].out.rhs.format.bits
     for layer, size in ((packed.layers, 3 * 32 * 32), (packed.conv, 3 * 32 * 32), (packed.mix, 2 * 32 * 16)):
         value = layer.kernel.get_value()
@@ -103,7 +103,7 @@ def test_nnx_packed_equals_training_form(name, stack, x):
 def test_linen_packed_equals_training_form(name, x, linen_variables):
     model, variables = lb.quantize(LinenStack(), RECIPES[name], rules=HEAD), linen_variables(name)
     packed, words = lb.convert(model, variables, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    close(jax.jit(packed.apply)(words, x), jax.jit(model.apply)(variables, x))
+    assert_close(jax.jit(packed.apply)(words, x), jax.jit(model.apply)(variables, x))
     kernel = words["params"]["layers"]["Dense_0"]["kernel"]
     assert isinstance(kernel, lb.QTensor) and kernel.shape == (3, 32, 32)
     assert isinstance(variables["params"]["layers"]["Dense_0"]["kernel"], jax.Array)
@@ -233,7 +233,7 @@ def test_weights_that_layers_share_stay_one():
     packed = lb.convert(model)
     assert packed.a.kernel is packed.b.kernel and packed.c.kernel is not packed.a.kernel
     x = jax.random.normal(jax.random.key(1), (4, 32))
-    close(run(packed, x), run(model, x))
+    assert_close(run(packed, x), run(model, x))
 
 
 def test_what_lies_beside_packed_weights_can_be_trained():

@@ -32,6 +32,12 @@ RECIPES = {
 }
 
 
+FEW = ("dense 3-d", "two contractions", "batched")
+EVERY = [(layout, recipe) for recipe in RECIPES for layout in (LAYOUTS if recipe in ("quest4", "groups") else FEW)]
+PACKED = [(layout, recipe) for recipe in ("quest4", "quest2 weights", "int8")
+          for layout in (LAYOUTS if recipe == "quest4" else FEW) if layout != "batched, two contractions"]  # fmt: skip
+
+
 product = functools.partial(jax.jit, static_argnames=("dimension_numbers", "recipe", "precision"))(lb.dot_general)
 
 
@@ -51,8 +57,7 @@ def by_hand(quantizer, x, axes):
     return np.moveaxis(flat.reshape(last.shape), range(x.ndim - len(axes), x.ndim), axes)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "recipe"), EVERY)
 def test_every_layout(key, layout, recipe):
     lhs, rhs, numbers = operands(key, layout)
     recipe = RECIPES[recipe]
@@ -65,8 +70,7 @@ def test_every_layout(key, layout, recipe):
     assert y.shape == jax.lax.dot_general(lhs, rhs, numbers).shape
 
 
-@pytest.mark.parametrize("recipe", ["quest4", "quest2 weights", "int8"])
-@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "batched, two contractions"])
+@pytest.mark.parametrize(("layout", "recipe"), PACKED)
 def test_packed_and_ready_weights_give_the_same_product(key, layout, recipe):
     lhs, rhs, numbers = operands(key, layout)
     recipe = RECIPES[recipe]

@@ -17,6 +17,10 @@ BOTH = lb.LinearRecipe(
 )
 
 
+pack = jax.jit(pack_rhs, static_argnums=(1, 2))
+product = jax.jit(lb.dot_general, static_argnums=2, static_argnames="recipe")
+
+
 def operands(dtype=jnp.bfloat16):
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((3, 5, 128)), dtype)
@@ -34,9 +38,9 @@ def kernels_by_xla(monkeypatch):
 @pytest.mark.parametrize("recipe", [WEIGHTS, BOTH], ids=lambda r: r.name)
 def test_words_and_scales_as_they_are_stored_give_the_product(recipe, kernels_by_xla):
     x, w = operands()
-    packed = pack_rhs(w, NUMBERS, recipe)
-    expected = lb.dot_general(x, packed, NUMBERS, recipe=recipe.with_implementation("reference"))
-    y = lb.dot_general(x, packed, NUMBERS, recipe=recipe.with_implementation("kernel"))
+    packed = pack(w, NUMBERS, recipe)
+    expected = product(x, packed, NUMBERS, recipe=recipe.with_implementation("reference"))
+    y = product(x, packed, NUMBERS, recipe=recipe.with_implementation("kernel"))
     assert y.shape == (3, 5, 6, 8) and y.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.asarray(y, np.float32), np.asarray(expected, np.float32), rtol=2**-7, atol=2**-7 * np.abs(expected).max()
@@ -46,11 +50,11 @@ def test_words_and_scales_as_they_are_stored_give_the_product(recipe, kernels_by
 def test_a_weight_whose_contraction_axis_is_last(kernels_by_xla):
     x, w = operands()
     numbers = (((2,), (1,)), ((), ()))
-    packed = pack_rhs(w.reshape(128, 48).T, numbers, WEIGHTS)
+    packed = pack(w.reshape(128, 48).T, numbers, WEIGHTS)
     words, scales, across = mx_product.matrix_of(packed)
     assert words.shape == (48, 64) and scales.shape == (48, 4) and not across
-    y = lb.dot_general(x, packed, numbers, recipe=WEIGHTS.with_implementation("kernel"))
-    expected = lb.dot_general(x, packed, numbers, recipe=WEIGHTS)
+    y = product(x, packed, numbers, recipe=WEIGHTS.with_implementation("kernel"))
+    expected = product(x, packed, numbers, recipe=WEIGHTS.with_implementation("reference"))
     np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(expected, np.float32), rtol=2**-7, atol=0.05)
 
 

@@ -1,6 +1,7 @@
 """Derivatives of derivatives: by the estimator where a product keeps floats, an error where it keeps integers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +64,10 @@ def test_of_a_gradient_penalty(operands, quantizer, oracle):
     recipe = lb.LinearRecipe(out=lb.Gemm(lhs=quantizer, rhs=quantizer), implementation="reference")
     ours = lambda x, w: lb.dot_general(x, w, NUMBERS, "highest", recipe=recipe)
     theirs = lambda x, w: jnp.matmul(oracle(quantizer, x, 1), oracle(quantizer, w, 0), precision="highest")
-    expected = jax.grad(lambda *xw: penalty(theirs, *xw), (0, 1))(*operands)
-    for run in (lambda f: f, jax.jit):
-        found = run(jax.grad(lambda *xw: penalty(ours, *xw), (0, 1)))(*operands)
-        for a, b in zip(found, expected, strict=True):
-            assert np.abs(b).max() > 0.1
-            np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    found, expected = (jax.jit(jax.grad(functools.partial(penalty, f), (0, 1)))(*operands) for f in (ours, theirs))
+    for a, b in zip(found, expected, strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
 def test_third_derivatives(operands):
@@ -108,7 +107,7 @@ def test_of_learned_scales(key, name):
         return (dx**3).sum() + ds**2
 
     s = jnp.float32(0.2)
-    expected, found = (jax.grad(f, (0, 1))(x, s) for f in (by_hand, ours))
+    expected, found = (jax.jit(jax.grad(f, (0, 1)))(x, s) for f in (by_hand, ours))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
@@ -130,8 +129,8 @@ def test_of_quantized_backward_products(operands):
         dx, dw = straight(STRAIGHT, g, 1) @ straight(STRAIGHT, w, 0).T, straight(STRAIGHT, x, 0).T @ g
         return (dx**2).sum() + (dw**3).sum()
 
-    expected = jax.grad(by_hand, (0, 1))(x, w)
-    for a, b in zip(jax.grad(lambda *xw: penalty(ours, *xw), (0, 1))(x, w), expected, strict=True):
+    found, expected = (jax.jit(jax.grad(f, (0, 1)))(x, w) for f in (functools.partial(penalty, ours), by_hand))
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-3 * np.abs(b).max())  # a code of g may differ at a tie
 
 
@@ -142,17 +141,18 @@ def test_with_a_packed_weight(operands):
     ours = lambda x: lb.dot_general(x, packed, NUMBERS, "highest", recipe=recipe)
     theirs = lambda x: jnp.matmul(trusted(quantizer, x, 1), quantizer(w, axis=0), precision="highest")
     square = lambda f: lambda x: (jax.grad(lambda x: jnp.tanh(f(x) / 8).sum())(x) ** 2).sum()
-    found, expected = jax.grad(square(ours))(x), jax.grad(square(theirs))(x)
+    found, expected = (jax.jit(jax.grad(square(f)))(x) for f in (ours, theirs))
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("recipe", "dtype"), [
-    (lb.quest(4), jnp.float32),  # int8 products of x86 CPUs
-    (lb.quest(4, backward=8), jnp.float32),
-    (lb.quest(4, backward=8).with_implementation("reference"), jnp.float32),
-    (lb.quest(4).with_implementation("interpret"), jnp.bfloat16),  # the fused kernels
+@pytest.mark.parametrize(("recipe", "dtype", "within"), [
+    (lb.quest(4), jnp.float32, lambda f: f),  # int8 products of x86 CPUs
+    (lb.quest(4), jnp.float32, jax.jit),
+    (lb.quest(4), jnp.float32, jax.checkpoint),
+    (lb.quest(4, backward=8), jnp.float32, jax.jit),
+    (lb.quest(4, backward=8).with_implementation("reference"), jnp.float32, jax.jit),
+    (lb.quest(4).with_implementation("interpret"), jnp.bfloat16, jax.jit),  # the fused kernels
 ])  # fmt: skip
-@pytest.mark.parametrize("within", [lambda f: f, jax.jit, jax.checkpoint])
 def test_integers_raise_instead_of_answering_zero(key, recipe, dtype, within):
     plain = recipe.implementation == "auto" and recipe.plain_backward
     x, w = jax.random.normal(key, (8, 128), dtype), jax.random.normal(key, (128, 8))
@@ -184,8 +184,8 @@ def test_hessian_of_a_model(key):
     gradient = jax.grad(lambda params: (nnx.merge(graph, params)(x) ** 2).mean())
     direction = jax.tree.map(lambda p: jax.random.normal(key, p.shape), params)
     dot = lambda a, b: sum(jnp.vdot(p, q) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    forward = jax.jvp(gradient, (params,), (direction,))[1]
-    reverse = jax.grad(lambda params: dot(gradient(params), direction))(params)
+    forward = jax.jit(lambda params: jax.jvp(gradient, (params,), (direction,))[1])(params)
+    reverse = jax.jit(jax.grad(lambda params: dot(gradient(params), direction)))(params)
     assert dot(forward, forward) > 0.1
     for a, b in zip(jax.tree.leaves(forward), jax.tree.leaves(reverse), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))

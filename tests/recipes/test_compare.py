@@ -27,10 +27,10 @@ def test_differences_are_paired():
 
 def test_a_small_comparison(tmp_path, capsys, monkeypatch):
     (tmp_path / "words.txt").write_text("".join(f"the square of {i} is {i * i}\n" for i in range(3000)))
-    config = compare.Compare(preset="smoke", steps=4, bits=(2,), methods=("quest", "straight_through"), seeds=2,
+    config = compare.Compare(preset="smoke", steps=4, bits=(2,), methods=("quest",), seeds=2,
                              data=str(tmp_path / "words.txt"), out=tmp_path / "out")  # fmt: skip
     rows = compare.main(config)
-    assert [row["name"] for row in rows] == ["none", "quest-w2a2", "straight-through-w2a2"]
+    assert [row["name"] for row in rows] == ["none", "quest-w2a2"]
     assert "±" in capsys.readouterr().out
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(train_loop, "make_step", lambda *_: None)  # any further step would fail

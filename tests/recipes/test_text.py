@@ -142,7 +142,7 @@ class TestHuggingFace:
         assert sorted(documents) == [f"{i:04d} é".encode() for i in range(100)]  # 7 bytes each
 
     @pytest.mark.parametrize(
-        ("rows", "words"), [(None, "no route"), ([{"body": "x"}], "column 'text'.*has body"), ([], "load")]
+        ("rows", "words"), [(None, "no route"), ([{"body": "x"}], "column 'text'.*has body"), ([], "has no rows")]
     )
     def test_unreachable_or_without_text(self, monkeypatch, rows, words):
         self.install(monkeypatch, rows)
