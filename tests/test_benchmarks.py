@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import breakdown, packed, train_step
+from benchmarks import breakdown, int8_products, packed, train_step
 from benchmarks.contenders import contenders
 from benchmarks.models import WORKLOADS
 from benchmarks.timing import compile_program, ratio
@@ -64,6 +64,15 @@ def test_every_operation_has_an_owner():
     assert {"product", "optimizer"} <= set(found)
     assert any("rotation" in name for name in found)
     assert all(seconds > 0 for seconds in found.values())
+
+
+def test_int8_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(int8_products, "SIZES", ((16, 64, 8), (16, 8, 8)))
+    int8_products.main(int8_products.Config(rounds=2, output=tmp_path))
+    rows = json.loads((tmp_path / "int8_products_cpu.json").read_text())["rows"]
+    assert [row["size"] for row in rows] == ["16 x 64 x 8", "16 x 8 x 8"] and not rows[1]["taken"]
+    for row in rows:
+        assert row["int8_ms"] > 0 and int8_products.markdown_row(row) in (tmp_path / "int8_products_cpu.md").read_text()
 
 
 def test_packed_report(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Grid values as int8, and their products with exact sums, where XLA's are faster than float32 ones: on x86 CPUs.
 
-On such a CPU with AMX (JAX 0.10 and 0.12) a product of 2048 x 512 by 512 x 2048 took a sixth of the time of the float32
-one, on an older CPU as long (`recipes/LOG.md`). Other platforms were not measured and do without.
+On such a CPU with AMX (JAX 0.10 and 0.12) they took a fifth to a quarter of the time (`benchmarks.int8_products`), on an
+older one as long (`recipes/LOG.md`). Other platforms were not measured and do without.
 """
 
 import functools

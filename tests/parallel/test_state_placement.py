@@ -39,7 +39,7 @@ class TestBytesOfEachDevice:
 
     @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
     @pytest.mark.parametrize("preset", ["30M", "tiny"])
-    def test_an_eighth_and_at_most_a_third_more(self, preset, sizes):
+    def test_an_eighth_and_at_most_6_percent_more(self, preset, sizes):
         mesh = abstract_mesh(**sizes)
         vocabulary = 256 if preset == "tiny" else 32_000
         params = nnx.state(nnx.eval_shape(lambda: llama.build(llama.preset(preset), vocabulary)), nnx.Param)
@@ -48,7 +48,7 @@ class TestBytesOfEachDevice:
             state = jax.eval_shape(lb.optim.adamw_low_bit(1e-3, bits=bits).init, params)
             found = bytes_a_device(state, lb.optim.state_shardings(state, params, placed))
             whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-            assert found <= 1.3 * whole / 8, (bits, found, whole / 8)
+            assert found <= 1.06 * whole / 8, (bits, found, whole / 8)
 
 
 class TestMergedAxes:
