@@ -12,8 +12,10 @@ from benchmarks.timing import compile_program, ratio
 
 
 @pytest.fixture(autouse=True)
-def usual_promotion():
-    """Optax, Qwix and AQT promote implicitly; the strict rules of the other tests are for our own code."""
+def as_elsewhere(monkeypatch):
+    """Optax, Qwix and AQT promote implicitly; the strict rules of the other tests are for our own code. And compiled
+    functions of other tests stay, where a measurement would begin from nothing."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

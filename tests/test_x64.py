@@ -21,7 +21,7 @@ def layer_and_gradient(name: str):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 128)), jnp.float32)
     loss = lambda layer: jnp.sum(layer(x) ** 2)
     grads = nnx.jit(nnx.grad(loss))(layer)
-    return np.asarray(layer(x)), [np.asarray(g) for g in jax.tree.leaves(grads)]
+    return np.asarray(nnx.jit(lambda layer: layer(x))(layer)), [np.asarray(g) for g in jax.tree.leaves(grads)]
 
 
 @pytest.mark.parametrize("name", lb.methods.names())

@@ -1,7 +1,7 @@
 """Grid values as int8, and their products with exact sums, where XLA's are faster than float32 ones: on x86 CPUs.
 
-On such a CPU with AMX (JAX 0.10 and 0.12) they took a fifth to a quarter of the time (`benchmarks.int8_products`), on an
-older one as long (`recipes/LOG.md`). Other platforms were not measured and do without.
+On such a CPU with AMX (JAX 0.10 and 0.12) they took a fifth to a quarter of the time (`benchmarks.int8_products`), on
+an older one as long (`recipes/LOG.md`). Other platforms were not measured and do without.
 """
 
 import functools

@@ -32,6 +32,7 @@ def also_short_sums(monkeypatch):
 
 
 FORMATS = [*(f"midrise{b}" for b in range(1, 9)), "int2", "int4", "int8", "ternary", "e2m1", "e2m3"]
+FEW_FORMATS = ["midrise1", "midrise4", "midrise8", "int8", "ternary", "e2m1", "e2m3"]
 NUMBERS = {
     "matrix": ((12, 64), (64, 10), (((1,), (0,)), ((), ()))),
     "tokens": ((2, 6, 64), (64, 10), (((2,), (0,)), ((), ()))),
@@ -74,7 +75,7 @@ def int8_products(text: str) -> int:
     return len(re.findall(r"dot_general .*\(tensor<[\dx]*i8>, tensor<[\dx]*i8>\)", text))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", FEW_FORMATS)
 def test_each_grid_against_float64(key, fmt):
     """y = sum x_hat w_hat in float64 from the fake-quantized operands, to the rounding of the scales' products."""
     lhs, rhs, numbers = operands(key, "matrix")
@@ -105,8 +106,10 @@ def test_each_layout_as_in_float32(key, layout, fmt):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("fmt", ["midrise4", "midrise8"])
-@pytest.mark.parametrize("layout", ["matrix", "tokens", "heads", "experts", "experts inside"])
+@pytest.mark.parametrize(("layout", "fmt"), [
+    *((layout, "midrise4") for layout in ("matrix", "tokens", "heads", "experts", "experts inside")),
+    ("tokens", "midrise8"), ("experts inside", "midrise8"),
+])  # fmt: skip
 def test_int8_backward_products_are_those_of_float32(key, layout, fmt):
     """`lb.quest(4, backward=8)`: the same codes, multiplied as integers."""
     lhs, rhs, numbers = operands(key, layout)
@@ -122,9 +125,7 @@ def test_int8_backward_products_are_those_of_float32(key, layout, fmt):
         assert np.mean(np.abs(a - b)) < 2e-4 * np.abs(b).max()
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("bits", [1, 4, 8])
-@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize(("rows", "bits", "axis"), [(1, 4, 0), (12, 4, 1), (12, 1, 0), (1, 8, 1), (12, 8, 0)])
 def test_packed_weights(key, rows, bits, axis):
     x, w = jax.random.normal(key, (rows, 64)), jax.random.normal(key, (64, 10) if axis == 0 else (10, 64))
     numbers = (((1,), (axis,)), ((), ()))

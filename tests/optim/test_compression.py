@@ -145,8 +145,10 @@ TRANSFORMATIONS = {name: (lambda o=o: lb.optim.compressed_mean("data", **o)) for
 }
 
 
-@pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("make", "bad"), [
+    pytest.param(make, bad, id=f"{bad} {name}")
+    for i, (name, make) in enumerate(TRANSFORMATIONS.items()) for bad in ((np.nan, np.inf) if i < 2 else (np.inf,))
+])  # fmt: skip
 def test_a_gradient_that_is_not_finite_is_seen_and_poisons_nothing(make, bad, mesh):
     """One element on one device: the update is NaN everywhere, the state stays to the bit, and later steps are those of
     a run that never saw it."""

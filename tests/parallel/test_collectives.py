@@ -165,16 +165,16 @@ class TestSums:
         assert np.isfinite(np.delete(found, 5, axis=0)).all()
 
     def test_bytes_of_int8_gradients(self, mesh, terms):
-        """At most 0.52 of bfloat16's for the scatter, and of the two hops of a bfloat16 all-reduce."""
+        """At most 0.55 of bfloat16's for the scatter, and of the two hops of a bfloat16 all-reduce."""
         quantizer, size = wire_quantizer(8), terms[0].size
         scatter = on_devices(lambda x: reduce_scatter_packed(x[0], quantizer, "fsdp", axis=1), mesh, P("fsdp"),
                              P(None, "fsdp"))  # fmt: skip
         both = on_devices(lambda x: all_reduce_packed(x[0], quantizer, "fsdp"), mesh, P("fsdp"), P())
         share = (N - 1) / N
         sent = bytes_on_the_wire(scatter.lower(terms).compile())
-        assert sent.by_kind().keys() == {"all-to-all"} and 0.5 < sent.sent / (2 * size * share) <= 0.52
+        assert sent.by_kind().keys() == {"all-to-all"} and 0.5 < sent.sent / (2 * size * share) <= 0.55
         sent = bytes_on_the_wire(both.lower(terms).compile())
-        assert sent.by_kind().keys() == {"all-to-all", "all-gather"} and 0.5 < sent.sent / (4 * size * share) <= 0.52
+        assert sent.by_kind().keys() == {"all-to-all", "all-gather"} and 0.5 < sent.sent / (4 * size * share) <= 0.55
         assert set(sent.of(kind="all-gather").collectives[0].dtypes) <= {"u8", "u16"}
 
     def test_parts_that_do_not_come_out(self, mesh):
