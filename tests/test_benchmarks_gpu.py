@@ -1,5 +1,7 @@
 """`benchmarks.gpu` where no GPU is: its checks interpreted, its programs lowered for one."""
 
+import dataclasses
+import functools
 import json
 import subprocess
 from types import SimpleNamespace
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, model, profile, speed
+from benchmarks.gpu import checks, model, profile, rotations, speed
 from benchmarks.gpu.operands import KERNELS, Product, poisoned, relative_error
-from pallas_kernels import chips
+from pallas_kernels import both_ways, chips, tuning
+from pallas_kernels.launch import Tile
 
 
 def test_the_cases_hold_every_width_dtype_and_kernel():
@@ -169,3 +172,23 @@ def test_products_that_time_did_not_allow_are_named(monkeypatch):
     left_out, roof = [], speed.Roof(bandwidth=1.0, bfloat16=1.0)
     assert speed.compare([(3, 64, 128)], [("matmul_a16", 4, 128)], 1, roof, 0.0, left_out) == []
     assert left_out == ["w4a16 for 3 rows"]
+
+
+@pytest.mark.parametrize("xla_is_faster", [True, False])
+def test_a_tile_stays_in_the_table_only_where_it_beats_xla(xla_is_faster, monkeypatch, tmp_path):
+    """Interpreted programs under told times: the first tile takes 2, the second 1, XLA half of that or twice."""
+    monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
+    m, n, tiles = 16, 32, (Tile(rows=16, columns=16, stages=1), Tile(rows=16, columns=32, stages=1))
+    key, chip = both_ways.tuning_key(m, n, jnp.bfloat16), jax.devices()[0].device_kind
+    run, by_xla = (functools.partial(both_ways.quantize_both_ways, impl=impl) for impl in ("interpret", "xla"))
+    operands = [(jnp.ones((m, n), jnp.bfloat16), jnp.ones(n), jnp.ones(m))] * rotations.ARRAYS
+    took = {str(tiles[0]): [2.0], str(tiles[1]): [1.0], "xla": [0.5 if xla_is_faster else 2.0], "copy": [1.0]}
+    monkeypatch.setattr(rotations, "WIDE_TILES", tiles)
+    monkeypatch.setattr(rotations, "NO_SPILLS", {})  # an option of the GPU's compiler
+    monkeypatch.setattr(rotations, "cases", lambda: [rotations.Case("both", key, run, operands, by_xla)])
+    monkeypatch.setattr(rotations, "seconds", lambda programs, rounds: {name: took[name] for name in programs})
+    tuning.store({key: dataclasses.asdict(Tile(rows=64, columns=64, stages=1))}, chip)
+    [row] = rotations.measure(2, speed.Roof(bandwidth=1e12, bfloat16=1e12))
+    assert set(row["tried_us"]) == set(map(str, tiles)) and row["default_us"] == 2 * row["us"]
+    stored = tuning.lookup(key, chip)
+    assert stored is None if xla_is_faster else stored == dataclasses.asdict(tiles[1])
