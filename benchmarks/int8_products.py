@@ -16,8 +16,7 @@ import tyro
 from jax import lax
 
 import lowbit_jax as lb
-from benchmarks.packed import Call
-from benchmarks.timing import environment, interleaved_seconds
+from benchmarks.timing import Call, environment, interleaved_seconds
 from lowbit_jax.ops import int8
 
 FORMATS = (lb.formats.INT8, lb.formats.INT8)

@@ -9,8 +9,6 @@ packed bytes only. Times are medians of interleaved rounds (`benchmarks/timing.p
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ import tyro
 from flax import nnx
 
 import lowbit_jax as lb
-from benchmarks.timing import environment, interleaved_seconds
+from benchmarks.timing import Call, environment, interleaved_seconds
 
 RECIPES = {
     "w4a16": lb.quest(4, activations=False),
@@ -39,29 +37,6 @@ class Config:
     rows: tuple[int, ...] = (1, 64)
     rounds: int = 15
     output: pathlib.Path = pathlib.Path("benchmarks/results")
-
-
-@dataclasses.dataclass(slots=True)
-class Call:
-    """A compiled function with its arguments."""
-
-    compiled: Any
-    arguments: tuple
-
-    @classmethod
-    def of(cls, function: Callable, *arguments: Any) -> "Call":
-        return cls(jax.jit(function).lower(*arguments).compile(), arguments)
-
-    def run(self) -> None:
-        jax.block_until_ready(self.compiled(*self.arguments))
-
-    @property
-    def argument_bytes(self) -> int:
-        return self.compiled.memory_analysis().argument_size_in_bytes
-
-    @property
-    def temp_bytes(self) -> int:
-        return self.compiled.memory_analysis().temp_size_in_bytes
 
 
 def calls(recipe: lb.LinearRecipe, layout: str, rows: int, width: int) -> dict[str, Call]:

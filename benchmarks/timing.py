@@ -10,7 +10,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,29 @@ class Program:
         *state, loss = self.step(*self.state, *self.batch)
         self.state = tuple(state)
         loss.block_until_ready()
+
+
+@dataclasses.dataclass(slots=True)
+class Call:
+    """A compiled function with its arguments."""
+
+    compiled: Any
+    arguments: tuple
+
+    @classmethod
+    def of(cls, function: Callable, *arguments: Any) -> "Call":
+        return cls(jax.jit(function).lower(*arguments).compile(), arguments)
+
+    def run(self) -> None:
+        jax.block_until_ready(self.compiled(*self.arguments))
+
+    @property
+    def argument_bytes(self) -> int:
+        return self.compiled.memory_analysis().argument_size_in_bytes
+
+    @property
+    def temp_bytes(self) -> int:
+        return self.compiled.memory_analysis().temp_size_in_bytes
 
 
 def train_step(model: nnx.Module, loss: Callable) -> tuple[Callable, tuple]:

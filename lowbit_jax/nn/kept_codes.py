@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from lowbit_jax.estimators import no_cotangent
+from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.nn.nnx import PackedWeight, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.verbs import CODES

@@ -74,9 +74,9 @@ def convert(model: Any, *args: Any, layout: str | None = None, implementation: s
     rotated alone rotates its activation here instead: outputs agree to about `K * eps` of the compute dtype.
 
     `layout` is "bitstream-le/1", the smallest, or "planes/1", which the GPU kernels read (the default where JAX runs on
-    a GPU). With "planes/1", `implementation` says what multiplies: "auto" (the kernel on a CUDA GPU, else XLA; XLA's
-    product with the dequantized weight where the recipe's own implementation is "reference"),
-    "kernel" (it or an error), "reference" (XLA) or "interpret" (the kernel, slowly, anywhere).
+    a GPU). With "planes/1", `implementation` says what multiplies: "auto" (the kernel on a CUDA GPU, else XLA),
+    "kernel" (it or an error), "reference" (XLA) or "interpret" (the kernel, slowly, anywhere). A recipe whose own
+    implementation is "reference" keeps it under "auto", in either layout.
     Raises: ValueError when nothing is quantized or it is packed already, and for options that cannot take effect;
     NotImplementedError for a kernel that is asked for and does not exist; TypeError for what is no module."""
     from lowbit_jax.nn.weight import Storage, default_layout

@@ -88,8 +88,8 @@ def packed_weight(
             return packed
         reason = why_not(packed)
         if reason is None:
-            by_xla = storage.implementation == "auto" and recipe.implementation == "reference"
-            implementation = "reference" if by_xla else storage.implementation
+            asked = storage.implementation
+            implementation = recipe.inherited_implementation if asked == "auto" else asked
             return to_planes(packed, word_bits(recipe.out.lhs), implementation)
         if storage.implementation != "auto":
             raise NotImplementedError(f"lb.convert: no kernel reads the weight of {site.path!r}: {reason}.")
@@ -141,5 +141,4 @@ def to_nearest(recipe: LinearRecipe) -> LinearRecipe:
         dataclasses.replace(q, rounding=rounding.nearest) if q and q.rounding is rounding.stochastic else q
     )
     out = dataclasses.replace(recipe.out, lhs=change(recipe.out.lhs), rhs=change(recipe.out.rhs))
-    implementation = "reference" if recipe.implementation == "reference" else "auto"
-    return LinearRecipe(out=out, name=recipe.name, implementation=implementation)
+    return LinearRecipe(out=out, name=recipe.name, implementation=recipe.inherited_implementation)

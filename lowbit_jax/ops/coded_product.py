@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-from lowbit_jax.estimators import no_cotangent
+from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import int8
 from lowbit_jax.ops.once import once_differentiable

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from lowbit_jax import rounding
-from lowbit_jax.estimators import no_cotangent
+from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend, coded_product, mx_product
 from lowbit_jax.ops.plane_tensor import PlaneTensor, affine_zero

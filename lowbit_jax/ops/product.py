@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from lowbit_jax.estimators import no_cotangent
+from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.ops import backend, int8
 from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
@@ -206,16 +206,15 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _backward_product(lhs, rhs, numbers, recipe: LinearRecipe, gemm: Gemm, precision, key):
-    """One backward product: again a `dot_general` with a recipe, that of its own two operands. Kernels that are asked
-    for by name are those of the forward."""
+    """One backward product: again a `dot_general` with a recipe, that of its own two operands."""
     from lowbit_jax.ops.dot_general import dot_general
 
     chosen = {s: q if isinstance(q := getattr(gemm, s), Quantizer) else None for s in ("lhs", "rhs")}
     common = jnp.promote_types(lhs.dtype, rhs.dtype)
     if not numbers[0][0]:  # an outer product: nothing is contracted, so nothing is quantized
         return lax.dot_general(lhs.astype(common), rhs.astype(common), numbers, precision)
-    implementation = "reference" if recipe.implementation == "reference" else "auto"
-    own = LinearRecipe(out=Gemm(lhs=chosen["lhs"], rhs=chosen["rhs"]), implementation=implementation)
+    out = Gemm(lhs=chosen["lhs"], rhs=chosen["rhs"])
+    own = LinearRecipe(out=out, implementation=recipe.inherited_implementation)
     return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=own, key=key)
 
 

@@ -129,6 +129,12 @@ class LinearRecipe:
         """The backward products are those of autodiff."""
         return self.grad_lhs == Gemm(rhs=FORWARD) and self.grad_rhs == Gemm(lhs=FORWARD)
 
+    @property
+    def inherited_implementation(self) -> str:
+        """That of a product made from this recipe, a backward or a packed one: kernels asked for by name are those of
+        the training product, "reference" is for all."""
+        return "reference" if self.implementation == "reference" else "auto"
+
     def with_implementation(self, implementation: str) -> "LinearRecipe":
         """The same recipe, computed another way."""
         return dataclasses.replace(self, implementation=implementation)
