@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 from jax.core import Tracer
@@ -69,14 +70,19 @@ def assembly(impl: str) -> bool:
 def call(kernel: Callable, name: str, impl: str, tile: Tile, **options: Any) -> Callable:
     """`pl.pallas_call` of the kernel body.
 
+    Inside `jax.shard_map` the results vary over every mesh axis that an operand varies over.
     Raises (the callable): NoKernel for arrays where JAX has no GPU; what is only traced may be for another machine."""
-    run = pl.pallas_call(
-        kernel,
-        name=name,
-        interpret=impl == "interpret",
-        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        **options,
-    )
+
+    def run(*operands: Any) -> Any:
+        operands, out_shape = _vary_alike(operands, options["out_shape"])
+        return pl.pallas_call(
+            kernel,
+            name=name,
+            interpret=impl == "interpret",
+            compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+            **options | {"out_shape": out_shape},
+        )(*operands)
+
     if impl == "interpret":
         return run
 
@@ -89,6 +95,19 @@ def call(kernel: Callable, name: str, impl: str, tile: Tile, **options: Any) -> 
         return run(*operands)
 
     return on_gpu
+
+
+def _vary_alike(operands: tuple, out_shape: Any) -> tuple[tuple, Any]:
+    """Operands and results as `jax.shard_map` wants them: all varying over the same of its mesh axes."""
+    axes_of = lambda operand: jax.typeof(operand).manual_axis_type.varying
+    axes = frozenset().union(*map(axes_of, operands))
+    if not axes:
+        return operands, out_shape
+    missing = lambda operand: tuple(sorted(axes - axes_of(operand), key=str))
+    marked = tuple(lax.pcast(o, missing(o), to="varying") if missing(o) else o for o in operands)
+    kind = jax.typeof(marked[0]).manual_axis_type
+    varying = lambda shape: jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=kind)
+    return marked, jax.tree.map(varying, out_shape)
 
 
 def loop(turns: int, body: Callable, start: Any) -> Any:

@@ -205,28 +205,36 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
         if last is not None:
             mask = (row <= last) & (jnp.ones(ref.shape[1], jnp.bool_) if mask is None else mask)
         at = ref.at[pl.ds(row, 1), :]
-        return masks.load(at, None if mask is None else mask[None]).reshape(-1).astype(jnp.float32)
+        return masks.load(at, None if mask is None else mask[None]).reshape(-1)
 
-    def scaled(inner, row, share=1.0):
+    def sides(row):
+        """A group's scales, and where there is a shift the sums of x over it and its zeros, as they are stored."""
+        return [line(ref, row, mask) for ref, mask in zip((scale_ref, *side_refs), (of_columns, of_rows, of_columns))]
+
+    def scaled(inner, of_group, share=1.0):
         """One group's product by its scale, with what the zero point still asks for."""
-        scale = line(scale_ref, row, of_columns)
-        if not side_refs:
+        scale, *others = [side.astype(jnp.float32) for side in of_group]
+        if not others:
             return inner * (scale * (1 / gain(midrise)))[:, None]
-        sums = line(side_refs[0], row, of_rows)[None, :] * share
+        sums = others[0][None, :] * share
         if zero is not None:
             shift = (offset(bits, midrise) - zero) * sums
         else:
-            shift = offset(bits, midrise) - line(side_refs[1], row, of_columns)[:, None]
+            shift = offset(bits, midrise) - others[1][:, None]
             shift = jnp.where(shift == 0, 0, shift * sums)  # sums may be infinite
         return (inner * (1 / gain(midrise)) + shift) * scale[:, None]
 
-    def turn(i, total):
+    groups = step // group  # of a turn
+    def turn(i, carried):
+        total, now = carried
         at = part * steps + i
+        following = part * steps + jnp.minimum(i + 1, steps - 1)
         words = [
             held(ref, field, WORD_BITS, step, at, assembly=use_assembly)
             for ref, field in zip(word_refs, planes.FIELDS[bits], strict=True)
         ]
-        for g in range(step // group):
+        ahead = []  # loaded a turn before they are used
+        for g in range(groups):
             inner = total if per_channel else nothing
             for c in range(g * group // planes.COLUMNS, (g + 1) * group // planes.COLUMNS):
                 chosen, which = plane(words, bits, WORD_BITS, c)
@@ -237,10 +245,12 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
                     x_ref.at[:, pl.ds(start, planes.COLUMNS)], masks.outer(of_rows, of_k, (rows, planes.COLUMNS))
                 )
                 inner = inner + jnp.dot(w, xs.T, preferred_element_type=jnp.float32)
-            total = inner if per_channel else total + scaled(inner, at * (step // group) + g)
-        return total
+            total = inner if per_channel else total + scaled(inner, now[g])
+            ahead.append(now[g] if per_channel else sides(following * groups + g))
+        return total, ahead
 
-    total = launch.loop(steps, turn, nothing)
+    first = [sides(0)] if per_channel else [sides(part * steps * groups + g) for g in range(groups)]
+    total, (whole, *_) = launch.loop(steps, turn, (nothing, first))
     if per_channel:  # one scale for the whole row; each part adds its share of the shift
-        total = scaled(total, 0, 1 / split)
+        total = scaled(total, whole, 1 / split)
     masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))

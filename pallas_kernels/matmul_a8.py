@@ -243,12 +243,12 @@ def _kernel(x_ref, *refs, bits, step, steps, sizes, finish, present, use_assembl
             total = total + jnp.dot(w, xs.T, preferred_element_type=jnp.int32)
         return total
 
+    left = iter(side_refs if finish is not None else ())
+    sides = [  # before the loop, so that nothing waits for them behind it
+        masks.load(next(left).at[:], mask) if there and finish is not None else None
+        for there, mask in zip(present, (of_rows, of_columns) * 2, strict=True)
+    ]
     total = launch.loop(steps, turn, jnp.zeros((columns, rows), jnp.int32))
     if finish is not None:
-        left = iter(side_refs)
-        sides = [
-            masks.load(next(left).at[:], mask) if there else None
-            for there, mask in zip(present, (of_rows, of_columns) * 2, strict=True)
-        ]
         total = finish(total, *sides, across=True)
     masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))
