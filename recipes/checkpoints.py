@@ -44,7 +44,7 @@ class Checkpoints:
         first = jax.process_index() == 0
         try:
             if first:
-                shutil.rmtree(hidden, ignore_errors=True)
+                self._remove_unfinished()
                 hidden.mkdir(parents=True)
             _all_here(f"folder of step {step}")
             write(hidden, tree, step=step, **extra)
@@ -74,8 +74,8 @@ class Checkpoints:
         written by another number of devices: each then gets the mean, so that the mean over the devices stays.
 
         Raises: ValueError when a checkpoint is whole but of another shape or dtype than `like`, or none verifies."""
-        for hidden in self.folder.glob(".writing-*") if jax.process_index() == 0 else ():
-            shutil.rmtree(hidden, ignore_errors=True)
+        if jax.process_index() == 0:
+            self._remove_unfinished()
         _all_here("reading the newest checkpoint")
         for step in reversed(self.steps()):
             try:
@@ -92,6 +92,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+
+    def _remove_unfinished(self) -> None:
+        """What a kill left, or a full disk: threads of Orbax may write on after `save` has removed its folder."""
+        for hidden in self.folder.glob(".writing-*"):
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / f"step_{step:08d}"

@@ -55,8 +55,8 @@ def main(config: Compare) -> list[dict]:
             for scheme in cells:
                 model = llama.build(size, corpus.vocab_size, dtype=config.dtype, seed=seed)
                 model = scheme.apply(model, corpus.sample(size.context, size.batch))
-                plan = train_loop.Plan.of(size, seed=seed, evaluate_every=size.steps, checkpoint_every=100, keep=1,
-                                          tensorboard=False)  # fmt: skip
+                plan = train_loop.Plan.of(size, dtype=config.dtype, seed=seed, evaluate_every=size.steps,
+                                          checkpoint_every=100, keep=1, tensorboard=False)  # fmt: skip
                 name = f"{scheme.name}-seed{seed}"
                 quantized = scheme.method != "none"
                 done = train_loop.train(name, model, corpus, plan, folder, stop, quantized=quantized)

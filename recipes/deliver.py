@@ -59,7 +59,7 @@ class Delivery:
         model = run.model
         if name != "unquantized":
             packed = _convert(run.model)
-            answer["packed"] = save_both(folder, run.model, packed)
+            answer["packed"] = save_both(folder, run.model, packed, then=self.goes_on(folder / name))
             model = load(folder / "packed", packed)
             answer["packed"]["validation_loss"] = loss = self.held_out_loss(model)
             if not math.isfinite(loss):
@@ -71,11 +71,18 @@ class Delivery:
                                 temperature=self.temperature, vocab_size=self.corpus.tokenizer.vocab_size,
                                 key=jax.random.key(self.seed))  # fmt: skip
         answer["sample"] = self.corpus.tokenizer.decode(ids)
-        plots.curves(folder / "curves.png", {name: run.lines for name, run in runs.items()}, title=self.title)
         answer["seconds"] = round(time.monotonic() - self.started, 1)
         (folder / "results.json").write_text(json.dumps(answer, indent=1))
+        plots.curves(folder / "curves.png", {name: run.lines for name, run in runs.items()}, title=self.title)
         show(answer, folder)
         return answer
+
+    def goes_on(self, folder: pathlib.Path) -> str:
+        """Where the same command again takes up a training whose last checkpoints the disk may have refused."""
+        saved = checkpoints.Checkpoints(folder / "checkpoints").steps()
+        if self.plan.steps in saved:
+            return "the training is done and its checkpoint is kept"
+        return f"it trains on from the checkpoint of step {saved[-1]}" if saved else "it trains anew, none was saved"
 
     def held_out_loss(self, model: nnx.Module) -> float:
         plan = self.plan
@@ -102,8 +109,10 @@ def unigram_entropy(corpus: text.Corpus) -> float:
     return float(-(held * np.log(seen / seen.sum())).sum() / held.sum())
 
 
-def save_both(folder: pathlib.Path, trained: Any, packed: Any) -> dict:
-    """Writes the float weights and the packed ones as checkpoints; answers with their sizes in bytes."""
+def save_both(folder: pathlib.Path, trained: Any, packed: Any, *, then: str) -> dict:
+    """Writes the float weights and the packed ones as checkpoints; answers with their sizes in bytes.
+
+    then: what the same command again does, for the error."""
     sizes = {}
     for name, model in {"float": trained, "packed": packed}.items():
         final, hidden = folder / name, folder / f".writing-{name}"
@@ -119,7 +128,7 @@ def save_both(folder: pathlib.Path, trained: Any, packed: Any) -> dict:
             orbax_errors.raise_if_not_the_disks(error)
             raise OSError(
                 f"deliver: the {name} weights could not be written to {final}: {orbax_errors.reason(error)}. Free space"
-                " and run the same command again: the training is done and its checkpoint is kept."
+                f" and run the same command again: {then}."
             ) from error
         sizes |= {
             f"{name}_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),

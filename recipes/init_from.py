@@ -2,8 +2,9 @@
 
     python -m recipes.pretrain --method none --init-from runs/tiny-quest-w4a4-0123abcd --steps 50   # a bfloat16 finish
 
-Taken are the parameters, and the optimizer's moments where they have the same shape and dtype. The rate's schedule, the
-counters and the data start anew; another --seed draws other batches."""
+Taken are the parameters, and the optimizer's moments where they have the same shape and dtype and, in few bits, were
+stored under the same --optimizer-bits. The rate's schedule, the counters and the data start anew; another --seed draws
+other batches."""
 
 import dataclasses
 import json
@@ -30,9 +31,11 @@ class Origin:
     arrays: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, run: pathlib.Path) -> "Origin":
+    def of(cls, run: pathlib.Path, *, optimizer_bits: int | str | None = None) -> "Origin":
         """The newest good checkpoint of a run directory, or of one of several trainings in it (`RUN/quest-w4a4`).
 
+        optimizer_bits: those of the run that starts here. Moments in few bits are left out when the settings of this
+        one do not name the same: codes of 8 bits and of "e4m3" have one shape and dtype, and mean other values.
         Raises: ValueError where there is none, or more than one to choose from."""
         found = [run] if (run / "checkpoints").is_dir() else sorted(p.parent for p in run.glob("*/checkpoints"))
         if len(found) != 1:
@@ -42,9 +45,13 @@ class Origin:
         store = checkpoints.Checkpoints(found[0] / "checkpoints")
         for step in reversed(store.steps()):
             try:
-                return cls(found[0], step, _read(store.folder / f"step_{step:08d}"))
+                arrays = _read(store.folder / f"step_{step:08d}")
             except checkpoints.CorruptCheckpoint as error:
                 warnings.warn(f"--init-from: step {step} of {found[0]} is damaged ({error}).", stacklevel=2)
+                continue
+            if _optimizer_bits(found[0]) != repr(optimizer_bits):
+                arrays = {name: array for name, array in arrays.items() if not _is_code(name)}
+            return cls(found[0], step, arrays)
         raise ValueError(f"--init-from: {found[0]} holds no checkpoint that verifies. Name another run.")
 
     def model(self, model: nnx.Module) -> nnx.Module:
@@ -102,6 +109,20 @@ def _read(folder: pathlib.Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise checkpoints.CorruptCheckpoint(f"the manifest cannot be read: {error}") from error
     return checkpoints.read(folder, like)[0]
+
+
+def _optimizer_bits(training: pathlib.Path) -> str | None:
+    """As `config.json` of its run has them; None where that is not known."""
+    try:
+        settings = json.loads((training.resolve().parent / "config.json").read_bytes())["settings"]
+        return settings.get("optimizer_bits", repr(None))  # recipes.compare has float32 moments only
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_code(name: str) -> bool:
+    """Whether an array is a part of a moment in few bits, `lb.optim`'s `Stored`."""
+    return name.startswith("optimizer.") and ".parts." in name
 
 
 def _is_moment(name: str, names) -> bool:

@@ -23,7 +23,8 @@ def curves(path: pathlib.Path, runs: dict[str, list[dict]], *, title: str) -> No
         held = [(line["step"], line["validation_loss"]) for line in lines if line.get("validation_loss") is not None]
         if held:
             axes.plot(*np.asarray(held).T, "o--", color=color, markersize=4, label=f"{name}, held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set_title(title, parse_math=False)  # it holds the path of the data, perhaps with a $
     if tops:  # the fall of the first steps would hide the rest
         axes.set_ylim(top=max(tops))
     axes.legend()
@@ -40,7 +41,8 @@ def by_bits(
         axes.errorbar(bits, mean, yerr=half, marker="o", capsize=3, label=name)
     if baseline is not None:
         axes.axhline(baseline, color="black", linestyle="--", linewidth=1, label="unquantized")
-    axes.set(xlabel="bits of weights and activations", ylabel="held-out loss (nats a token)", title=title, xscale="log")
+    axes.set(xlabel="bits of weights and activations", ylabel="held-out loss (nats a token)", xscale="log")
+    axes.set_title(title, parse_math=False)
     ticks = sorted({point[0] for points in series.values() for point in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

@@ -142,7 +142,9 @@ def main(config: Pretrain) -> dict:
             settings[name] = repr(str(getattr(config, name)))
     folder = config.out or pathlib.Path("runs") / f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
 
-    origin = None if config.init_from is None else init_from.Origin.of(config.init_from)
+    origin = None
+    if config.init_from is not None:
+        origin = init_from.Origin.of(config.init_from, optimizer_bits=config.optimizer_bits)
 
     def new_model() -> nnx.Module:
         make = lambda: llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed,

@@ -7,6 +7,8 @@ data, tokenizer and seed give the same batches, and an iterator's state is one s
 import dataclasses
 import hashlib
 import itertools
+import math
+import os
 import pathlib
 import sysconfig
 from collections.abc import Iterator
@@ -61,7 +63,7 @@ def load(data: str = "stdlib", *, tokenizer: str = "bytes", held_out: float = 0.
     if hf_bytes is not None and not data.startswith("hf:"):
         raise ValueError(f"recipes.text: hf_bytes limits a 'hf:' dataset, and {data!r} is none.")
     tokens = tokenizers.load(tokenizer)
-    if path.suffix == ".bin":
+    if path.suffix == ".bin" and not path.is_dir():
         return _from_tokens(path, tokens, held_out)
     if tokens is None:
         raise ValueError(f"recipes.text: the tokenizer 'ids' belongs to a .bin file, and {data!r} is text.")
@@ -72,7 +74,7 @@ def load(data: str = "stdlib", *, tokenizer: str = "bytes", held_out: float = 0.
     train, validation = _join(kept, tokens), _join(held, tokens)
     held_bytes = sum(len(document.encode()) + (tokens.separator is not None) for document in held)
     fingerprint = hashlib.sha256(train.tobytes() + b"|" + validation.tobytes()).hexdigest()
-    note = f"{data} ({len(documents)} documents, {sum(map(len, documents)):,} characters)"
+    note = f"{_shown(data)} ({len(documents)} documents, {sum(map(len, documents)):,} characters)"
     return Corpus(train, validation, tokens, held_bytes / max(1, len(validation)), note, fingerprint)
 
 
@@ -122,22 +124,27 @@ def _documents(data: str, path: pathlib.Path, glob: str | None, hf_bytes: int | 
     )
 
 
+def _shown(name: str | pathlib.Path) -> str:
+    """A file's name that can be printed: bytes that are not UTF-8 as \\xff."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _read(file: pathlib.Path) -> str:
     try:
         return file.read_bytes().decode()
     except OSError as error:
-        raise ValueError(f"recipes.text cannot read {file}: {error.strerror}.") from error
+        raise ValueError(f"recipes.text cannot read {_shown(file)}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"recipes.text: {file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. Convert"
-            " it (iconv -t utf-8), or leave it out with --glob."
+            f"recipes.text: {_shown(file)} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}."
+            " Convert it (iconv -t utf-8), or leave it out with --glob."
         ) from error
 
 
 def _read_all(folder: pathlib.Path, files: list[pathlib.Path]) -> Iterator[str]:
     """Every file that is UTF-8; stops when more than one in twenty is not."""
     if not files:
-        raise ValueError(f"recipes.text found no file in {folder}. Check the folder, or pass another --glob.")
+        raise ValueError(f"recipes.text found no file in {_shown(folder)}. Check the folder, or pass another --glob.")
     broken = []
     for file in files:
         try:
@@ -167,12 +174,14 @@ def _hugging_face(name: str, limit: int) -> Iterator[str]:
         ) from error
     if first is None:
         raise ValueError(f"recipes.text: the dataset {name!r} has no rows. Pass another one, or a file.")
-    if not isinstance(first.get("text"), str):
+    if "text" not in first or not isinstance(first["text"], str | None):
         raise ValueError(
             f"recipes.text reads the column 'text'; {name!r} has {', '.join(first)}. Save it as text files."
         )
     total = 0
     for row in rows:
+        if row["text"] is None:  # a row without one
+            continue
         yield row["text"]
         total += len(row["text"].encode())
         if total >= limit:
@@ -180,7 +189,10 @@ def _hugging_face(name: str, limit: int) -> Iterator[str]:
 
 
 def _split(documents: list[str], held_out: float) -> tuple[list[str], list[str]]:
-    """Whole documents where there are twenty or more, else the end of the text."""
+    """Whole documents where there are twenty or more, else the end of the text.
+
+    Where the last of those documents would double the share held out, or leave half of the rest or less for training,
+    only its end is held out."""
     sizes = [len(document) for document in documents]
     if len(documents) < 20:
         text = "".join(documents) if len(documents) == 1 else "\n".join(documents)
@@ -188,15 +200,31 @@ def _split(documents: list[str], held_out: float) -> tuple[list[str], list[str]]
         return [text[:cut]], [text[cut:]]
     order = np.random.default_rng(0).permutation(len(documents))
     reached = list(itertools.accumulate(sizes[i] for i in order))
-    count = next(i for i, size in enumerate(reached) if size >= held_out * reached[-1]) + 1
-    return [documents[i] for i in order[count:]], [documents[i] for i in order[:count]]
+    total, asked = reached[-1], held_out * reached[-1]
+    count = next(i for i, size in enumerate(reached) if size >= asked) + 1
+    kept, held = [documents[i] for i in order[count:]], [documents[i] for i in order[:count]]
+    if reached[count - 1] > 2 * asked or total - reached[count - 1] < (total - asked) / 2:
+        last, cut = held[-1], math.floor(reached[count - 1] - asked)
+        kept, held[-1] = [last[:cut], *kept], last[cut:]
+    return kept, held
 
 
 def _join(documents: list[str], tokenizer: tokenizers.Tokenizer) -> np.ndarray:
     dtype = np.uint8 if tokenizer.vocab_size <= 2**8 else np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     end = [] if tokenizer.separator is None else [np.asarray([tokenizer.separator], dtype)]
-    parts = [part for document in documents for part in (tokenizer.encode(document).astype(dtype), *end)]
+    parts = [part for document in documents for part in (_checked(tokenizer, document).astype(dtype), *end)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _checked(tokenizer: tokenizers.Tokenizer, document: str) -> np.ndarray:
+    """The document's ids; a smaller dtype would wrap one beyond the vocabulary into another token."""
+    ids = tokenizer.encode(document)
+    if ids.size and ids.max() >= tokenizer.vocab_size:
+        raise ValueError(
+            f"recipes.text: the tokenizer {tokenizer.name!r} wrote the id {ids.max()}, and its vocabulary has"
+            f" {tokenizer.vocab_size}. Repair it, or pass another --tokenizer."
+        )
+    return ids
 
 
 def _from_tokens(path: pathlib.Path, chosen: tokenizers.Tokenizer | None, held_out: float) -> Corpus:
@@ -210,5 +238,5 @@ def _from_tokens(path: pathlib.Path, chosen: tokenizers.Tokenizer | None, held_o
         )
     cut = round(len(ids) * (1 - held_out))
     per_token = index["bytes"] / len(ids) if index.get("bytes") and len(ids) else None
-    note = f"{path} ({len(ids):,} tokens)"
+    note = f"{_shown(path)} ({len(ids):,} tokens)"
     return Corpus(ids[:cut], ids[cut:], tokenizer, per_token, note, token_files.fingerprint(path))

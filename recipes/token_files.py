@@ -36,6 +36,8 @@ def read(path: pathlib.Path) -> tuple[np.ndarray, dict]:
         raise ValueError(f"token_files.read: {path} has no index. Write {side} such as {example}.") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"token_files.read cannot read the index {side}: {error}. It looks like {example}.") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"token_files.read: the index {side} holds {index!r:.40}; it looks like {example}.")
     missing = [key for key in ("version", "dtype", "tokens", "vocab_size") if key not in index]
     if missing:
         raise ValueError(f"token_files.read: the index {side} lacks {', '.join(missing)}; it looks like {example}.")
@@ -44,6 +46,13 @@ def read(path: pathlib.Path) -> tuple[np.ndarray, dict]:
             raise ValueError(
                 f"token_files.read: the index {side} has the {key} {index[key]!r}; known are"
                 f" {', '.join(map(repr, known))}. It looks like {example}."
+            )
+    for key, lowest in (("tokens", 0), ("vocab_size", 1), ("bytes", 0)):
+        value = index.get(key)
+        if not (key == "bytes" and value is None) and (type(value) is not int or value < lowest):
+            raise ValueError(
+                f"token_files.read: the index {side} has the {key} {value!r:.40}; it must be a whole number of at least"
+                f" {lowest}. It looks like {example}."
             )
     dtype = DTYPES[index["dtype"]]
     if path.stat().st_size != index["tokens"] * dtype.itemsize:

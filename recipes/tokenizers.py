@@ -46,13 +46,21 @@ class TokenizerFile:
             self.inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"recipes.tokenizers cannot read {path} as a tokenizer.json: {error}.") from error
+        self.inner.no_truncation()  # a document is read whole, whatever length the file was made for
+        self.inner.no_padding()
         self.name = path.name
-        self.vocab_size = self.inner.get_vocab_size()
+        self.vocab_size = max(self.inner.get_vocab().values(), default=-1) + 1  # ids may have gaps
         ends = (self.inner.token_to_id(name) for name in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"))
         self.separator = next((token for token in ends if token is not None), None)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, np.uint32)
+        try:
+            return np.asarray(self.inner.encode(text, add_special_tokens=False).ids, np.uint32)
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(
+                f"recipes.tokenizers: {self.name} cannot encode the text that starts with {text[:40]!r}: {error}."
+                " Repair the file, or pass another --tokenizer."
+            ) from error
 
     def decode(self, ids: np.ndarray) -> str:
         return self.inner.decode([int(token) for token in ids])
@@ -68,11 +76,16 @@ class Ids:
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            return np.asarray([int(word) for word in text.split()], np.uint32)
+            ids = [int(word) for word in text.split()]
         except ValueError:
             raise ValueError(
                 f"The tokenizer 'ids' reads numbers, not text such as {text[:40]!r}; pass a prompt of token ids."
             ) from None
+        if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
+            raise ValueError(
+                f"The tokenizer 'ids' has ids from 0 to {self.vocab_size - 1}, not {outside[0]}; pass a prompt of them."
+            )
+        return np.asarray(ids, np.uint32)
 
     def decode(self, ids: np.ndarray) -> str:
         return " ".join(str(int(token)) for token in ids)

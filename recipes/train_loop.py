@@ -58,6 +58,8 @@ class Plan:
                      "checkpoint_every", "keep", "log_every"):  # fmt: skip
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"train_loop: {name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"train_loop: --seed must lie between 0 and 2**63 - 1, and is {self.seed}.")
         if self.microbatches == "auto":
             memory.budget(self.memory_budget)
         elif self.memory_budget is not None:

@@ -118,6 +118,12 @@ def test_a_kill_while_writing_leaves_the_earlier_one(saved):
     assert not hidden.exists()
 
 
+def test_a_save_removes_what_a_failed_one_left(saved):
+    (saved.folder / ".writing-00000025" / "arrays").mkdir(parents=True)
+    saved.save(30, tree(3.5))
+    assert sorted(path.name for path in saved.folder.iterdir()) == ["step_00000020", "step_00000030"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

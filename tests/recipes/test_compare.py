@@ -1,5 +1,7 @@
 """The comparison: intervals from a table of Student's t, differences paired by seed, cells that are not run twice."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,23 @@ def test_a_small_comparison(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(train_loop, "make_step", lambda *_: None)  # any further step would fail
     assert compare.main(config) == rows
+
+
+@pytest.mark.parametrize(("dtype", "scaled"), [("float16", True), ("auto", False), ("float32", False)])
+def test_float16_comes_with_a_loss_scale(tmp_path, monkeypatch, dtype, scaled):
+    plans = []
+
+    def train(name, model, corpus, plan, *_, **__):
+        plans.append(plan)
+        return types.SimpleNamespace(validation_loss=1.0)
+
+    monkeypatch.setattr(train_loop, "train", train)
+    monkeypatch.setattr(compare.llama, "build", lambda *_, **__: None)
+    monkeypatch.setattr(compare.schemes.Scheme, "apply", lambda *_: None)
+    (tmp_path / "words.txt").write_text("a word " * 2000)
+    compare.main(compare.Compare(preset="smoke", bits=(2,), methods=("quest",), seeds=1, dtype=dtype,
+                                 data=str(tmp_path / "words.txt"), out=tmp_path / "out"))  # fmt: skip
+    assert [plan.optimizer().loss_scale for plan in plans] == [scaled, scaled]
 
 
 def test_nothing_to_compare():

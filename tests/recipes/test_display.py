@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from recipes import command, display
+from recipes import command, display, plots
 
 
 def test_the_first_line_of_a_short_run_tells_no_speed(capsys):
@@ -32,6 +32,13 @@ def test_a_warning_is_one_line_without_source(capsys):
         warnings.warn("the first", stacklevel=1)
         warnings.warn("the second", DeprecationWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: the first\nwarning: DeprecationWarning: the second\n"
+
+
+def test_a_title_with_dollars_is_drawn_as_it_is(tmp_path):
+    title = "tiny, /data/$set_{/of$ (3 documents)"  # no formula
+    plots.curves(tmp_path / "curves.png", {"run": [{"step": 1, "loss": 2.0}]}, title=title)
+    plots.by_bits(tmp_path / "bits.png", {"quest": [(4, 2.0, 0.1)]}, baseline=1.9, title=title)
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("curves.png", "bits.png"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,12 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from recipes import checkpoints, llama, metrics, pretrain, schemes, train_loop
+from recipes import checkpoints, llama, metrics, pretrain, run_directory, schemes, train_loop
 from recipes.init_from import Origin
 from tests.recipes.test_pretrain import finish, settings
 
@@ -60,6 +61,34 @@ def test_under_other_wrappers(run, adamw, moments):
         assert (before.shape, before.dtype) == (after.shape, after.dtype)
     kernel = state["params"]["lm_head"]["kernel"][...]
     np.testing.assert_array_equal(kernel, origin.arrays["params.lm_head.kernel.value"].astype(kernel.dtype))
+
+
+def test_codes_of_moments_come_over_to_their_own_codec_only(tmp_path):
+    """8 bits and e4m3 have arrays of one shape and dtype, and their codes mean other values."""
+    plan = train_loop.Plan.of(llama.preset("smoke"))
+
+    def start(bits):
+        params = {"blocks": {"kernel": jnp.zeros((64, 64)), "norm": jnp.zeros(64)}}
+        return train_loop.first_state(params, dataclasses.replace(plan.optimizer(), bits=bits))
+
+    written = jax.tree.map(lambda array: array + 1, start(8))
+    checkpoints.Checkpoints(tmp_path / "quest-w4a4" / "checkpoints").save(6, written)
+
+    def moments(state):
+        return {name: array for name, array in checkpoints.named(state["optimizer"]).items() if ".mu." in name}
+
+    def check(bits, words, taken):
+        state, said = Origin.of(tmp_path / "quest-w4a4", optimizer_bits=bits).state(start(bits))
+        assert f"with {taken} of 7 arrays of the optimizer" in said  # of mu and nu: words, scales, norm; and count
+        found, fresh, theirs = moments(state), moments(start(bits)), moments(written)
+        assert len(found) == 3
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, (theirs if words or "norm" in name else fresh)[name])
+
+    check(8, words=False, taken=3)  # without settings nothing is known of the codec
+    run_directory.claim(tmp_path, {"optimizer_bits": "8"})
+    check(8, words=True, taken=7)
+    check("e4m3", words=False, taken=3)
 
 
 def test_learned_steps_are_calibrated_for_the_weights_that_come_over(run):

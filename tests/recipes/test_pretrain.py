@@ -12,6 +12,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from recipes import (
     checkpoints,
@@ -24,6 +25,7 @@ from recipes import (
     quantized,
     run_directory,
     schemes,
+    text,
     train_loop,
 )
 from recipes.pretrain import Pretrain
@@ -251,6 +253,45 @@ class TestADiskThatRefuses:
         assert "step 14 was not saved, training goes on: Checkpoints could not write" in capsys.readouterr().out
 
 
+class TestTheEnd:
+    """What is handed over when a part of it fails, after a training of one line."""
+
+    @pytest.fixture
+    def delivery(self, config):
+        plan = train_loop.Plan.of(llama.preset("smoke", steps=STEPS))
+        return deliver.Delivery.of(config, text.load(config.data), plan, started=0.0)
+
+    def trained(self, name):
+        model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        return {name: train_loop.Trained(model, 2.0, [{"step": 1, "loss": 2.0}], 0.0, 0)}
+
+    def test_a_plot_that_fails_leaves_the_numbers(self, delivery, tmp_path, monkeypatch):
+        def fails(*_, **__):
+            raise ValueError("no plot")
+
+        monkeypatch.setattr(deliver.sampling, "generate", lambda _, prompt, **__: prompt)
+        monkeypatch.setattr(deliver.plots, "curves", fails)
+        with pytest.raises(ValueError, match="no plot"):
+            delivery.make(tmp_path, self.trained("unquantized"))
+        assert json.loads((tmp_path / "results.json").read_text())["runs"]["unquantized"]["validation_loss"] == 2.0
+
+    @pytest.mark.parametrize(
+        ("saved", "words"),
+        [([], "it trains anew, none was saved"), ([7, 14], "it trains on from the checkpoint of step 14"),
+         ([14, STEPS], "the training is done and its checkpoint is kept")],
+    )  # fmt: skip
+    def test_a_full_disk_tells_where_the_same_command_goes_on(self, delivery, tmp_path, monkeypatch, saved, words):
+        def refuse(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(deliver, "_convert", lambda model: model)
+        monkeypatch.setattr(checkpoints, "write", refuse)
+        for step in saved:
+            (tmp_path / "quest-w4a4" / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        with pytest.raises(OSError, match=f"the same command again: {words}."):
+            delivery.make(tmp_path, self.trained("quest-w4a4"))
+
+
 def test_out_of_memory_names_what_helps(config, monkeypatch):
     def exhausted(self, step):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
@@ -280,7 +321,8 @@ def test_settings_that_change_no_number_may_change(config):
     [({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"), ({"microbatches": 3}, "cut into 3"),
      ({"steps": 0}, "steps must be"), ({"learning_rate": -1.0}, "rate -1.0"),
      ({"learning_rate": float("nan")}, "rate nan.*finite"), ({"weight_decay": float("inf")}, "decay inf.*finite"),
-     ({"temperature": float("nan")}, "temperature nan"), ({"skip_spikes": 1.0}, "--skip-spikes 1.0"),
+     ({"temperature": float("nan")}, "temperature nan"), ({"seed": -1}, "--seed must .* and is -1"),
+     ({"skip_spikes": 1.0}, "--skip-spikes 1.0"),
      ({"sample_tokens": 0}, "sampling"),
      ({"prompt": ""}, "sampling"), ({"method": "none", "baseline": True}, "--baseline cannot take effect"),
      ({"context": 10**6}, "training part"), ({"preset": "huge"}, "no preset")],

@@ -1,6 +1,7 @@
 """Text and tokens: what is read, how it is split, the order of batches, and every way the data can be wrong."""
 
 import json
+import os
 import sys
 import types
 
@@ -44,6 +45,17 @@ def test_one_file_holds_out_its_end(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 900 + "y" * 100)
     corpus = text.load(str(tmp_path / "a.txt"), held_out=0.1)
     assert corpus.train.tobytes() == b"x" * 900 + b"\0" and corpus.validation.tobytes() == b"y" * 100 + b"\0"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_huge_document_among_many_does_not_overshoot(share):
+    """Wherever it falls in the order: at most twice the share is held out, or half of the rest kept; all is there."""
+    for place in range(40):
+        documents = [chr(0x400 + i) * (20_000 if i == place else 80) for i in range(40)]
+        kept, held = text._split(documents, share)
+        sizes = [sum(map(len, part)) for part in (kept, held)]
+        assert share <= sizes[1] / sum(sizes) <= min(2 * share, (1 + share) / 2)
+        assert sorted("".join(kept + held)) == sorted("".join(documents))
 
 
 class TestBatches:
@@ -109,6 +121,17 @@ class TestFaults:
         with pytest.raises(ValueError, match="3 of 43 files so far"):
             text.load(str(folder))
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+    def test_a_name_that_is_not_utf8_can_be_printed(self, tmp_path, capsys):
+        folder = tmp_path / os.fsdecode(b"\xfetexts")
+        folder.mkdir()
+        for i in range(25):
+            (folder / f"{i:02d}.txt").write_text(f"file {i}")
+        (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"\xff")
+        corpus = text.load(str(folder))
+        assert r"\xfetexts/\xff.txt is not UTF-8" in capsys.readouterr().out  # a strict UTF-8 stream
+        assert r"\xfetexts (25 documents" in corpus.note
+
     def test_too_small_names_both_numbers(self, folder):
         corpus = text.load(str(folder))
         with pytest.raises(ValueError, match=r"training part .* has \d+ tokens; 16 sequences of 1000 need 16001"):
@@ -140,6 +163,10 @@ class TestHuggingFace:
         corpus = text.load("hf:someone/texts", hf_bytes=700)
         documents = (corpus.train.tobytes() + corpus.validation.tobytes()).split(b"\0")[:-1]
         assert sorted(documents) == [f"{i:04d} é".encode() for i in range(100)]  # 7 bytes each
+
+    def test_rows_without_text_are_skipped(self, monkeypatch):
+        self.install(monkeypatch, [{"text": None}, *({"text": f"row {i}"} for i in range(30)), {"text": None}])
+        assert "30 documents" in text.load("hf:someone/texts").note
 
     @pytest.mark.parametrize(
         ("rows", "words"), [(None, "no route"), ([{"body": "x"}], "column 'text'.*has body"), ([], "has no rows")]
@@ -191,7 +218,22 @@ class TestTokenFiles:
         with pytest.raises(ValueError, match="vocabulary of 300 and the tokenizer 'bytes' one of 256"):
             text.load(str(path))
 
-    @pytest.mark.parametrize("index", ["{", "[]", "{}",
+    def test_a_folder_may_be_named_so(self, tmp_path):
+        (tmp_path / "x.bin").mkdir()
+        (tmp_path / "x.bin" / "a.txt").write_text("text in a folder")
+        assert "1 documents" in text.load(str(tmp_path / "x.bin")).note
+
+    @pytest.mark.parametrize(
+        "change", [{"tokens": "1000"}, {"tokens": 1000.0}, {"vocab_size": "300"}, {"vocab_size": None},
+                   {"vocab_size": 0}, {"bytes": "many"}, {"bytes": -1}]
+    )  # fmt: skip
+    def test_fields_that_are_no_numbers(self, path, change):
+        index = json.loads(path.with_suffix(".json").read_text())
+        path.with_suffix(".json").write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=f"t.json has the {next(iter(change))} .*must be a whole number"):
+            token_files.read(path)
+
+    @pytest.mark.parametrize("index", ["{", "[]", "{}", "5", "null",
                                        '{"version": 2, "dtype": "uint16", "tokens": 1, "vocab_size": 1}',
                                        '{"version": 1, "dtype": "int9", "tokens": 1, "vocab_size": 1}'])  # fmt: skip
     def test_broken_index(self, path, index):
@@ -224,6 +266,37 @@ class TestTokenizers:
         corpus = text.load(str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "tokenizer.json"), held_out=0.5)
         assert corpus.vocab_size == 128 and corpus.bytes_per_token == pytest.approx(4, abs=0.1)
 
+    def words(self, path, words, **settings):
+        library = pytest.importorskip("tokenizers")
+        inner = library.Tokenizer(library.models.WordLevel(words, unk_token="[UNK]"))
+        inner.pre_tokenizer = library.pre_tokenizers.Whitespace()
+        for name, options in settings.items():
+            getattr(inner, name)(**options)
+        inner.save(str(path))
+        return tokenizers.load(str(path))
+
+    def test_the_length_a_file_was_made_for_does_not_cut_or_pad(self, tmp_path):
+        lengths = {"enable_truncation": {"max_length": 2}, "enable_padding": {"length": 9}}
+        tokens = self.words(tmp_path / "t.json", {"[UNK]": 0, "low": 1, "bit": 2}, **lengths)
+        np.testing.assert_array_equal(tokens.encode("low bit low"), [1, 2, 1])
+
+    def test_ids_with_gaps_stay_what_they_are(self, tmp_path):
+        tokens = self.words(tmp_path / "t.json", {"[UNK]": 0, "low": 1, "bit": 300})
+        assert tokens.vocab_size == 301
+        np.testing.assert_array_equal(text._join(["low bit", "bit"], tokens), [1, 300, 300])
+
+    def test_ids_beyond_the_vocabulary_are_told(self):
+        class Small(tokenizers.Bytes):
+            vocab_size = 100
+
+        with pytest.raises(ValueError, match="the tokenizer 'bytes' wrote the id 119, and its vocabulary has 100"):
+            text._join(["low"], Small())
+
+    def test_a_text_that_cannot_be_encoded(self, tmp_path):
+        tokens = self.words(tmp_path / "t.json", {"low": 0})  # and no [UNK]
+        with pytest.raises(ValueError, match="t.json cannot encode the text that starts with 'low bit': .*--tokenizer"):
+            tokens.encode("low bit")
+
     def test_not_a_tokenizer_file(self, tmp_path):
         pytest.importorskip("tokenizers")
         (tmp_path / "tokenizer.json").write_text("{}")
@@ -235,3 +308,6 @@ class TestTokenizers:
         np.testing.assert_array_equal(tokens.encode("3 1 4"), [3, 1, 4])
         with pytest.raises(ValueError, match="reads numbers, not text such as 'def '"):
             tokens.encode("def ")
+        for outside in ("-5", "10", "99999999999"):
+            with pytest.raises(ValueError, match=f"ids from 0 to 9, not {outside};"):
+                tokens.encode(f"3 {outside}")
