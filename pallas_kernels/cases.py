@@ -27,6 +27,7 @@ SMALL = {
     "sm_100": "HMMA",
 }  # fewer rows than a warp group's product takes
 INTEGER = {"sm_80": "IMMA", "sm_89": "IMMA", "sm_90": "IGMMA", "sm_100": "UTCIMMA"}
+SMALL_INTEGER = {chip: "IMMA" for chip in INTEGER}
 MANY_ROWS = ((128, jnp.bfloat16), (32, jnp.bfloat16), (None, jnp.float16), (32, jnp.float16))  # spread over the widths
 _shape = jax.ShapeDtypeStruct
 
@@ -49,12 +50,18 @@ def a16_case(bits: int, m: int = 16, group: int | None = 128, dtype=jnp.bfloat16
     groups = 1 if group is None else K // group
     name = f"w{bits}a16 {jnp.dtype(dtype).name} m{m} {'channel' if group is None else f'group{group}'}"
     arguments = (_shape((m, K), dtype), _shape((groups, N), jnp.float32), *_words(bits, 16))
-    return name, functools.partial(_a16, bits=bits, group=group), arguments, FLOAT
+    small = m <= 8 or m <= 16 and bits in (4, 8)  # those run in two warps
+    return name, functools.partial(_a16, bits=bits, group=group), arguments, SMALL if small else FLOAT
 
 
 def a8_case(bits: int, m: int = 16) -> Case:
     sides = (_shape((m, K), jnp.int8), _shape((m,), jnp.float32), _shape((N,), jnp.float32))
-    return f"w{bits}a8 m{m}", functools.partial(_a8, bits=bits), (*sides, *_words(bits, 8)), INTEGER
+    return (
+        f"w{bits}a8 m{m}",
+        functools.partial(_a8, bits=bits),
+        (*sides, *_words(bits, 8)),
+        SMALL_INTEGER if m <= 16 else INTEGER,
+    )
 
 
 def quantize_case(bits: int, m: int = 4096, axis: int = 1, dtype=jnp.bfloat16, packed: bool = False) -> Case:

@@ -20,6 +20,7 @@ from pallas_kernels import chips
 from pallas_kernels.checks import NoKernel, check_kind, fail
 
 IMPLS = ("triton", "interpret", "xla")
+LEAST_ROWS = 8  # of the right operand of a tensor-core product; of the left one 16
 SHARED_MEMORY = 160 * 1024  # bytes a block may use on an A100; Hopper has 227 KiB
 
 
@@ -28,7 +29,8 @@ class Tile:
     """What one program computes, and how: rows and columns of its block, warps, pipeline stages, parts of the
     contraction.
 
-    Sizes are powers of two of at least 16. `split` > 1 cuts the contraction into so many programs, whose float32 sums
+    Sizes are powers of two of at least 16; where rows are the right operand of the product (`LEAST_ROWS`), 8 too.
+    `split` > 1 cuts the contraction into so many programs, whose float32 sums
     are added in a fixed order afterwards."""
 
     rows: int = 16
@@ -41,10 +43,10 @@ class Tile:
         for field in dataclasses.fields(self):
             if type(value := getattr(self, field.name)) is not int:
                 fail("Tile", f"got {field.name}={value!r}", "It takes plain integers")
-        for name in ("rows", "columns"):
+        for name, least in (("rows", LEAST_ROWS), ("columns", 16)):
             size = getattr(self, name)
-            if size < 16 or size & (size - 1):
-                fail("Tile", f"got {name}={size}", "The tensor cores take powers of two from 16 on")
+            if size < least or size & (size - 1):
+                fail("Tile", f"got {name}={size}", f"The tensor cores take powers of two from {least} on")
         if self.warps not in (1, 2, 4, 8, 16) or self.stages < 1 or self.split < 1:
             fail("Tile", f"got warps={self.warps}, stages={self.stages}, split={self.split}",
                  "Use 1, 2, 4, 8 or 16 warps, and at least one stage and one part")  # fmt: skip
@@ -56,10 +58,13 @@ def check_impl(who: str, impl: str) -> None:
         fail(who, f"got impl={impl!r}", f"It is one of {', '.join(IMPLS)}")
 
 
-def check_tile(who: str, tile: Any) -> None:
-    """Raises: TypeError for anything but a `Tile` or None."""
-    if tile is not None:
-        check_kind(who, "tile", tile, Tile)
+def check_tile(who: str, tile: Any, rows: int = 16) -> None:
+    """Raises: TypeError for anything but a `Tile` or None, ValueError for one of fewer rows than the kernel takes."""
+    if tile is None:
+        return
+    check_kind(who, "tile", tile, Tile)
+    if tile.rows < rows:
+        fail(who, f"got tile.rows={tile.rows}", f"This kernel takes powers of two from {rows} on")
 
 
 def assembly(impl: str) -> bool:

@@ -34,6 +34,7 @@ from pallas_kernels.launch import Tile
 from pallas_kernels.unpack import gain, held, offset, plane, to_float
 
 WORD_BITS = 16
+_LONG = 256
 _SHORT = 128  # contraction indices of a turn with many rows, unless a group is longer
 
 
@@ -79,7 +80,7 @@ def matmul_a16(
     else:
         zeros = jnp.asarray(zeros)
         check_shape(who, "zeros", zeros, (k // length, n), SCALE_DTYPES)
-    launch.check_tile(who, tile)
+    launch.check_tile(who, tile, launch.LEAST_ROWS)
     if impl == "xla":
         return _reference(x, words, scales, zeros, bits, length).astype(out_dtype)
     tile = default_tile(m, n, k, bits, length) if tile is None else tile
@@ -106,20 +107,21 @@ def _reference(x, words, scales, zeros, bits, length):
 
 def default_tile(m: int, n: int, k: int, bits: int, group: int) -> Tile:
     """The tuned tile of this shape's bucket, or one that compiles without spills and fills a GPU's multiprocessors."""
-    if found := tuning.lookup(tuning.key("matmul_a16", bits, m, n, k)):
+    short = group == k or group <= _LONG  # a longer group makes a longer turn than the tuner saw
+    if short and (found := tuning.lookup(tuning.key("matmul_a16", bits, m, n, k))):
         tile = Tile(**found)
         if planes.padded_n(n) % tile.columns == 0 and _steps(k, bits, group, tile.rows) % tile.split == 0:
             return tile
     rows = planes.padded_n(n)
-    block = launch.power_of_two(m, 16, 64)  # two accumulators of 128 rows spill on Ampere
+    block = launch.power_of_two(m, launch.LEAST_ROWS, 64)  # two accumulators of 128 rows spill on Ampere
     columns = launch.dividing(rows, (128, 64, 32) if m > 64 else (64, 32))
     step, steps = _step(k, bits, group, block), _steps(k, bits, group, block)
-    programs = rows // columns * -(-m // block)
-    words = columns * step * bits // 8
-    split = 1 if m > 64 else occupancy.split(programs, steps, n * k * bits // 8, m * n)
-    stages = occupancy.stages(split * programs, words, words + 2 * block * step, step)
-    return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, split=split,
-                stages=min(stages, 3) if m > 16 else stages)  # fmt: skip
+    stages = occupancy.stages(columns * step * bits // 8 + 2 * block * step)
+    if m > 64:
+        return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, stages=stages)
+    plain = bits in (4, 8)  # one field, and words enough that unpacking them keeps many programs busy
+    split = occupancy.split(rows // columns * -(-m // block), steps, 6 if plain else 1)
+    return Tile(rows=block, columns=columns, warps=2 if plain and m <= 16 else 4, stages=stages, split=split)
 
 
 def _step(k: int, bits: int, group: int, rows: int = 16) -> int:
@@ -209,7 +211,8 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
 
     def sides(row):
         """A group's scales, and where there is a shift the sums of x over it and its zeros, as they are stored."""
-        return [line(ref, row, mask) for ref, mask in zip((scale_ref, *side_refs), (of_columns, of_rows, of_columns))]
+        found = [line(scale_ref, row, of_columns)]
+        return found + [line(ref, row, mask) for ref, mask in zip(side_refs, (of_rows, of_columns), strict=False)]
 
     def scaled(inner, of_group, share=1.0):
         """One group's product by its scale, with what the zero point still asks for."""
@@ -225,6 +228,7 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
         return (inner * (1 / gain(midrise)) + shift) * scale[:, None]
 
     groups = step // group  # of a turn
+
     def turn(i, carried):
         total, now = carried
         at = part * steps + i

@@ -81,7 +81,7 @@ def matmul_a8(
     x_zero = check_number(who, "x_zero", x_zero)
     w_zero = float(1 << (bits - 1)) if w_zero is None else check_number(who, "w_zero", w_zero)
     out_dtype = check_out_dtype(who, out_dtype)
-    launch.check_tile(who, tile)
+    launch.check_tile(who, tile, launch.LEAST_ROWS)
     if not x_zero:
         w_sums = None
     elif w_sums is None:
@@ -141,14 +141,14 @@ def default_tile(m: int, n: int, k: int, bits: int) -> Tile:
         tile = Tile(**found)
         if rows % tile.columns == 0 and _steps(k, bits, tile.rows) % tile.split == 0:
             return tile
-    block = launch.power_of_two(m, 16, 128 if m > 64 else 64)
+    block = launch.power_of_two(m, launch.LEAST_ROWS, 128 if m > 64 else 64)
     columns = launch.dividing(rows, (128, 64, 32) if m > 64 else (64, 32))
     step, steps = _step(k, bits, block), _steps(k, bits, block)
-    programs, words = rows // columns * -(-m // block), columns * step * bits // 8
-    split = 1 if m > 64 else occupancy.split(programs, steps, n * k * bits // 8, m * n)
-    stages = occupancy.stages(split * programs, words, words + block * step, step)
-    return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, split=split,
-                stages=min(stages, 3) if m > 16 else stages)  # fmt: skip
+    stages = occupancy.stages(columns * step * bits // 8 + block * step)
+    if m > 64:
+        return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, stages=stages)
+    split = occupancy.split(rows // columns * -(-m // block), steps, 1)
+    return Tile(rows=block, columns=columns, warps=2 if m <= 16 else 4, stages=stages, split=split)
 
 
 def _step(k: int, bits: int, rows: int = 16) -> int:

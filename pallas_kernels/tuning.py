@@ -31,8 +31,8 @@ _chip: list[str] = []
 
 
 def key(kernel: str, bits: int, m: int, n: int, k: int) -> str:
-    """The bucket of a shape: rows by power of two, the matrix exactly."""
-    return f"{kernel}/w{bits}/m{1 << max(m - 1, 0).bit_length()}/{n}x{k}"
+    """The bucket of a shape: one row, up to 16 rows, then by power of two; the matrix exactly."""
+    return f"{kernel}/w{bits}/m{1 if m <= 1 else max(16, 1 << (m - 1).bit_length())}/{n}x{k}"
 
 
 def lookup(entry: str, chip: str | None = None) -> dict[str, int] | None:

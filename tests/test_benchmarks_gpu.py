@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import subprocess
 from types import SimpleNamespace
 
@@ -108,7 +109,7 @@ def test_a_check_that_fails_is_a_row_and_others_run():
 def test_a_part_that_ends_the_process_runs_again_once_and_the_rest_run(monkeypatch, tmp_path, again):
     runs = []
 
-    def process(arguments):
+    def process(arguments, timeout):
         runs.append([part for part in arguments[arguments.index("--parts") + 1 :] if part in command.PARTS])
         path = tmp_path / "gpu_writing.json"
         fresh = {"environment": {"device": "x"}, "seed": 1, "name": "x", "ended": [], "errors": {}, "left_out": []}
@@ -145,7 +146,7 @@ def test_all_checks_hold_interpreted(tmp_path):
 
 
 def test_tiles_do_not_go_into_the_package_unchecked(monkeypatch, tmp_path, capsys):
-    def process(arguments):
+    def process(arguments, timeout):
         report = {
             "environment": {"device": "x"},
             "seed": 1,
@@ -166,12 +167,55 @@ def test_tiles_do_not_go_into_the_package_unchecked(monkeypatch, tmp_path, capsy
     assert "no part 'decoding'; it has checks" in capsys.readouterr().out
 
 
-def test_products_that_time_did_not_allow_are_named(monkeypatch):
-    monkeypatch.setattr(speed, "copies", lambda m: 1)
-    monkeypatch.setattr(speed, "build", lambda products, pool: [speed.Built(p, [], print) for p in products])
+def test_products_that_time_did_not_allow_are_named_and_not_compiled(monkeypatch):
+    monkeypatch.setattr(speed, "build", lambda *_: pytest.fail("compiled"))
     left_out, roof = [], speed.Roof(bandwidth=1.0, bfloat16=1.0)
-    assert speed.compare([(3, 64, 128)], [("matmul_a16", 4, 128)], 1, roof, 0.0, left_out) == []
-    assert left_out == ["w4a16 for 3 rows"]
+    assert list(speed.compare([(3, 64, 128)], [("matmul_a16", 4, 128)], 1, roof, 0.0, left_out)) == []
+    assert left_out == ["w4a16 for 3 rows of 64x128"]
+
+
+def test_a_part_that_hangs_is_ended_and_the_rest_are_told(monkeypatch, tmp_path):
+    runs, limits = [], []
+
+    def process(arguments, timeout):
+        runs.append([part for part in arguments[arguments.index("--parts") + 1 :] if part in command.PARTS])
+        limits.append(timeout)
+        path = tmp_path / "gpu_writing.json"
+        fresh = {"environment": {"device": "x"}, "seed": 1, "name": "x", "ended": [], "errors": {}, "left_out": []}
+        report = json.loads(path.read_text()) if path.exists() else fresh | {"decode": [{"product": "w4a16"}]}
+        path.with_suffix(".md").write_text("")
+        if len(runs) == 1:
+            path.write_text(json.dumps(report))
+            raise subprocess.TimeoutExpired(arguments, timeout)
+        path.write_text(json.dumps(report | {"ended": report["ended"] + runs[-1], "left_out": runs[-1]}))
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(subprocess, "run", process)
+    assert command.main(command.Config(parts=("decode", "one_token"), minutes=1.0, output=tmp_path)) == 1
+    assert runs == [["decode", "one_token"], ["one_token"]]
+    assert command.GRACE < limits[0] <= command.GRACE + 60
+    report = json.loads((tmp_path / "gpu_x.json").read_text())
+    assert report["decode"] == [{"product": "w4a16"}] and report["left_out"] == ["one_token"]
+    assert report["errors"] == {"decode": "the process did not end in time, and what was left of it did not run"}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_tile_with_a_wrong_result_is_not_timed(broken, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
+    monkeypatch.setattr(speed, "copies", lambda m: 2)
+    p = Product(kernel="matmul_a16", bits=4, m=3, n=64, k=128, group=32)
+    tiles = Tile(rows=16, columns=32), Tile(rows=8, columns=64)
+    each = lambda run: lambda x, weights: [run(x, w) for w in weights]
+    right = each(p.run("xla"))
+    wrong = lambda x, weights: [y.at[0, 0].set(jnp.nan) for y in right(x, weights)]
+    built = speed.Built(p, [(tiles[0], wrong if broken else right), (tiles[1], right)], right)
+    row = speed.measured(built, lambda: jnp.ones(()), 2, None, 2, speed.Roof(bandwidth=1e12, bfloat16=1e12))
+    assert len(row["tried_us"]) == 2 - broken and (len(row["wrong_tiles"]) == 1) == broken
+    found = tuning.lookup(tuning.key("matmul_a16", 4, 3, 64, 128), jax.devices()[0].device_kind)
+    assert found == row["tile"] and (row["tile"] == dataclasses.asdict(tiles[1]) or not broken)
+    both = speed.Built(p, [(tiles[0], wrong)], right)
+    none = speed.measured(both, lambda: jnp.ones(()), 2, None, 2, speed.Roof(bandwidth=1e12, bfloat16=1e12))
+    assert "ratio" not in none and "no tile is right" in speed.line(none)
 
 
 @pytest.mark.parametrize("xla_is_faster", [True, False])
@@ -188,7 +232,10 @@ def test_a_tile_stays_in_the_table_only_where_it_beats_xla(xla_is_faster, monkey
     monkeypatch.setattr(rotations, "cases", lambda: [rotations.Case("both", key, run, operands, by_xla)])
     monkeypatch.setattr(rotations, "seconds", lambda programs, rounds: {name: took[name] for name in programs})
     tuning.store({key: dataclasses.asdict(Tile(rows=64, columns=64, stages=1))}, chip)
-    [row] = rotations.measure(2, speed.Roof(bandwidth=1e12, bfloat16=1e12))
+    left_out, roof = [], speed.Roof(bandwidth=1e12, bfloat16=1e12)
+    assert list(rotations.measure(2, roof, 0.0, left_out)) == [] and left_out == ["both"]
+    [row] = rotations.measure(2, roof, math.inf, [])
+    assert row["wrong_tiles"] == []
     assert set(row["tried_us"]) == set(map(str, tiles)) and row["default_us"] == 2 * row["us"]
     stored = tuning.lookup(key, chip)
     assert stored is None if xla_is_faster else stored == dataclasses.asdict(tiles[1])

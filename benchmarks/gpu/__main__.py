@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,16 @@ LARGE = (
     ("matmul_i8_hopper", 8, None), ("matmul_i8", 8, None), ("matmul_a8", 4, None), ("matmul_a8", 8, None),
     ("matmul_fp8", 8, None),
 )  # fmt: skip
+LAYERS = ((6144, 2048), (2048, 2048), (11264, 2048), (2048, 5632))  # N and K of the layers of the 800M model
+LAYER_KERNELS = (("matmul_a16", 4, None), ("matmul_a8", 4, None), ("matmul_a8", 2, None))
 ONE_TOKEN = {"w4a16": lb.quest(4, activations=False), "w4a4": lb.quest(4), "w2a2": lb.quest(2)}
 
 
-PARTS = ("checks", "fused", "large", "training", "decode", "one_token")  # tiles are tuned before models take them
+PARTS = ("checks", "fused", "large", "training", "decode", "tiles", "one_token")  # tuned before models take the tiles
 NO_GPU = 2  # the exit status
-NOT_IN_TABLES = ("tile", "tried_us", "kernels_ms")
-MOST_RESTARTS = 8  # of the checks, each of which a kernel ended by stopping the GPU
+NOT_IN_TABLES = ("tile", "tried_us", "kernels_ms", "wrong_tiles")
+MOST_RESTARTS = 3  # of the checks, each of which a kernel ended by stopping the GPU
+GRACE = 120  # seconds after which a part that was begun in time is taken to hang
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,8 @@ def main(config: Config) -> int:
     left, report, seen = list(config.parts), {}, (0, 0)
     while left:
         own = dataclasses.replace(config, parts=tuple(left), until=until)
-        ended = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *arguments(own)]).returncode
+        limit = None if config.smoke else max(until - time.time(), 0) + GRACE
+        ended = in_time([sys.executable, "-m", "benchmarks.gpu", *arguments(own)], limit)
         report = json.loads(path.read_text()) if path.exists() else {}
         if ended == NO_GPU or not report:
             return ended or 1
@@ -94,17 +98,19 @@ def main(config: Config) -> int:
         seen = len(report["ended"]), len(report.get("checks", []))
         stopped = len([row for row in report.get("checks", []) if "failed" in row])
         if left and (seen == before or left[0] == "checks" and stopped > MOST_RESTARTS):
-            report["errors"][left[0]] = f"the process ended with status {ended}, and what was left of it did not run"
+            how = "did not end in time" if ended is None else f"ended with status {ended}"
+            report["errors"][left[0]] = f"the process {how}, and what was left of it did not run"
             report["ended"].append(left.pop(0))
             path.write_text(json.dumps(report))
             path.with_suffix(".md").write_text(markdown(report))
     for suffix in (".json", ".md"):
         path.with_suffix(suffix).replace(config.output / f"gpu_{report['name']}{suffix}")
     wrong = checks.wrong(report.get("checks", []))
+    wrong += [row for part in PARTS for row in report.get(part, []) if row.get("wrong_tiles")]
     for row in wrong:
         print(f"WRONG: {row}")
     if report.get("checks"):
-        print(f"{len(report['checks']) - len(wrong)} of {len(report['checks'])} checks hold")
+        print(f"{len(report['checks']) - len(checks.wrong(report['checks']))} of {len(report['checks'])} checks hold")
     chip = report["environment"]["device"]
     if config.package and (config.smoke or wrong or not report.get("checks") or "checks" in report["errors"]):
         print("no tiles into the package: they go there from a GPU on which all checks have run and hold")
@@ -112,6 +118,14 @@ def main(config: Config) -> int:
         own = json.loads(tuning.user_file().read_text()).get(chip, {}) if tuning.user_file().exists() else {}
         print(f"{len(own)} tiles into {tuning.store(own, chip, tuning.PACKAGED)}")
     return 1 if wrong or report.get("errors") else 0
+
+
+def in_time(command: list[str], seconds: float | None) -> int | None:
+    """The exit status of the command; None if it had to be ended after so many seconds (None: there is no limit)."""
+    try:
+        return subprocess.run(command, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def arguments(config: Config) -> list[str]:
@@ -129,7 +143,7 @@ def arguments(config: Config) -> list[str]:
 
 
 def work(config: Config) -> int:
-    """The parts of one process, the report written after each and after each check."""
+    """The parts of one process, the report written after each check and each row."""
     if not config.smoke and jax.default_backend() != "gpu":
         print(
             f"benchmarks.gpu: JAX runs on {jax.default_backend()} here, and times need an NVIDIA GPU. --smoke runs the"
@@ -140,7 +154,7 @@ def work(config: Config) -> int:
     config.output.mkdir(parents=True, exist_ok=True)
     device = ("smoke_" if config.smoke else "") + jax.devices()[0].device_kind.lower().replace(" ", "_")
     report = {"environment": environment(), "seed": config.seed, "name": device, "ended": [], "errors": {}}
-    report |= {"left_out": [], "checks": []} | (json.loads(path.read_text()) if path.exists() else {})
+    report |= {"left_out": [], "checks": [], "seconds": {}} | (json.loads(path.read_text()) if path.exists() else {})
 
     def save(rows: list[dict] | None = None) -> None:
         tables = {"tuning": json.loads(tuning.user_file().read_text())} if tuning.user_file().exists() else {}
@@ -158,16 +172,20 @@ def work(config: Config) -> int:
         if began > until:
             report["left_out"].append(name)
         else:
+            if name != "checks":
+                report[name] = []  # what a process that ended in this part has left is measured again
             try:
-                rows = named[name]()
-                report |= {} if rows is None else {name: rows}
+                for row in named[name]():
+                    report[name].append(row)
+                    save()
             except Exception as error:  # the other parts' numbers are worth having
                 report["errors"][name] = f"{type(error).__name__}: {str(error)[:2000]}"
                 traceback.print_exc()
         alive = answers()
         if alive or name != "checks":
             report["ended"].append(name)
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+        report["seconds"][name] = round(time.perf_counter() - began, 1)
+        print(f"{name}: {report['seconds'][name]:.0f} s", flush=True)
         save()
         if not alive:
             return 1
@@ -183,8 +201,8 @@ def answers() -> bool:
         return False
 
 
-def parts(config: Config, report: dict, until: float, save: Callable) -> dict[str, Callable[[], list[dict] | None]]:
-    """Name -> what it measures."""
+def parts(config: Config, report: dict, until: float, save: Callable) -> dict[str, Callable[[], Iterable[dict]]]:
+    """Name -> what measures its rows."""
     shapes = lambda rows: [(m, *config.shape) for m in rows]
 
     def roof() -> speed.Roof:
@@ -192,17 +210,19 @@ def parts(config: Config, report: dict, until: float, save: Callable) -> dict[st
             report["roof"] = dataclasses.asdict(speed.Roof.measured())
         return speed.Roof(**report["roof"])
 
-    def check() -> None:
+    def check() -> Iterable[dict]:
         checks.run(checks.every(config.smoke, 64 if config.smoke else 512, config.seed), save, report["checks"])
+        return ()
+
+    compare = lambda shapes, kernels: speed.compare(shapes, kernels, config.rounds, roof(), until, report["left_out"])
 
     return {
         "checks": check,
         "training": lambda: model.training(config.preset, config.batch, config.context, config.rounds),
-        "large": lambda: speed.compare(shapes(config.large), LARGE, config.rounds, roof(), until, report["left_out"]),
-        "fused": lambda: rotations.measure(config.rounds, roof()),
-        "decode": lambda: speed.compare(
-            shapes(config.decode), DECODE, config.rounds, roof(), until, report["left_out"]
-        ),
+        "large": lambda: compare(shapes(config.large), LARGE),
+        "fused": lambda: rotations.measure(config.rounds, roof(), until, report["left_out"]),
+        "decode": lambda: compare(shapes(config.decode), DECODE),
+        "tiles": lambda: compare([(1, *layer) for layer in LAYERS], LAYER_KERNELS),
         "one_token": lambda: model.one_token(config.preset, 1, config.rounds, ONE_TOKEN, "auto"),
     }
 

@@ -5,6 +5,7 @@ Programs are compiled, operands drawn and references computed on all cores; kern
 that stops the GPU is known by name.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,13 @@ def cases(size: int, interpreted: bool) -> Iterator[Product]:
             yield Product(kernel="matmul_a16", bits=bits, m=m, n=size, k=2 * size, group=group, dtype=dtype)
             yield Product(kernel="matmul_a8", bits=bits, m=m, n=size, k=2 * size)
         yield Product(kernel="matmul_a16", bits=bits, m=3, n=size + 32, k=2 * size, group=32, zeros=True)
+    ragged = dict(m=5, n=100, k=1056)  # no whole block, step or tile in any direction
+    for bits in (3, 4):
+        yield Product(kernel="matmul_a16", bits=bits, group=32, **ragged)
+        yield Product(kernel="matmul_a8", bits=bits, zeros=True, **ragged)
+    for bits in (1, 2, 4):
+        yield Product(kernel="matmul_a8", bits=bits, m=16, n=size, k=2 * size, zeros=True)
+    yield Product(kernel="matmul_i8", bits=8, m=100, n=1000, k=1000)
     for m in rows if interpreted else (*rows, 512):
         yield Product(kernel="matmul_i8", bits=8, m=m, n=size, k=2 * size)
     if not interpreted and on_hopper():
@@ -114,16 +122,22 @@ def products(impl: str, size: int, seed: int) -> list[Check]:
 
 def quantizations(impl: str, size: int, seed: int) -> list[Check]:
     """The fused quantizations' codes, sums, scales and masks, and the masked rotation back."""
-    found = []
-    for bits, axis, dtype in ((1, 1, jnp.bfloat16), (4, 1, jnp.bfloat16), (8, 1, jnp.float16), (4, 0, jnp.float32),
-                              (8, 0, jnp.bfloat16)):  # fmt: skip
-        told = {"kernel": f"hadamard_quantize{bits} {jnp.dtype(dtype).name} axis{axis}", "m": size, "k": 2 * size}
-        found.append((told | {"limit": 1e-6}, lambda b=bits, a=axis, d=dtype: _quantize(impl, size, seed, b, a, d)))
-    for axis in (0, 1):
-        told = {"kernel": f"hadamard_backward axis{axis}", "m": size, "k": 2 * size, "limit": LIMIT["bfloat16"]}
-        found.append((told, lambda axis=axis: _rotate_back(impl, size, seed, axis)))
-    told = {"kernel": "quantize_both_ways", "m": size, "k": 2 * size, "limit": 1e-6}
-    return [*found, (told, lambda: _both_ways(impl, size, seed))]
+    square, long, found = (size, 2 * size), (100, 640 if impl == "interpret" else 5632), []  # long: of the 800M model
+    for bits, axis, dtype, shape in (
+        (1, 1, jnp.bfloat16, square), (4, 1, jnp.bfloat16, square), (8, 1, jnp.float16, square),
+        (4, 0, jnp.float32, square), (8, 0, jnp.bfloat16, square), (4, 1, jnp.bfloat16, long),
+        (4, 0, jnp.float32, long),
+    ):  # fmt: skip
+        told = {"kernel": f"hadamard_quantize{bits} {jnp.dtype(dtype).name} axis{axis}", "m": shape[0], "k": shape[1]}
+        drawn = functools.partial(_quantize, impl, shape, seed, bits, axis, dtype)
+        found.append((told | {"limit": 1e-6}, drawn))
+    for axis, shape in ((0, square), (1, square), (0, long), (1, long)):
+        told = {"kernel": f"hadamard_backward axis{axis}", "m": shape[0], "k": shape[1], "limit": LIMIT["bfloat16"]}
+        found.append((told, functools.partial(_rotate_back, impl, shape, seed, axis)))
+    for shape in (square, (100, 200)):
+        told = {"kernel": "quantize_both_ways", "m": shape[0], "k": shape[1], "limit": 1e-6}
+        found.append((told, functools.partial(_both_ways, impl, shape, seed)))
+    return found
 
 
 _MATRIX = signed_hadamard(128).astype(np.float64) / np.sqrt(128)
@@ -133,11 +147,12 @@ def _rotated(x: np.ndarray) -> np.ndarray:
     return (x.reshape(len(x), -1, 128) @ _MATRIX).reshape(x.shape)
 
 
-def _quantize(impl: str, size: int, seed: int, bits: int, axis: int, dtype: Any) -> Callable[[], float]:
+def _quantize(impl: str, shape: tuple[int, int], seed: int, bits: int, axis: int, dtype: Any) -> Callable[[], float]:
     """The share of wrong codes, mask bits, packed codes and sums together, or the error of the scales if that is more.
 
     Codes and bits so near a decision point that float32 may decide otherwise are not counted."""
-    x = jnp.asarray(np.random.default_rng([seed, bits, axis]).standard_normal((size, 2 * size), np.float32), dtype)
+    m, k = shape
+    x = jnp.asarray(np.random.default_rng([seed, bits, axis]).standard_normal(shape, np.float32), dtype)
     exact, limit = np.asarray(x, np.float64), 2.0 ** (bits - 1)
     scale = np.sqrt((exact**2).mean(1)) * 0.4
     v = _rotated(exact) / scale[:, None]
@@ -146,13 +161,13 @@ def _quantize(impl: str, size: int, seed: int, bits: int, axis: int, dtype: Any)
     sure = np.abs(v + 0.5 - np.floor(v + 0.5) - 0.5) > away
     one = lambda x: hadamard_quantize(x, bits=bits, alpha=0.4, trust=limit, axis=axis, packed=True, impl=impl)
     run = poisoned(one, x if axis == 1 else x.T)
-    rows = planes.padded_n(size)
+    rows = planes.padded_n(m)
     whole = lambda words: jnp.pad(words, ((0, 0), (0, rows - words.shape[1]), (0, 0)))
 
     def compare() -> float:
         got = run()
-        trusted = np.asarray(planes.unpack((whole(got.mask),), 1, size, 2 * size), bool)
-        packed = np.asarray(planes.unpack(tuple(map(whole, got.words)), bits, size, 2 * size), np.int64)
+        trusted = np.asarray(planes.unpack((whole(got.mask),), 1, m, k), bool)
+        packed = np.asarray(planes.unpack(tuple(map(whole, got.words)), bits, m, k), np.int64)
         held = np.asarray(got.codes, np.int64)
         wrong = ((held != codes) & sure).mean()
         wrong += ((trusted != (np.abs(v) <= limit)) & (np.abs(np.abs(v) - limit) > away)).mean()
@@ -162,21 +177,21 @@ def _quantize(impl: str, size: int, seed: int, bits: int, axis: int, dtype: Any)
     return compare
 
 
-def _rotate_back(impl: str, size: int, seed: int, axis: int) -> Callable[[], float]:
+def _rotate_back(impl: str, shape: tuple[int, int], seed: int, axis: int) -> Callable[[], float]:
     random = np.random.default_rng([seed, axis])
-    trusted = random.random((size, 2 * size)) < 0.9
-    mask = planes.pack(jnp.asarray(trusted, jnp.uint8), 1, 8)[0][:, :size]
-    g = jnp.asarray(random.standard_normal((size, 2 * size), np.float32), jnp.bfloat16)
+    trusted = random.random(shape) < 0.9
+    mask = planes.pack(jnp.asarray(trusted, jnp.uint8), 1, 8)[0][:, : shape[0]]
+    g = jnp.asarray(random.standard_normal(shape, np.float32), jnp.bfloat16)
     expected = _rotated(trusted * np.asarray(g, np.float64))
     run = poisoned(lambda g, mask: hadamard_backward(g, mask, axis=axis, impl=impl), g, mask)
     return lambda: relative_error(run(), expected if axis == 1 else expected.T)
 
 
-def _both_ways(impl: str, size: int, seed: int) -> Callable[[], float]:
+def _both_ways(impl: str, shape: tuple[int, int], seed: int) -> Callable[[], float]:
     """The share of wrong codes, or the error of the scales if that is more; codes next to a tie are not counted."""
     random = np.random.default_rng([seed, 2])
-    g = jnp.asarray(random.standard_normal((size, 2 * size), np.float32), jnp.bfloat16)
-    v, u = (jnp.asarray(random.uniform(0.5, 1.5, n), jnp.float32) for n in (2 * size, size))
+    g = jnp.asarray(random.standard_normal(shape, np.float32), jnp.bfloat16)
+    v, u = (jnp.asarray(random.uniform(0.5, 1.5, n), jnp.float32) for n in shape[::-1])
     exact = np.asarray(g, np.float64)
     rows, columns = exact * np.asarray(v, np.float64)[None, :], (exact * np.asarray(u, np.float64)[:, None]).T
     run = poisoned(lambda *operands: quantize_both_ways(*operands, impl=impl), g, v, u)

@@ -29,8 +29,9 @@ class Product:
     """A product as a function of its activation's and one weight's arrays.
 
     bits: of the weights. group: scales along the contraction for matmul_a16 (None: channels). zeros: matmul_a16 with a
-    zero point for each group, drawn at random. tile: rows and columns of a tile other than the default. impl of a run:
-    "kernel" (what a GPU runs), "interpret" or "xla"."""
+    zero point for each group, drawn at random; matmul_a8 with mid-rise grids on both sides, as QuEST has them. tile:
+    rows and columns of a tile other than the default. impl of a run: "kernel" (what a GPU runs), "interpret" or
+    "xla"."""
 
     kernel: str
     bits: int
@@ -91,13 +92,18 @@ class Product:
         groups = 1 if self.group is None else self.k // self.group
         scales = uniform(keys[1], (groups, self.n))
         words = planes.pack(bytes_of((self.n, self.k)) >> (8 - self.bits), self.bits, 16 if self._wide else 8)
-        if self.zeros:
+        if self.zeros and self._wide:
             return scales, jax.random.uniform(keys[2], scales.shape, jnp.float32, 0, 1 << self.bits), *words
         return (scales if self._wide else scales[0], *words)
 
     @property
     def _wide(self) -> bool:
         return self.kernel == "matmul_a16"
+
+    @property
+    def _middle(self) -> float:
+        """The zero point of a mid-rise grid."""
+        return ((1 << self.bits) - 1) / 2
 
     @property
     def _sums(self) -> bool:
@@ -118,6 +124,8 @@ class Product:
                     x[0], words(w), w[0], zeros(w), bits=self.bits, group=self.group, **options
                 )
             case "matmul_a8":
+                if self.zeros:
+                    options |= dict(x_zero=-HALF, w_zero=self._middle)
                 return lambda x, w: matmul_a8(x[0], x[1], w[1:], w[0], bits=self.bits, **options)
             case "matmul_i8" | "matmul_i8_hopper":
                 if self.kernel == "matmul_i8_hopper" and impl == "kernel":
@@ -136,7 +144,7 @@ class Product:
     def reference(self, activation: tuple, weight: tuple) -> Float64[np.ndarray, "m n"]:
         """The product in float64, on the host."""
         x = np.asarray(activation[0]).astype(np.float64)
-        if self._sums:
+        if self._sums or self.kernel == "matmul_a8" and self.zeros:
             x = x + HALF
         if len(activation) > 1:
             x = x * np.asarray(activation[1], np.float64)[:, None]
@@ -155,10 +163,12 @@ class Product:
             return (np.asarray(weight[1]).astype(np.float64) + HALF) * scales[:, None]
         if self.kernel == "matmul_fp8":
             return np.asarray(weight[1]).astype(np.float64) * scales[:, None]
-        codes = np.asarray(planes.unpack(weight[2 if self.zeros else 1 :], self.bits, self.n, self.k), np.float64)
+        drawn = self.zeros and self._wide
+        codes = np.asarray(planes.unpack(weight[2 if drawn else 1 :], self.bits, self.n, self.k), np.float64)
         scales = scales.reshape(-1, self.n)
         each = lambda table: np.repeat(table, self.k // len(table), 0).T
-        zero = each(np.asarray(weight[1], np.float64)) if self.zeros else float(1 << (self.bits - 1))
+        fixed = self._middle if self.zeros else float(1 << (self.bits - 1))
+        zero = each(np.asarray(weight[1], np.float64)) if drawn else fixed
         return (codes - zero) * each(scales)
 
 

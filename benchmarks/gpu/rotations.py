@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +21,7 @@ ARRAYS = 6  # in one program, together several times the cache
 TILES = (None, *(Tile(rows=r, columns=16, warps=w, stages=1) for r, w in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8))))
 WIDE_TILES = tuple(Tile(rows=r, columns=c, warps=w, stages=1) for r, c, w in
                    ((16, 256, 4), (16, 128, 2), (16, 512, 8), (32, 128, 4), (32, 256, 8), (64, 64, 4)))  # fmt: skip
+DIFFER = 1e-3  # share of elements: a sum in another order moves a code that lies at a tie
 TOKENS = 16384  # of the training step
 QUANTIZE = (  # bits, M, K, dtype, packed
     (4, 8192, 4096, "bfloat16", True), (8, 8192, 4096, "bfloat16", False), (1, 8192, 4096, "bfloat16", True),
@@ -31,7 +33,7 @@ BACK = (  # M, K, axis and dtype of the result
     (TOKENS, 2048, 1, "bfloat16"), (TOKENS, 5632, 1, "bfloat16"),
     (11264, 2048, 0, "float32"), (2048, 5632, 0, "float32"),
 )  # fmt: skip
-COTANGENTS = ((TOKENS, 2048), (TOKENS, 11264))  # M, N
+COTANGENTS = ((TOKENS, 2048), (TOKENS, 6144), (TOKENS, 11264))  # M, N
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,20 +95,30 @@ def cases() -> Iterator[Case]:
         )
 
 
-def measure(rounds: int, roof: Roof) -> list[dict]:
-    """One row a case: microseconds by the best tile, which goes into the user's tuning table, and by the default."""
+def measure(rounds: int, roof: Roof, until: float, left_out: list[str]) -> Iterator[dict]:
+    """One row a case: microseconds by the best tile, which goes into the user's tuning table, and by the default; none
+    after `until`, as in `speed.compare`. A tile whose results are not the default's is not timed, and the row names
+    it."""
     every = list(cases())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in case.tiles] for case in every]
         built = [{str(tile): (tile, job.result()) for tile, job in each if job.exception() is None} for each in jobs]
     copied, copy = jnp.ones((ARRAYS, 8192, 4096), jnp.bfloat16), jax.jit(lambda a: a + 1)
-    rows = []
     for case, each in zip(every, built, strict=True):
+        if time.perf_counter() > until:
+            left_out.append(case.name)
+            continue
         if not each:
             store(case.key, None)
             print(f"{case.name}: no tile compiles without spills", flush=True)
             continue
         programs = {name: functools.partial(program, case.arguments) for name, (_, program) in each.items()}
+        expected = (case.xla().get("xla") or next(iter(programs.values())))()[0]
+        apart = {name: difference(run()[0], expected) for name, run in programs.items()}
+        wrong = [name for name, share in apart.items() if not share <= DIFFER]
+        if not (programs := {name: run for name, run in programs.items() if name not in wrong}):
+            yield {"kernel": case.name, "wrong_tiles": [f"{name}: {apart[name]:.2g}" for name in wrong]}
+            continue
         times = seconds(programs | case.xla() | {"copy": lambda: copy(copied)}, rounds)
         took = {name: float(np.median(t)) / ARRAYS for name, t in times.items()}
         best = min(programs, key=took.__getitem__)
@@ -115,15 +127,29 @@ def measure(rounds: int, roof: Roof) -> list[dict]:
             store(case.key, tile if took[best] < took.get("xla", np.inf) else None)
         moved = bytes_of(case.arguments[0]) + bytes_of(jax.eval_shape(case.run, *case.arguments[0]))
         copied_a_second = 2 * copied.nbytes / ARRAYS / took["copy"]
-        rows.append({
-            "kernel": case.name, "us": 1e6 * took[best], "default_us": default and 1e6 * default,
+        row = {
+            "kernel": case.name, "wrong_tiles": [f"{name}: {apart[name]:.2g}" for name in wrong],
+            "us": 1e6 * took[best], "default_us": default and 1e6 * default,
             "xla_us": 1e6 * took["xla"] if "xla" in took else None,
             "bytes_a_second": moved / took[best], "of_copy_bandwidth": moved / took[best] / copied_a_second,
             "device_us": device and 1e6 * device,
             "device_of_copy_bandwidth": device and moved / device / roof.bandwidth,
             "tile": None if tile is None else dataclasses.asdict(tile),
-            "tried_us": {name: 1e6 * took[name] for name in each},
-        })  # fmt: skip
-        of = 100 * rows[-1]["of_copy_bandwidth"]
+            "tried_us": {name: 1e6 * took[name] for name in programs},
+        }  # fmt: skip
+        of = 100 * row["of_copy_bandwidth"]
         print(f"{case.name}: {1e6 * took[best]:.1f} us, {of:.0f}% of a copy; {tile or 'the default tile'}", flush=True)
-    return rows
+        yield row
+
+
+def difference(got: Any, expected: Any) -> float:
+    """The largest share of elements of an array that differ by more than a rounding (of integers and words, at all)."""
+    shares = [0.0]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            apart = a != b
+        else:
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+            apart = ~(jnp.abs(a - b) <= 2.0**-7 * jnp.abs(b).max())
+        shares.append(float(apart.mean()))
+    return max(shares)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu import profile
-from benchmarks.gpu.operands import Product
+from benchmarks.gpu.operands import Product, relative_error
 from pallas_kernels import (
     chips,
     matmul_a8,
@@ -28,6 +27,9 @@ from pallas_kernels import (
 )
 from pallas_kernels.launch import Tile
 
+TOGETHER = 4  # products whose programs are compiled at once, on all cores, before the first of them is timed
+BEST = 3  # tiles that are timed again beside bfloat16
+ROUNDING = 2.0**-6  # by which results of two tiles may differ, of the largest
 XLA_COPIES = 2  # weights in XLA's program, which writes each out in full: more would change nothing
 NO_SPILLS: Any = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
 
@@ -102,8 +104,9 @@ def default(p: Product) -> Tile:
 
 
 def candidates(p: Product) -> list[Tile | None]:
-    """The default first, then tiles that were among the best of a wide search on an H100 for such a product; what a
-    kernel refuses or a chip cannot hold falls out when compiled."""
+    """The default first, then tiles that were among the best of a wide search on an H100 for such a product, and those
+    of 8 rows and of one warp, which by their instructions should be and were not timed yet; what a kernel refuses or a
+    chip cannot hold falls out when compiled."""
     if p.kernel == "matmul_fp8":
         return [None]
     if p.m > 64:
@@ -113,10 +116,12 @@ def candidates(p: Product) -> list[Tile | None]:
     else:
         two, four = [(64, 2, s, k) for s, k in ((3, 1), (4, 1), (3, 2), (4, 2), (3, 4), (2, 4))], [(128, 4, 3, 2)]
         if p.kernel == "matmul_a16":
-            four += [(64, 4, s, k) for s, k in ((3, 1), (4, 2), (2, 4), (3, 2))] + [(32, 2, 4, 1)]
+            two = [(64, 2, s, k) for s, k in ((3, 2), (3, 4), (2, 4), (6, 1))]
+            four = [(64, 4, s, k) for s, k in ((3, 1), (2, 2), (3, 2), (2, 4))] + [(32, 1, 4, 4), (32, 1, 6, 1)]
         if p.kernel == "matmul_mx":
             two, four = [(64, 2, 3, k) for k in (1, 2, 4)], [(64, 1, 3, 2), (128, 2, 3, 2)]
-        sizes = [(default(p).rows, c, w, s, k) for c, w, s, k in (*two, *four)]
+        own = (8, 16) if p.m <= 8 and p.kernel != "matmul_mx" else (default(p).rows,)
+        sizes = [(r, c, w, s, k) for r in own for c, w, s, k in (*two, *four)]
     tiles = [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in sizes]
     none = [None] if p.kernel == "matmul_a8" and p.m > 64 else []  # what it does without a tile: unpacks first
     return list(dict.fromkeys([*none, default(p), *tiles]))
@@ -168,30 +173,34 @@ def build(products: Sequence[Product], pool: ThreadPoolExecutor) -> list[Built]:
 
 
 def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str, int, int | None]], rounds: int,
-            roof: Roof, until: float, left_out: list[str]) -> list[dict]:  # fmt: skip
-    """One row a product and shape: the best tile, microseconds, ratio over bfloat16, fraction of the roof. Nothing is
-    timed after the clock of `time.perf_counter` shows `until`; what is not gets into `left_out`."""
+            roof: Roof, until: float, left_out: list[str]) -> Iterator[dict]:  # fmt: skip
+    """One row a product and shape as soon as it is there: the best tile, microseconds, ratio over bfloat16, fraction of
+    the roof. Nothing is compiled or timed after the clock of `time.perf_counter` shows `until`; what is not gets into
+    `left_out`."""
     hopper = chips.traced_capability() == (9, 0)
     missing = {"matmul_mx": matmul_mx.why_not() is not None, "matmul_i8_hopper": not hopper}
     kernels = [each for each in kernels if not missing.get(each[0])]
     products = {(m, n, k): [Product(kernel=kernel, bits=bits, m=m, n=n, k=k, group=group)
                             for kernel, bits, group in kernels] for m, n, k in shapes}  # fmt: skip
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        built = iter(build(list(itertools.chain(*products.values())), pool))
-    rows = []
     for (m, n, k), each in products.items():
-        x16 = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
-        w16 = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(copies(m))]
-        dot = functools.partial(over_weights(jnp.dot, "bfloat16"), x16, w16)
-        dot_device = on_device(dot, len(w16))
-        for _ in each:
-            b = next(built)
+        dot, dot_device = None, None
+        for first in range(0, len(each), TOGETHER):
+            some = each[first : first + TOGETHER]
             if time.perf_counter() > until:
-                left_out.append(f"{b.product.name} for {m} rows")
-            elif b.tiles:
-                rows.append(measured(b, dot, len(w16), dot_device, rounds, roof))
-                print(line(rows[-1]), flush=True)
-    return rows
+                left_out += [f"{p.name} for {m} rows of {n}x{k}" for p in some]
+                continue
+            if dot is None:
+                x16 = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+                w16 = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(copies(m))]
+                dot = functools.partial(over_weights(jnp.dot, "bfloat16"), x16, w16)
+                dot_device = on_device(dot, len(w16))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                built = build(some, pool)
+            for b in built:
+                if b.tiles:
+                    row = measured(b, dot, copies(m), dot_device, rounds, roof)
+                    print(line(row), flush=True)
+                    yield row
 
 
 def store(entry: str, tile: Tile | None) -> None:
@@ -204,21 +213,31 @@ def store(entry: str, tile: Tile | None) -> None:
 
 
 def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, rounds: int, roof: Roof) -> dict:
-    """The row of one product; its best tile goes into the user's tuning table."""
+    """The row of one product; its best tile goes into the user's tuning table. A tile whose result is not XLA's is not
+    timed, and the row names it."""
     p, x, weights = b.product, b.product.activation(0), weights_of(b.product)
+    by_xla = functools.partial(b.xla, x, weights[:XLA_COPIES])
     programs = {str(i): functools.partial(run, x, weights) for i, (_, run) in enumerate(b.tiles)}
-    tried = {name: float(np.median(t)) / len(weights) for name, t in seconds(programs, 3).items()}
-    best = min(tried, key=tried.__getitem__)
-    tile = b.tiles[int(best)][0]
-    asked = {"bfloat16": dot, "kernel": programs[best], "xla": functools.partial(b.xla, x, weights[:XLA_COPIES])}
-    times = seconds(asked, rounds)
+    expected = np.asarray(by_xla()[0], np.float64)
+    apart = {name: relative_error(run()[0], expected) for name, run in programs.items()}
+    right = [name for name, error in apart.items() if error <= ROUNDING]  # not where it is not a number
+    tiles = {name: b.tiles[int(name)][0] for name in programs}
+    row = {"product": p.name, "group": p.group, "m": p.m, "n": p.n, "k": p.k,
+           "wrong_tiles": [f"{tiles[name]}: {apart[name]:.2g}" for name in programs if name not in right]}  # fmt: skip
+    if not right:
+        return row
+    tried = {name: float(np.median(t)) / len(weights) for name, t in
+             seconds({name: programs[name] for name in right}, 3).items()}  # fmt: skip
+    best = sorted(right, key=tried.__getitem__)[:BEST]  # too near each other for three rounds
+    times = seconds({"bfloat16": dot, "xla": by_xla} | {name: programs[name] for name in best}, rounds)
+    best = min(best, key=lambda name: float(np.median(times[name])))
+    tile = tiles[best]
     base, kernel, xla = (np.asarray(times[name]) / count for name, count in
-                         (("bfloat16", dots), ("kernel", len(weights)), ("xla", XLA_COPIES)))  # fmt: skip
-    device = on_device(asked["kernel"], len(weights))
+                         (("bfloat16", dots), (best, len(weights)), ("xla", XLA_COPIES)))  # fmt: skip
+    device = on_device(programs[best], len(weights))
     if tile is not None:
         store(tuning.key(p.kernel, p.bits, p.m, p.n, p.k), tile)
-    return {
-        "product": p.name, "group": p.group, "m": p.m, "n": p.n, "k": p.k,
+    return row | {
         "bfloat16_us": 1e6 * float(np.median(base)), "kernel_us": 1e6 * float(np.median(kernel)),
         "xla_us": 1e6 * float(np.median(xla)), "ratio": float(np.median(base / kernel)),
         "xla_ratio": float(np.median(base / xla)), "of_roof": roof.seconds(p) / float(np.median(kernel)),
@@ -226,7 +245,7 @@ def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, round
         "kernel_device_us": None if device is None else 1e6 * device,
         "device_ratio": None if device is None or dot_device is None else dot_device / device,
         "tile": None if tile is None else dataclasses.asdict(tile),
-        "tried_us": {json.dumps(dataclasses.asdict(t)): 1e6 * tried[str(i)] for i, (t, _) in enumerate(b.tiles) if t},
+        "tried_us": {json.dumps(tiles[name] and dataclasses.asdict(tiles[name])): 1e6 * t for name, t in tried.items()},
     }  # fmt: skip
 
 
@@ -240,6 +259,8 @@ def on_device(run: Callable, count: int) -> float | None:
 
 
 def line(row: Mapping) -> str:
+    if "ratio" not in row:
+        return f"{row['product']:8s} {row['m']:6d} {row['n']}x{row['k']} no tile is right: {row['wrong_tiles']}"
     return (
         f"{row['product']:8s} {row['m']:6d} {row['n']}x{row['k']} {row['kernel_us']:8.1f} us {row['ratio']:5.2f}x bf16"
         f" ({row['bfloat16_us']:.1f} us), {100 * row['of_roof']:.0f}% of the roof; XLA {row['xla_ratio']:.2f}x"

@@ -101,6 +101,17 @@ def test_a_tile_is_a_tile(name, tile):
         CALLS[name](impl="interpret", tile=tile)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_tiles_of_eight_rows_are_for_products_of_few_rows(name):
+    call = functools.partial(CALLS[name], impl="interpret", tile=Tile(rows=8, columns=32))
+    if name.startswith(("matmul_a16", "matmul_a8")):
+        wide = CALLS[name](impl="interpret", tile=Tile(rows=16, columns=32))
+        np.testing.assert_allclose(np.asarray(call(), np.float32), np.asarray(wide, np.float32), rtol=2**-7)
+    else:
+        with pytest.raises(ValueError, match=r"got tile\.rows=8.*from 16 on"):
+            call()
+
+
 @pytest.mark.parametrize("fields", [dict(stages=2.5), dict(warps=True), dict(rows=16.0), dict(columns="64")], ids=str)
 def test_tiles_are_of_integers(fields):
     with pytest.raises(ValueError, match=r"Tile got .*integers"):

@@ -10,6 +10,8 @@ import pytest
 from pallas_kernels import chips, hadamard_backward, hadamard_quantize, launch, matmul_fp8, matmul_i8, matmul_mx, tuning
 
 ENTRY = "matmul_a16/w4/m16/4096x4096"
+
+
 TILE = dict(rows=16, columns=64, warps=4, stages=3, split=2)
 
 
@@ -125,3 +127,8 @@ def test_tiles_that_do_not_fit_are_not_taken(tmp_path, monkeypatch):
             assert default() == own != launch.Tile(**bad), key
             tuning.store({key: bad | {"split": 1, "stages": 5}}, "a chip")
             assert default() == launch.Tile(rows=16, columns=32, stages=5), key
+
+
+def test_two_to_sixteen_rows_share_a_tile():
+    keys = {m: tuning.key("matmul_a16", 4, m, 4096, 4096) for m in (1, 2, 8, 16, 17, 33)}
+    assert keys[2] == keys[8] == keys[16] == ENTRY and len(set(keys.values())) == 4
