@@ -21,7 +21,6 @@ from pallas_kernels.checks import NoKernel, check_kind, fail
 
 IMPLS = ("triton", "interpret", "xla")
 LEAST_ROWS = 8  # of the right operand of a tensor-core product; of the left one 16
-SHARED_MEMORY = 160 * 1024  # bytes a block may use on an A100; Hopper has 227 KiB
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

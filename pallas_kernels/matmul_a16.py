@@ -34,6 +34,7 @@ from pallas_kernels.launch import Tile
 from pallas_kernels.unpack import gain, held, offset, plane, to_float
 
 WORD_BITS = 16
+MOST_OF_A_GROUP = 1024  # contraction indices
 _LONG = 256
 _SHORT = 128  # contraction indices of a turn with many rows, unless a group is longer
 
@@ -81,6 +82,9 @@ def matmul_a16(
         zeros = jnp.asarray(zeros)
         check_shape(who, "zeros", zeros, (k // length, n), SCALE_DTYPES)
     launch.check_tile(who, tile, launch.LEAST_ROWS)
+    if impl == "triton" and MOST_OF_A_GROUP < length < k:
+        fail(who, f"got group={group}", f"The loop over a group is written out, which takes the compiler minutes above"
+             f" {MOST_OF_A_GROUP}; scale channels, or pass impl='xla'")  # fmt: skip
     if impl == "xla":
         return _reference(x, words, scales, zeros, bits, length).astype(out_dtype)
     tile = default_tile(m, n, k, bits, length) if tile is None else tile

@@ -61,6 +61,9 @@ def _coded(product: PackedProduct, lhs: Array, rhs: QTensor, key: Array | None, 
     return coded_product.packed_product(product.recipe, product.forward, lhs, rhs, key)
 
 
+_MOST_OF_A_GROUP = 1024  # contraction indices that the 16-bit kernel writes out
+
+
 def has_kernel(rhs: QTensor) -> bool:
     """Whether some kernel reads a weight stored like this one."""
     return isinstance(rhs, PlaneTensor) or mx_product.mx_format(rhs.quantizer) is not None
@@ -119,6 +122,10 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
         return "the weight is packed for int8 activations"
     if lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the activation is {lhs.dtype}, and the kernel takes bfloat16 and float16"
+    if rhs.groups != 1 and rhs.length // rhs.groups > _MOST_OF_A_GROUP:
+        return (
+            f"groups of {rhs.length // rhs.groups} take the kernel's compiler minutes, and {_MOST_OF_A_GROUP} are most"
+        )
     rows = lhs.size // lhs.shape[dims.lhs]
     if rows > mx_product.LARGEST_A16 and rhs.implementation == "auto":
         return f"with {rows} rows XLA's product with the dequantized weight is as fast"

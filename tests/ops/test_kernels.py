@@ -23,7 +23,8 @@ from lowbit_jax.ops import backend, integer_product, pack_rhs, quantize_rhs
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import to_planes
 from lowbit_jax.scaling import Group
-from pallas_kernels import both_ways, tuning
+from pallas_kernels import both_ways, planes, tuning
+from pallas_kernels.matmul_a16 import matmul_a16
 from tests.methods import reference as quest_reference
 
 NUMBERS = (((2,), (0,)), ((), ()))
@@ -261,6 +262,21 @@ def test_packed_products_for_cuda_are_kernels():
     there = lowered_for(gpu("NVIDIA H200"), product, x, packed)
     for kernel in ("hadamard_quantize4", "matmul_w4a8"):
         assert kernel in there and kernel not in here
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+@pytest.mark.parametrize(("size", "runs"), [(1024, True), (2048, False)])
+def test_groups_that_take_the_compiler_minutes_are_xlas(size, runs):
+    recipe = dataclasses.replace(GROUPED, out=lb.Gemm(rhs=dataclasses.replace(GROUPED.out.rhs, tiling=Group(size))))
+    x, w = operands(k=4096, free=(64,))
+    packed = to_planes(pack_rhs(w, NUMBERS, recipe), 16)
+    product = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe)
+    assert ("matmul_w4a16" in lowered_for(gpu("NVIDIA H200"), product, x, packed)) == runs
+    words = planes.pack(jnp.zeros((32, 4096), jnp.uint8), 4)
+    call = functools.partial(matmul_a16, jnp.ones((1, 4096), jnp.bfloat16), words, jnp.ones((4096 // size, 32)), bits=4)
+    if not runs:
+        with pytest.raises(ValueError, match="group=2048.*above 1024"):
+            call(group=size)
 
 
 class TestWhere:
