@@ -61,12 +61,7 @@ def label_learned_steps(
     patterns = [re.compile(pattern) for pattern in steps]
 
     def labels(params: Any) -> Any:
-        named = lambda path, _: label if any(p.search(_plain(path)) for p in patterns) else other
+        named = lambda path, _: label if any(p.search(trees.name_of_parameter(path)) for p in patterns) else other
         return jax.tree_util.tree_map_with_path(named, params, is_leaf=trees.is_packed)
 
     return labels
-
-
-def _plain(path: tuple) -> str:
-    """The path without the `value` that Flax's variables add at its end."""
-    return trees.name_of(path).removesuffix("/value").removesuffix("/.value")

@@ -141,7 +141,7 @@ def decode_state(state: Any, *, in_variables: bool = True) -> Any:
         if not is_stored(leaf):
             return leaf
         array = leaf.dequantize()
-        return array if leaf.within is None or not in_variables else leaf.within.unflatten([array])
+        return leaf.within.unflatten([array]) if in_variables else array
 
     return jax.tree.map(decode, state, is_leaf=is_stored)
 

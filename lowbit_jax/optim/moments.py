@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowbit_jax.optim import trees
 from lowbit_jax.optim.separable import Role
@@ -51,6 +52,11 @@ def is_stored(node: Any) -> bool:
     return isinstance(node, Stored)
 
 
+def is_masked(node: Any) -> bool:
+    """What optax puts where a transformation is not for a parameter; a node without leaves."""
+    return isinstance(node, optax.MaskedNode)
+
+
 def is_variable(node: Any) -> bool:
     """A variable of Flax NNX (this room does not import Flax)."""
     return hasattr(node, "get_value") and hasattr(node, "set_value")
@@ -59,7 +65,7 @@ def is_variable(node: Any) -> bool:
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What is stored how: class of a state -> field -> codec; and the moments that stay in float32, those of fewer than
-    `min_size` elements and of parameters in whose path one of the regular expressions `keep` is found."""
+    `min_size` elements or of none, and of parameters in whose path one of the regular expressions `keep` is found."""
 
     codecs: Mapping[str, Mapping[str, StateCodec | None]]
     min_size: int
@@ -76,8 +82,10 @@ class Rules:
     def kept(self, path: tuple, leaf: Any) -> str | None:
         """Why the moment of this parameter stays in float32, or None if it does not."""
         for pattern in self.keep:
-            if re.search(pattern, trees.name_of(path).lower()):
+            if re.search(pattern, trees.name_of_parameter(path).lower()):
                 return f"its path has {pattern!r} (keep)"
+        if leaf.size == 0:
+            return "no elements"
         return f"fewer than {self.min_size} elements (min_size)" if leaf.size < self.min_size else None
 
     def stored(self, state: Any) -> Any:
@@ -85,10 +93,11 @@ class Rules:
 
         def store(codec: StateCodec, path: tuple, leaf: Any) -> Any:
             array = leaf.get_value() if is_variable(leaf) else leaf
+            if is_masked(array):  # in a variable, which is not looked into
+                return leaf
             if not jnp.issubdtype(array.dtype, jnp.floating) or self.kept(path, array):
                 return leaf
-            within = jax.tree.structure(leaf) if is_variable(leaf) else None
-            return dataclasses.replace(Stored.of(array, codec), within=within)
+            return dataclasses.replace(Stored.of(array, codec), within=jax.tree.structure(leaf))
 
         def node_stored(node: Any) -> Any:
             changed = {}
@@ -247,7 +256,7 @@ def check_known(state: Any, own: Rules) -> None:
     found, _ = jax.tree_util.tree_flatten_with_path(marked)
     counts = collections.Counter()
     for path, leaf in found:
-        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size >= own.min_size:
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size >= max(own.min_size, 1):
             counts[_class_and_field(marked, path) or trees.name_of(path)] += 1
     if counts:
         told = ", ".join(f"{name} ({count} arrays)" for name, count in counts.items())
@@ -281,13 +290,13 @@ def check_belongs(state: Any, updates: Any, own: Rules) -> bool:
 
     Raises: ValueError for moments of parameters that have no gradient or one of another shape, for gradients without
     moments in a state that masks none, and for moments stored by another codec than the rules'."""
-    grads = {_plain(path): leaf for path, leaf in _leaves(updates)}
+    grads = {trees.name_of_parameter(path): leaf for path, leaf in _leaves(updates)}
     exact = True
     for _, node in own.nodes(state):
         for field, codec in own.fields(node).items():
             value, where = getattr(node, field), f"{type(node).__name__}.{field}"
-            found = {_plain(path): leaf for path, leaf in _leaves(value)}
-            masked = any(type(n).__name__ == "MaskedNode" for n in _nodes(value))
+            found = {trees.name_of_parameter(path): leaf for path, leaf in _leaves(value)}
+            masked = any(map(is_masked, jax.tree.leaves(value, is_leaf=is_masked)))
             exact = exact and list(found) == list(grads)
             missing = [n for n in found if n not in grads] or [n for n in grads if n not in found and not masked]
             if missing:
@@ -315,12 +324,3 @@ def check_belongs(state: Any, updates: Any, own: Rules) -> bool:
 
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_stored)[0]
-
-
-def _nodes(tree: Any) -> list:
-    return jax.tree.leaves(tree, is_leaf=lambda n: type(n).__name__ == "MaskedNode")
-
-
-def _plain(path: tuple) -> str:
-    """A path without the `value` that variables of Flax NNX add."""
-    return trees.name_of(path).removesuffix("/value").removesuffix("/.value")

@@ -50,8 +50,8 @@ def skip_nonfinite(
 
 
 def all_finite(tree: Any, axis_name: str | None = None) -> Bool[Array, ""]:
-    """Whether every floating leaf is finite, on every device of `axis_name` if given."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    """Whether every floating or complex leaf is finite, on every device of `axis_name` if given."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     good = jnp.array(True)
     for leaf in leaves:
         good = good & jnp.all(jnp.isfinite(leaf))

@@ -26,8 +26,8 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
     shardings: a tree like `params` of `NamedSharding`; packed parameters have one for each of their arrays, as
     `lb.parallel.shardings` gives them.
     Raises: ValueError when `shardings` does not have the paths of `params`."""
-    named = {_plain(name): leaf for name, leaf in trees.named_leaves(params).items()}
-    given = {_plain(name): sharding for name, sharding in trees.named_leaves(shardings).items()}
+    named = trees.named_parameters(params)
+    given = trees.named_parameters(shardings)
     if set(named) != set(given):
         missing = sorted(set(named) ^ set(given))
         raise ValueError(
@@ -47,11 +47,11 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
 
     def place(path: tuple, node: Any) -> Any:
         if isinstance(node, StochasticRoundingState):
-            at = lambda name, own: jax.tree.map(lambda scale: tiled(_plain(name), scale), own)
+            at = lambda name, own: jax.tree.map(lambda scale: tiled(name, scale), own)
             scales = {name: at(name, own) for name, own in node.scales.items()}
             inner = state_shardings(node.inner_state, params, shardings)
             return node._replace(count=everywhere, scales=scales, inner_state=inner)
-        name = _plain(trees.name_of(path))
+        name = trees.name_of_parameter(path)
         owners = [p for p in named if name == p or name.endswith("/" + p) or p == trees.name_of(())]
         owner = max(owners, key=len, default=None)
         if owner is None or tuple(named[owner].shape) != tuple(node.shape):
@@ -62,11 +62,6 @@ def state_shardings(state: Any, params: Any, shardings: Any) -> Any:
 
     is_one = lambda node: isinstance(node, Stored | StochasticRoundingState | QTensor)
     return jax.tree_util.tree_map_with_path(place, state, is_leaf=is_one)
-
-
-def _plain(name: str) -> str:
-    """A path without the `value` that variables of Flax NNX add."""
-    return name.removesuffix("/value")
 
 
 def _of_the_array(param: Any, sharding: Any) -> NamedSharding:

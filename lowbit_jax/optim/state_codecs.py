@@ -39,17 +39,20 @@ class StateCodec(Protocol):
     def describe(self) -> str: ...
 
 
+_AN_ARRAY = jax.tree.structure(0)  # a tree and not None, which a tree cannot be compared with
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """An array of an optimizer's state in few bits: what its codec made of it, and its shape.
 
-    within: the tree of the variable that held the array (Flax NNX keeps arrays in variables), else None."""
+    within: the tree of the variable that held the array (Flax NNX keeps arrays in variables), else that of an array."""
 
     parts: Any
     codec: StateCodec = dataclasses.field(metadata=dict(static=True))
     shape: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
-    within: Any = dataclasses.field(default=None, metadata=dict(static=True))
+    within: Any = dataclasses.field(default=_AN_ARRAY, metadata=dict(static=True))
 
     @classmethod
     def of(cls, x: Array, codec: StateCodec) -> "Stored":

@@ -82,7 +82,7 @@ def stochastic_rounding(
         chosen = jax.tree.leaves(mask_tree(mask, params, _WHO))
         return {
             name: GridScales(landing.fit_scales(quantizer, trees.float32(param), _axis(param, axis)), quantizer)
-            for (name, param), on_grid in zip(trees.named_leaves(params).items(), chosen, strict=True)
+            for (name, param), on_grid in zip(trees.named_parameters(params).items(), chosen, strict=True)
             if on_grid and not trees.is_packed(param)
         }
 
@@ -123,7 +123,7 @@ def _steps(params: Any, moved: Any, scales: dict[str, GridScales], key: Any, axi
     answers, found = [], {}
     paths, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=trees.is_packed)
     for (path, param), change in zip(paths, tree.flatten_up_to(moved), strict=True):
-        name = trees.name_of(path)
+        name = trees.name_of_parameter(path)
         leaf_key = jax.random.fold_in(key, path_number(name))
         answer, own = _step(param, change, scales.get(name), leaf_key, axis, refit)
         answers.append(answer)

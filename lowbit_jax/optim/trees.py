@@ -36,6 +36,19 @@ def name_of(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "(the tree itself)"
 
 
+def name_of_parameter(path: tuple) -> str:
+    """The path of a parameter, or of what is kept for it, without the `value` that variables of Flax NNX end it with:
+    `nnx.Optimizer` takes arrays out of their variables in `update`, and not in `init`."""
+    in_variable = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value")
+    return name_of(path[:-1] if in_variable else path)
+
+
+def named_parameters(tree: Any) -> dict[str, Any]:
+    """`name_of_parameter` -> leaf; packed weights count as leaves."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
+    return {name_of_parameter(path): leaf for path, leaf in found}
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Path -> leaf; packed weights and their updates count as leaves."""
     one = lambda node: is_packed(node) or is_packed_update(node)

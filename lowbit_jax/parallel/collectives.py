@@ -28,6 +28,9 @@ _INTEGERS = (INT2, INT3, INT4, INT5, INT6, INT7, INT8)
 def wire_quantizer(bits: int = 8, *, block: int = 128, stochastic: bool = False) -> Quantizer:
     """Absmax integers in blocks of `block` with bfloat16 scales: `bits + 16 / block` bits an element travel.
 
+    A device's part that is not whole blocks is cut into as many equal ones, a little shorter. An array that would take
+    no fewer bytes so than in its own dtype travels as it is.
+
     The scale is one rounding to bfloat16 away from the fit, so the largest magnitude may saturate by 2^-9 of itself.
     NaN and infinity make their block not finite, so that a step that must be skipped still is.
     Raises: ValueError unless 2 <= bits <= 8."""
@@ -181,12 +184,18 @@ def reduce_scatter_packed(
     x: Float[Array, "*s"], quantizer: Quantizer, axis_name: str, *, axis: int, key: Array | None = None
 ) -> Float[Array, "*part"]:
     """The sum of the devices' `x`, of which each keeps its part along `axis`: packed codes by an all-to-all, then a
-    local sum in float32.
+    local sum in float32. An array so small that packing it saves no bytes is summed as it is.
 
     Each term is rounded once and the sum is not; its error is at most half a step of each term. A stochastic rounding
     takes a `key`, into which the device's index is folded.
-    Raises: ValueError when the devices do not divide the axis."""
-    count, at = lax.axis_size(axis_name), axis % x.ndim
+    Raises: ValueError for a scalar, and when the devices do not divide the axis."""
+    count = lax.axis_size(axis_name)
+    if x.ndim == 0:
+        raise ValueError(
+            f"reduce_scatter_packed got a scalar, which has no axis to cut into {count} parts ({axis_name!r}). Sum it"
+            " with lax.psum, or stack it with others."
+        )
+    at = axis % x.ndim
     if x.shape[at] % count:
         raise ValueError(
             f"reduce_scatter_packed: axis {at} of length {x.shape[at]} cannot be cut into {count} parts"
@@ -194,39 +203,57 @@ def reduce_scatter_packed(
         )
     parts = x.reshape(*x.shape[:at], count, x.shape[at] // count, *x.shape[at + 1 :])
     rows = jnp.moveaxis(parts, at, 0)
-    total = _sum_of_rows(rows.reshape(count, -1), quantizer, axis_name, key)
-    return total.reshape(rows.shape[1:]).astype(x.dtype)
+    if x.size == 0:
+        return jnp.zeros(rows.shape[1:], x.dtype)
+    packed = _packed_rows(rows.reshape(count, -1), quantizer, axis_name, key)
+    if packed.nbytes >= x.nbytes:
+        return lax.psum_scatter(x, axis_name, scatter_dimension=at, tiled=True)
+    return _sum_of_rows(packed, x.size // count, axis_name).reshape(rows.shape[1:]).astype(x.dtype)
 
 
 def all_reduce_packed(
     x: Float[Array, "*s"], quantizer: Quantizer, axis_name: str, *, key: Array | None = None
 ) -> Float[Array, "*s"]:
     """The sum of the devices' `x`, whole on each, in two hops: an all-to-all of packed codes with a local sum in
-    float32, then an all-gather of the sums, packed again. Every device gets the same bits."""
+    float32, then an all-gather of the sums, packed again. Every device gets the same bits. An array so small that
+    packing it saves no bytes is summed as it is."""
+    if x.size == 0:
+        return x
     count = lax.axis_size(axis_name)
     flat = jnp.pad(x.reshape(-1), (0, -x.size % count))
     first, second = (None, None) if key is None else jax.random.split(key)
-    total = _sum_of_rows(flat.reshape(count, -1), quantizer, axis_name, first)
+    packed = _packed_rows(flat.reshape(count, -1), quantizer, axis_name, first)
+    if packed.nbytes >= x.nbytes:
+        return lax.psum(x, axis_name)
+    total = _sum_of_rows(packed, flat.size // count, axis_name)
     sums = gather_qtensor(_packed_rows(total[None], quantizer, axis_name, second), axis_name, axis=0)
     return sums.dequantize(jnp.float32)[:, : total.size].reshape(-1)[: x.size].reshape(x.shape).astype(x.dtype)
 
 
-def _sum_of_rows(rows: Float[Array, "devices n"], quantizer: Quantizer, axis_name: str, key: Array | None) -> Array:
-    """Row i goes to device i; the sum of the rows received, float32."""
-    packed = _packed_rows(rows, quantizer, axis_name, key)
+def _sum_of_rows(packed: QTensor, n: int, axis_name: str) -> Float[Array, " n"]:
+    """Row i goes to device i; the sum of the rows received, float32, of which the first `n` elements are no padding."""
 
     def exchange(x: Array) -> Array:
         return _as_before(lax.all_to_all(_as_words(x), axis_name, split_axis=0, concat_axis=0, tiled=True), x)
 
-    return jnp.sum(jax.tree.map(exchange, packed).dequantize(jnp.float32), axis=0)[: rows.shape[1]]
+    return jnp.sum(jax.tree.map(exchange, packed).dequantize(jnp.float32), axis=0)[:n]
 
 
 def _packed_rows(rows: Float[Array, "rows n"], quantizer: Quantizer, axis_name: str, key: Array | None) -> QTensor:
+    quantizer = _in_equal_blocks(quantizer, rows.shape[1])
     block = getattr(quantizer.tiling, "size", 1)
     padded = jnp.pad(rows.astype(jnp.float32), ((0, 0), (0, -rows.shape[1] % block)))
     if key is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
     return quantizer.quantize(padded, key=key)
+
+
+def _in_equal_blocks(quantizer: Quantizer, length: int) -> Quantizer:
+    """With the same number of blocks in a row of `length` elements, of equal lengths: padding would travel."""
+    if not isinstance(quantizer.tiling, Group) or quantizer.rotation is not None or quantizer.sparsity is not None:
+        return quantizer
+    count = -(-length // quantizer.tiling.size)
+    return dataclasses.replace(quantizer, tiling=Group(-(-length // count)))
 
 
 def _as_words(x: Array) -> Array:

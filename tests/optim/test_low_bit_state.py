@@ -259,6 +259,23 @@ def test_decay_rates_in_16_bits_are_refused():
         inject(learning_rate=1e-3).init(params)
 
 
+@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.mark.parametrize("bits", [8, 4, "e4m3", "coat"])
+def test_arrays_without_elements_stay_as_they_are(bits, in_chunks, monkeypatch):
+    monkeypatch.setattr(chunks, "pays", lambda: in_chunks)
+    params = {"a": jnp.zeros(0), "b": jnp.zeros((0, 5)), "c": jnp.zeros((3, 0)), "w": jnp.ones((16, 16))}
+    tx = lb.optim.adamw_low_bit(1e-2, bits=bits, min_size=0)
+    state = tx.init(params)
+    assert {s.shape for s in stored_in(state)} == {(16, 16)}
+    moved, state = stepper(tx)(params, state, params)
+    assert jax.tree.map(jnp.shape, moved) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(moved["w"], 0.99, atol=1e-4)
+    row = next(row for row in lb.optim.explain_state(state, min_size=0).splitlines() if "mu/b" in row)
+    assert row.endswith("no elements")
+    with pytest.warns(UserWarning, match="nothing in few bits"):  # an unknown field without elements is no large one
+        lb.optim.low_bit_state(optax.scale_by_rss(), min_size=0).init({"b": params["b"]})
+
+
 def test_small_moments_and_unlisted_fields_stay_float32():
     tx = lb.optim.adamw_low_bit(1e-3)
     state = tx.init(PARAMS)
@@ -476,6 +493,14 @@ def test_nnx_state_under_plain_jit(in_chunks, monkeypatch):
     assert float(jnp.mean((nnx.merge(graph, moved)(x) - 1) ** 2)) < 0.1
 
 
+def test_states_in_variables_and_out_of_them_are_different_trees():
+    """JAX compares the trees of what it has traced before; a tree cannot be compared with None."""
+    graph, variables = nnx.split(nnx.Linear(64, 128, rngs=nnx.Rngs(0)))
+    trees = [jax.tree.structure(stored_in(lb.optim.adam_low_bit(1e-2).init(p)))
+             for p in (variables, nnx.as_pure(variables))]  # fmt: skip
+    assert trees[0] != trees[1] and trees[1] != trees[0]
+
+
 def test_nnx_optimizer():
     model = nnx.Sequential(nnx.Linear(64, 128, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(128, 64, rngs=nnx.Rngs(1)))
     optimizer = nnx.Optimizer(model, lb.optim.adamw_low_bit(1e-2), wrt=nnx.Param)
@@ -490,6 +515,56 @@ def test_nnx_optimizer():
 
     values = [float(step(model, optimizer)) for _ in range(20)]
     assert values[-1] < 0.7 * values[0]
+
+
+def masking_transformations():
+    low = dict(bits=8, min_size=256)
+    return {
+        "muon": lb.optim.muon_low_bit(1e-2, **low),
+        "masked": optax.chain(
+            optax.masked(lb.optim.adam_low_bit(1e-2, **low), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+            optax.masked(optax.scale(-1e-2), lambda p: jax.tree.map(lambda x: x.ndim <= 1, p)),
+        ),
+        "learned steps": optax.multi_transform(
+            {"weight": lb.optim.adamw_low_bit(1e-2, **low), "step": lb.optim.adamw_low_bit(1e-4, min_size=1, keep=())},
+            lb.optim.label_learned_steps(),
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "in_chunks"), [("muon", False), ("masked", False), ("masked", True), ("learned steps", True)]
+)
+def test_masked_variables_of_nnx(name, in_chunks, monkeypatch):
+    """optax masks the array within a variable, not the variable. Under `nnx.Optimizer`, and by hand with `nnx.split`,
+    the steps are those of a tree of arrays."""
+    monkeypatch.setattr(chunks, "pays", lambda: in_chunks)
+    model = lb.quantize(nnx.Linear(64, 128, rngs=nnx.Rngs(0)), lb.methods.get("lsq", bits=4))
+    tx = masking_transformations()[name]
+    variables = nnx.state(model, nnx.Param)
+
+    @nnx.jit
+    def with_nnx(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: loss_of(nnx.state(model, nnx.Param)))(model))
+
+    def steps(params):
+        step, state = stepper(tx), tx.init(params)
+        for _ in range(3):
+            params, state = step(params, state, jax.grad(loss_of)(params))
+        return params, state
+
+    expected, state = steps(nnx.as_pure(variables))
+    assert stored_in(state) and float(loss_of(expected)) < float(loss_of(variables))
+    found, by_hand = steps(variables)
+    assert [s.codec for s in stored_in(by_hand)] == [s.codec for s in stored_in(state)]
+    assert "dynamic_tree8" in lb.optim.explain_state(by_hand)
+    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(found), expected)
+    decoded = [lb.optim.decode_state(s) for s in (by_hand, state)]
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, decoded))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        with_nnx(model, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(nnx.state(model, nnx.Param)), expected)
 
 
 def test_sharded_as_on_one_device(tmp_path):

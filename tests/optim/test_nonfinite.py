@@ -36,6 +36,16 @@ def test_a_bad_step_moves_nothing(value):
     assert {k: int(v) for k, v in lb.optim.skipped(optax.chain(tx).init(PARAMS)).items()} == {"total": 0, "in_a_row": 0}
 
 
+@pytest.mark.parametrize("part", [complex(jnp.nan, 0), complex(0, jnp.inf)])
+def test_either_part_of_a_complex_gradient(part):
+    params = {"w": jnp.ones(4, jnp.complex64)}
+    tx = lb.optim.skip_nonfinite(optax.sgd(1.0))
+    updates, state = jax.jit(tx.update)({"w": params["w"].at[2].set(part)}, tx.init(params), params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates)["w"], params["w"])
+    assert int(state.total) == 1
+    assert bool(lb.optim.all_finite(params))
+
+
 def test_a_bad_loss_counts_too():
     tx = lb.optim.skip_nonfinite(optax.sgd(1.0))
     updates, state = tx.update(GOOD, tx.init(PARAMS), PARAMS, value=jnp.float32(jnp.nan))

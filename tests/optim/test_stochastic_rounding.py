@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import lowbit_jax as lb
 from lowbit_jax.optim.sixteen_bit import on_grid_of
@@ -141,6 +142,28 @@ def test_the_draw_depends_on_key_step_and_path_alone():
     halfway, state = repeated(tx(0), one, grads, 2)
     updates, _ = tx(0).update(grads, state, halfway)
     jax.tree.map(np.testing.assert_array_equal, lb.optim.apply_updates(halfway, updates), first)
+
+
+@pytest.mark.parametrize("param_format", [None, lb.formats.INT8])
+def test_same_draws_in_variables_of_nnx_and_out_of_them(param_format):
+    """`nnx.Optimizer` makes the state of variables and steps on arrays; by hand both are variables, or arrays."""
+    half = jnp.bfloat16
+    model = nnx.Linear(64, 32, rngs=nnx.Rngs(0), param_dtype=half)
+    model.value = nnx.Param(jnp.ones(16, half))  # a name, not the end of every path
+    variables = nnx.state(model, nnx.Param)
+    arrays = nnx.as_pure(variables)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, -(2.0**-10)), variables)
+    tx = lb.optim.stochastic_rounding(optax.sgd(1.0), param_format)
+    expected, state = repeated(tx, arrays, nnx.as_pure(grads), 2)
+    by_hand, other = repeated(tx, variables, grads, 2)
+    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(by_hand), expected)
+    assert list(other.scales) == list(state.scales) == ([] if param_format is None else ["kernel"])
+    assert any(jnp.any(a != b) for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(arrays), strict=True))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = nnx.jit(lambda model, optimizer: optimizer.update(model, grads))
+    for _ in range(2):
+        step(model, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(nnx.state(model, nnx.Param)), expected)
 
 
 def test_same_draws_on_any_sharding():

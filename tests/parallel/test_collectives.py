@@ -177,6 +177,55 @@ class TestSums:
         assert sent.by_kind().keys() == {"all-to-all", "all-gather"} and 0.5 < sent.sent / (4 * size * share) <= 0.55
         assert set(sent.of(kind="all-gather").collectives[0].dtypes) <= {"u8", "u16"}
 
+    @pytest.mark.parametrize("bits", [3, 8])
+    @pytest.mark.parametrize("size", [1, 8, 20, 400, 600, 2048, 2052])
+    def test_no_bytes_for_what_is_not_there(self, mesh, size, bits):
+        """`bits + 16 / block` bits an element for parts of every size, where `block` is that of a part in equal blocks
+        of at most 128, and never more than floats. A part within one block is rounded as if it were padded to it."""
+        terms = jnp.asarray(np.random.default_rng(size).normal(size=(N, size)), jnp.float32)
+        function = on_devices(lambda x: all_reduce_packed(x[0], wire_quantizer(bits), "fsdp"), mesh, P("fsdp"), P())
+        sent = bytes_on_the_wire(function.lower(terms).compile()).sent / (2 * (N - 1) / N)
+        part = -(-size // N)
+        blocks = -(-part // 128)
+        codes = blocks * -(-part // blocks)
+        assert codes - part < blocks
+        assert sent == min(4 * size, N * (-(-codes * bits // 8) + 2 * blocks))
+        if sent == 4 * size:
+            np.testing.assert_allclose(function(terms), terms.sum(0), rtol=1e-6)
+        elif blocks == 1:
+            parts = jnp.pad(terms, ((0, 0), (0, N * part - size))).reshape(N, N, part)
+            padded = function(jnp.pad(parts, ((0, 0), (0, 0), (0, 128 - part))).reshape(N, -1))
+            np.testing.assert_array_equal(function(terms), padded.reshape(N, 128)[:, :part].reshape(-1)[:size])
+
+    @pytest.mark.parametrize("size", [4, 40, 1100])
+    def test_bytes_of_a_scatter_of_any_size(self, mesh, size):
+        terms = jnp.asarray(np.random.default_rng(size).normal(size=(N, size)), jnp.bfloat16)
+        function = lambda x: reduce_scatter_packed(x[0], wire_quantizer(8), "fsdp", axis=0)
+        function = on_devices(function, mesh, P("fsdp"), P("fsdp"))
+        sent = bytes_on_the_wire(function.lower(terms).compile())
+        if size == 4:  # a scale for each code
+            assert sent.by_kind().keys() <= {"reduce-scatter", "all-reduce"}
+        else:
+            blocks = -(-size // N // 128)
+            assert sent.sent == (N - 1) / N * (size + (1 if size == 1100 else 0) * N + 2 * N * blocks)
+        steps = float(jnp.abs(terms).max()) / 127
+        found, expected = (np.asarray(x, np.float32) for x in (function(terms), terms.astype(jnp.float32).sum(0)))
+        np.testing.assert_allclose(found, expected, atol=1.02 * N * steps / 2, rtol=2.0**-7)
+
+    def test_nothing_and_one_number(self, mesh):
+        quantizer = wire_quantizer(8)
+        empty = jnp.ones((N, 0, 8), jnp.bfloat16)
+        scatter = on_devices(lambda x: reduce_scatter_packed(x[0], quantizer, "fsdp", axis=1), mesh, P("fsdp"),
+                             P(None, "fsdp"))  # fmt: skip
+        both = on_devices(lambda x: all_reduce_packed(x[0], quantizer, "fsdp"), mesh, P("fsdp"), P())
+        for function in (scatter, both):
+            assert function(empty).shape == (0, 8) and function(empty).dtype == empty.dtype
+            assert not bytes_on_the_wire(function.lower(empty).compile()).collectives
+        assert float(both(jnp.arange(4.0))) == 6
+        one = on_devices(lambda x: reduce_scatter_packed(x[0], quantizer, "fsdp", axis=0), mesh, P("fsdp"), P())
+        with pytest.raises(ValueError, match="reduce_scatter_packed got a scalar.*4 parts.*lax.psum"):
+            one(jnp.arange(4.0))
+
     def test_parts_that_do_not_come_out(self, mesh):
         function = lambda x: reduce_scatter_packed(x[0], wire_quantizer(8), "fsdp", axis=0)
         with pytest.raises(
