@@ -41,7 +41,7 @@ class QTensor:
 
     @property
     def ndim(self) -> int:
-        return self.words.ndim
+        return len(self.words.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,6 +125,13 @@ class QTensor:
         return self.quantizer.rotation.undo(self.values(jnp.float32), self.axis).astype(dtype)
 
     def __repr__(self) -> str:
+        leaves = jax.tree.leaves((self.words, self.scales, self.marks))
+        is_array = lambda leaf: hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        if self.words is None or not all(map(is_array, leaves)):  # mapped to shardings, specs and the like
+            return (
+                f"QTensor({self.quantizer.format.name}, words={self.words!r}, scales={self.scales!r},"
+                f" marks={self.marks!r})"
+            )
         return (
             f"QTensor({jnp.dtype(self.dtype).name}{list(self.shape)}, {self.quantizer.format.name},"
             f" {self.nbytes} bytes, {self.bits_per_element:.2f} bits per element)"

@@ -100,3 +100,16 @@ def test_a_class_with_a_layout_of_its_own(key):
     own.validate()
     with pytest.raises(ValueError, match="scale at"):
         dataclasses.replace(own, scales=(own.scales[0].at[0, 3].set(jnp.nan),)).validate()
+
+
+def test_one_whose_words_are_no_arrays_is_listed():
+    tensor = packed("quest 3")
+    shown = repr(jax.tree.map(lambda leaf: jax.sharding.PartitionSpec("data"), tensor))
+    assert "midrise3" in shown and "words=PartitionSpec('data',)" in shown.replace("P(", "PartitionSpec(", 1)
+    for other in (lambda leaf: leaf.shape, lambda leaf: leaf.sharding, lambda leaf: 0, lambda leaf: None):
+        assert repr(jax.tree.map(other, tensor)).startswith("QTensor(midrise3, words=")
+    assert (
+        repr(tensor)
+        == repr(jax.eval_shape(lambda: tensor))
+        == "QTensor(float32[64, 12], midrise3, 336 bytes, 3.50 bits per element)"
+    )

@@ -113,11 +113,12 @@ def _section(text: str, title: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Evidence:
-    """What ran, by (tag, product)."""
+    """What ran, by (tag, product). gradients: whether a gradient was compiled."""
 
     out: dict[str, list[RanProduct]]
     grad_lhs: dict[str, list[RanProduct]]
     grad_rhs: dict[str, list[RanProduct]]
+    gradients: bool = True
 
 
 def evidence(forward: str, backward: str | None, sizes: dict[str, int]) -> Evidence:
@@ -143,4 +144,4 @@ def evidence(forward: str, backward: str | None, sizes: dict[str, int]) -> Evide
             to_weight, to_input = to_weight[:1], to_weight[1:]
         grad_rhs[tag] = to_weight or [r for r in ran if not r.tag and r.size == size][:1]
         grad_lhs[tag] = to_input or [r for r in ran if not r.tag and r.size in inputs][:1]
-    return Evidence(out, grad_lhs, grad_rhs)
+    return Evidence(out, grad_lhs, grad_rhs, backward is not None)

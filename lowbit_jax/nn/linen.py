@@ -51,6 +51,7 @@ class Run:
     root: tuple[str, ...]
     nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
     entered: dict[str, type] = dataclasses.field(default_factory=dict)
+    norms: int = 0  # norms of weights that it is within
 
     def path(self, module: linen.Module) -> str | None:
         """Path below the quantized module; None for a module that was passed in from outside."""
@@ -240,7 +241,12 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
         return call(*args, **kwargs)
     base = layer_base(module)
     if base is None or context.method_name != "__call__":
-        result = call(*args, **kwargs)
+        norm = isinstance(module, linen.WeightNorm | linen.SpectralNorm)
+        run.norms += norm
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            run.norms -= norm
         if path not in run.nodes:
             run.nodes[path] = Node((path,), type(module).__name__, layer=base is not None, opaque=_opaque(module, base))
             inside = [p for p, node in run.nodes.items() if node.layer and (not path or p.startswith(f"{path}/"))]
@@ -300,12 +306,18 @@ def _check(run: Run, module: linen.Module) -> None:
             raise ValueError(unmatched(pattern, [node.paths[0] for node in everything], WHO))
         if not any(policy.deciding(path) == index for path in unseen):
             check_rule(policy, index, nodes, taken.get(index, 0), WHO)
-    if not unseen and not any(n.layer and policy.recipe(n.paths[0]) is not None for n in nodes):
+    told = module.is_initializing() or bool(module.variables.get("params"))  # or a method that needs no parameters
+    if told and not unseen and not any(n.layer and policy.recipe(n.paths[0]) is not None for n in nodes):
         raise ValueError(
             f"{WHO}: this {type(module).__name__} has no layer left to quantize. It quantizes Dense, DenseGeneral,"
             " Einsum, Conv"
             " and the models and attention made of them; in code of your own call lb.dot_general."
         )
+
+
+def under_norm() -> bool:
+    """Whether what runs gets its weight from a linen.WeightNorm or SpectralNorm."""
+    return any(run.norms for run in _active.runs)
 
 
 def layer_base_of(kind: type) -> type:

@@ -4,12 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import linen
 
 from lowbit_jax.nn.compiled import evidence
 from lowbit_jax.nn.linen import Run, quantization, watching
-from lowbit_jax.nn.linen_convert import abstract_call
+from lowbit_jax.nn.linen_sites import Call, abstract_call
 from lowbit_jax.nn.report import Explanation, Layer, explain_layers, recipe_rows
 from lowbit_jax.nn.tracing import programs
 from lowbit_jax.qtensor import QTensor
@@ -26,9 +25,7 @@ def explain(model: linen.Module, *args: Any, **kwargs: Any) -> Explanation:
         return Explanation(
             f"{name}: rules (pass inputs, lb.explain(model, *args), to see the layers)", tuple(rows), kept
         )
-    options = dict(kwargs)
-    rngs = {"params": jax.random.key(0)} | dict(options.pop("rngs", None) or {})
-    variables, inputs = _variables(model, args, options, rngs)
+    variables, call = _variables_and_call(model, args, kwargs)
     layers: dict[str, Layer] = {}
     runs: list[Run] = []
 
@@ -37,21 +34,22 @@ def explain(model: linen.Module, *args: Any, **kwargs: Any) -> Explanation:
         packed = stored if isinstance(stored, QTensor) else None
         layers.setdefault(site.path, Layer(site, recipe, packed, (), layer.param_dtype, layer.dtype))
 
-    call = lambda variables, inputs: model.apply(variables, *inputs, rngs=rngs, mutable=True, **options)
     with watching(met, runs):
-        abstract_call(call, variables, inputs)
+        abstract_call(call, variables, call.inputs)
     trainable = not any(layer.packed is not None for layer in layers.values())
     with watching(lambda *_: None):
-        texts = programs(call, variables, inputs, trainable)
+        ran = programs(call, variables, call.inputs, trainable)
     sizes = {layer.site.tag: math.prod(layer.site.shape) for layer in layers.values()}
     nodes = {path: node for run in runs for path, node in run.nodes.items()}
     kept = [f"{p} ({n.kind})" for p, n in nodes.items() if p not in layers and (n.layer or n.opaque)]
     title = f"{name}: {len(layers)} quantized layer{'s' * (len(layers) != 1)}"
-    return explain_layers(title, list(layers.values()), kept, evidence(*texts, sizes))
+    found = evidence(ran.forward, ran.backward, sizes)
+    return explain_layers(title, list(layers.values()), kept, found, no_gradient=ran.why_not)
 
 
-def _variables(model: linen.Module, args: tuple, options: dict, rngs: dict) -> tuple[Any, tuple]:
-    """The variables given first, or abstract ones as `model.init` would make them."""
+def _variables_and_call(model: linen.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Call]:
+    """The variables given first, or abstract ones as `model.init` would make them, and the call."""
     if args and isinstance(args[0], Mapping) and "params" in args[0]:
-        return args[0], args[1:]
-    return abstract_call(lambda rngs, args: model.init(rngs, *args, **options), rngs, args), args
+        return args[0], Call.of(model, args[1:], kwargs)
+    call = Call.of(model, args, kwargs)
+    return call.init(), call

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,11 +20,11 @@ from lowbit_jax.nn.product import KeepMaster, Product
 from lowbit_jax.nn.site import (
     Site,
     called,
-    check_activation_scale,
     einsum_contraction,
+    fitted_scale,
+    initial_activation_scale,
     initial_weight_scale,
     needs_key,
-    operand,
 )
 from lowbit_jax.nn.weight import to_nearest
 from lowbit_jax.ops import LinearRecipe
@@ -159,21 +160,75 @@ class BoundProduct:
     layer: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        recipe, site = self.product.recipe, self.product.site
+        recipe = self.product.recipe
         lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
         scales = {}
         if "lhs" in recipe.learned:
-            scales["lhs"] = self.layer.param("lhs_scale", lambda _: self._activation_scale(lhs))
+            scales["lhs"] = self._scale("lhs", lhs)
         if "rhs" in recipe.learned and not isinstance(rhs, QTensor) and not recipe.rhs_ready:
-            scales["rhs"] = self.layer.param("rhs_scale", lambda _: initial_weight_scale(rhs, recipe, site))
+            scales["rhs"] = self._scale("rhs", rhs)
         key = self.layer.make_rng("quantize") if needs_key(recipe) else None
         return self.product.compute(args, kwargs, key=key, scales=scales or None)
 
-    def _activation_scale(self, lhs: Array) -> Array:
-        lhs = lhs.reshape(-1, lhs.shape[-1]) if self.product.site.kind == "conv_general_dilated" else lhs
-        scale = operand(self.product.recipe, "lhs").initial_scale(lhs)
-        check_activation_scale(scale, self.product.recipe, self.product.site)
-        return scale
+    def _scale(self, side: str, arrived: Array) -> Array:
+        """The learned scale of a side; one that is not there yet starts as in NNX, or is fitted by `lb.calibrate`."""
+        recipe, site, layer, name = self.product.recipe, self.product.site, self.layer, f"{side}_scale"
+        start = lambda: (
+            initial_activation_scale(recipe, site) if side == "lhs" else initial_weight_scale(arrived, recipe, site)
+        )
+        calibration, arrived = _current.calibration, lax.stop_gradient(arrived)
+        entry = (site.path, side)
+        if calibration is not None and entry in calibration.stored:
+            before = layer.get_variable("params", before_name(side))
+            return layer.param(name, lambda _: fitted_scale(side, arrived, recipe, site, before))
+        if calibration is not None and entry in calibration.reported:
+            held = layer.get_variable("params", name)
+            scale = fitted_scale(side, arrived, recipe, site, jnp.zeros_like(held))
+            jax.debug.callback(calibration.reported[entry].append, scale)
+            return jnp.where(scale == 0, held, scale)
+        if not layer.has_variable("params", name) and not layer.is_mutable_collection("params"):
+            if calibration is not None:
+                return start()
+            raise ValueError(missing_scale("lb.quantize", site.path, side))
+        return layer.param(name, lambda _: start())
+
+
+def missing_scale(who: str, path: str, side: str) -> str:
+    """The error for a learned scale that the variables lack, as those of the float model do."""
+    return (
+        f"{who}: the layer {path!r} has no {side}_scale among its params. The recipe learns it: get variables that have"
+        " it from lb.calibrate(model, variables, *inputs), or from init of the quantized model."
+    )
+
+
+def before_name(side: str) -> str:
+    """Where `lb.calibrate` puts the scale that it fits anew."""
+    return f"{side}_scale_before"
+
+
+@dataclasses.dataclass
+class Calibration:
+    """What becomes of the learned scales, named by (path, side), while `lb.calibrate` runs the model: some are fitted
+    and stored in `params`, some fitted and reported, once a time that the layer runs; the others stay."""
+
+    stored: frozenset[tuple[str, str]] = frozenset()
+    reported: dict[tuple[str, str], list[Any]] = dataclasses.field(default_factory=dict)
+
+
+class _Current(threading.local):
+    calibration: Calibration | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def calibrating(calibration: Calibration) -> Iterator[None]:
+    _current.calibration = calibration
+    try:
+        yield
+    finally:
+        _current.calibration = None
 
 
 def einsum_call(layer: linen.Einsum, product: BoundProduct, inputs: Any, einsum_str: str | None = None) -> Array:

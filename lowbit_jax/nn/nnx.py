@@ -21,7 +21,7 @@ from jaxtyping import Array
 from lowbit_jax.nn.check import check_owner, check_site, check_subclass
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
-from lowbit_jax.nn.site import Site, called, einsum_contraction, initial_scales, needs_key, operand
+from lowbit_jax.nn.site import Site, called, einsum_contraction, fitted_scale, initial_scales, needs_key
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -100,23 +100,22 @@ class StatefulProduct(nnx.Module):
             setattr(self, f"{side}_scale", Scale(value))
         if rngs is not None:
             self.rngs = rngs
-        self.calibrating = False
+        self.calibrating = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        if self.calibrating:
-            self._calibrate(*args)
+        for side in self.calibrating.split():
+            self._calibrate(side, *args)
         sides = [s for s in ("lhs", "rhs") if hasattr(self, f"{s}_scale")]
         scales = {side: getattr(self, f"{side}_scale").get_value() for side in sides}
         key = self.rngs() if hasattr(self, "rngs") else None
         return self.product.compute(args, kwargs, key=key, scales=scales or None)
 
-    def _calibrate(self, *args: Any) -> None:
-        """Sets the activation's scale from the activation that arrives."""
-        lhs = next(a for a in args if not isinstance(a, str))
-        site, quantizer = self.product.site, operand(self.product.recipe, "lhs")
-        lhs = lhs.reshape(-1, lhs.shape[-1]) if site.kind == "conv_general_dilated" else lhs
-        held: Scale = vars(self)["lhs_scale"]
-        held.set_value(quantizer.initial_scale(lax.stop_gradient(lhs)))
+    def _calibrate(self, side: str, *args: Any) -> None:
+        """Sets the scale of a side, "lhs" or "rhs", from the operand that arrives; see `fitted_scale`."""
+        lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
+        held: Scale = vars(self)[f"{side}_scale"]
+        arrived = lax.stop_gradient(lhs if side == "lhs" else rhs)
+        held.set_value(fitted_scale(side, arrived, self.product.recipe, self.product.site, held.get_value()))
 
 
 def hook(module: Any) -> Product | None:
@@ -188,17 +187,31 @@ def modules(module: nnx.Module) -> list[tuple[nnx.Module, tuple[str, ...]]]:
     return [(node, tuple(paths)) for node, paths in found.values()]
 
 
+def normed_layers(model: nnx.Module) -> dict[str, tuple[str, type]]:
+    """First paths of the quantized layers whose weight a norm makes at every call, with path and class of the norm."""
+    found = modules(model)
+    norms = [(m, paths[0]) for m, paths in found if isinstance(m, nnx.WeightNorm | nnx.SpectralNorm)]
+    inside = {id(layer): (path, type(norm)) for norm, path in norms for layer, _ in modules(norm.layer_instance)}
+    return {paths[0]: inside[id(layer)] for layer, paths in found if id(layer) in inside and hook(layer) is not None}
+
+
 def _walk(node: Any, path: tuple[str, ...], above: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], nnx.Module]]:
     if isinstance(node, nnx.Variable | nnx.Rngs | nnx.RngStream | StatefulProduct) or id(node) in above:
         return
     if isinstance(node, nnx.Module):
         yield path, node
-    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-    for keys, child in children:
-        if keys and not isinstance(child, jax.Array | np.ndarray):
-            part = tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
-            if part != ("_pytree__state",):
-                yield from _walk(child, (*path, *part), (*above, id(node)))
+    for part, child in _children(node):
+        if not isinstance(child, jax.Array | np.ndarray) and not part[0].startswith("_pytree__"):
+            yield from _walk(child, (*path, *part), (*above, id(node)))
+
+
+def _children(node: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """What lies directly inside, by name; a module of a class with `pytree=False` is a leaf to JAX."""
+    found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+    if isinstance(node, nnx.Module) and [keys for keys, _ in found] == [()]:
+        return sorted(((str(name),), child) for name, child in vars(node).items())
+    name = lambda key: str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
+    return [(tuple(map(name, keys)), child) for keys, child in found if keys]
 
 
 _ELEMENTWISE = {"scale", "bias"}  # parameters by these names, and vectors, enter no product

@@ -7,7 +7,17 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from lowbit_jax.nn.nnx import PackedWeight, StatefulProduct, attribute_of, edited, hook, layer_type, modules
+import lowbit_jax.nn.serialization  # noqa: F401  # makes flax.serialization know packed weights
+from lowbit_jax.nn.nnx import (
+    PackedWeight,
+    StatefulProduct,
+    attribute_of,
+    edited,
+    hook,
+    layer_type,
+    modules,
+    normed_layers,
+)
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import called, needs_key, stacked
 from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
@@ -16,7 +26,7 @@ from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
 def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
     """The packed view; see `lb.convert`."""
     products = _quantized(model, "lb.convert", "nothing to pack")
-    _check_plain(model)
+    _check_plain(model, "lb.convert")
     packed: dict[Any, tuple[Any, PackedWeight]] = {}  # weights that layers share stay one
 
     def change(layer: Any, product: Product) -> None:
@@ -40,6 +50,7 @@ def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
 def prepare(model: nnx.Module) -> nnx.Module:
     """The view with quantized weights; see `lb.nn.prepare`."""
     products = _quantized(model, "lb.nn.prepare", "no weight to prepare")
+    _check_plain(model, "lb.nn.prepare")
 
     def change(layer: Any, product: Product) -> None:
         if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
@@ -53,15 +64,13 @@ def prepare(model: nnx.Module) -> nnx.Module:
     return edited(model, products, change)
 
 
-def _check_plain(model: Any) -> None:
+def _check_plain(model: Any, who: str) -> None:
     """Raises ValueError for quantized layers whose weight is made anew at every call."""
-    for module, paths in modules(model):
-        inner = getattr(module, "layer_instance", None)
-        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm) and inner is not None and hook(inner) is not None:
-            raise ValueError(
-                f"lb.convert: {called(paths[0], type(module))} makes the weight of its layer at every call, so there is"
-                " nothing to pack. Leave the layer out by a rule, or fold the norm into it first."
-            )
+    for path, norm in normed_layers(model).values():
+        raise ValueError(
+            f"{who}: {called(path, norm)} makes the weight of its layer at every call, so there is"
+            " nothing to keep. Leave the layer out by a rule, or fold the norm into it first."
+        )
 
 
 def _quantized(model: Any, who: str, otherwise: str) -> dict[str, Product]:

@@ -29,8 +29,9 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
         return explain_layers(title, layers, high_precision)
     graph, state = nnx.split(model)
     trainable = not any(layer.packed is not None for layer in layers)
-    texts = programs(
+    ran = programs(
         lambda state, given: nnx.merge(graph, state)(*given[0], **given[1]), state, (args, kwargs), trainable
     )
     sizes = {layer.site.tag: math.prod(layer.site.shape) for layer in layers}
-    return explain_layers(title, layers, high_precision, evidence(*texts, sizes))
+    found = evidence(ran.forward, ran.backward, sizes)
+    return explain_layers(title, layers, high_precision, found, no_gradient=ran.why_not)

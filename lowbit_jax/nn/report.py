@@ -67,12 +67,14 @@ NOT_RUN = "did not run"
 class Explanation:
     """The table: `rows`, six a layer (two operands of three products), and the modules left in high precision.
 
-    `str()` shows the quantized operands; `missing` names the layers that the compiled program does not hold."""
+    `str()` shows the quantized operands; `missing` names the layers that the compiled program does not hold.
+    no_gradient: why the gradient of the call could not be traced; the forward is then proved alone."""
 
     title: str
     rows: tuple[Row, ...]
     high_precision: tuple[str, ...] = ()
     proved: bool = False
+    no_gradient: str = ""
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -100,6 +102,8 @@ class Explanation:
         trainable = not any(row.kernel.endswith("packed") for row in shown)
         if shown and trainable and not any(row.quantized and row.product != "out" for row in shown):
             lines.append("gradients: a high-precision cotangent times the operands of the forward product")
+        if self.no_gradient:
+            lines.append(f"the forward alone was compiled, its gradient cannot be traced: {self.no_gradient}")
         if self.high_precision:
             lines.append("in high precision: " + ", ".join(self.high_precision))
         if self.missing:
@@ -181,7 +185,7 @@ def _ran(evidence: Evidence, product: str, layer: Layer) -> str:
         return ", ".join(dict.fromkeys(ran.words for ran in found))
     if product == "out":
         return NOT_RUN
-    return "none" if layer.packed is None else ""
+    return "none" if evidence.gradients and layer.packed is None else ""
 
 
 def explain_recipe(recipe: LinearRecipe) -> Explanation:
@@ -189,7 +193,11 @@ def explain_recipe(recipe: LinearRecipe) -> Explanation:
 
 
 def explain_layers(
-    title: str, layers: Sequence[Layer], high_precision: Sequence[str], evidence: Evidence | None = None
+    title: str,
+    layers: Sequence[Layer],
+    high_precision: Sequence[str],
+    evidence: Evidence | None = None,
+    no_gradient: str = "",
 ) -> Explanation:
     rows = [row for layer in layers for row in recipe_rows(layer.recipe, layer, evidence)]
-    return Explanation(title, tuple(rows), tuple(high_precision), evidence is not None)
+    return Explanation(title, tuple(rows), tuple(high_precision), evidence is not None, no_gradient)

@@ -98,20 +98,37 @@ def initial_scales(recipe: LinearRecipe, site: Site, kernel: Array) -> dict[str,
         return jax.eval_shape(lambda kernel: initial_scales(recipe, site, kernel), kernel)
     scales = {}
     if "lhs" in recipe.learned:
-        size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length
-        gaussian = jax.random.normal(jax.random.key(0), (256, size), jnp.float32)
-        scale = operand(recipe, "lhs").initial_scale(gaussian)
-        check_activation_scale(scale, recipe, site)
+        scale = initial_activation_scale(recipe, site)
         scales["lhs"] = jnp.broadcast_to(scale, kernel.shape[: kernel.ndim - len(site.shape)])
     if "rhs" in recipe.learned:
         scales["rhs"] = stacked(lambda k: initial_weight_scale(k, recipe, site), kernel, site)(kernel)
     return scales
 
 
+def initial_activation_scale(recipe: LinearRecipe, site: Site) -> Array:
+    """From a unit Gaussian: the same whatever batch a model is initialized with."""
+    size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length
+    gaussian = jax.random.normal(jax.random.key(0), (256, size), jnp.float32)
+    scale = operand(recipe, "lhs").initial_scale(gaussian)
+    check_activation_scale(scale, recipe, site)
+    return scale
+
+
 def initial_weight_scale(kernel: Array, recipe: LinearRecipe, site: Site) -> Array:
     (*others, last) = site.contract
     axis = site.contract if others else last
     return operand(recipe, "rhs").initial_scale(kernel, axis=axis)
+
+
+def fitted_scale(side: str, arrived: Array, recipe: LinearRecipe, site: Site, held: Array) -> Array:
+    """The learned scale of one layer fitted to the operand that arrives; |held| where that is all zeros, which fits no
+    scale."""
+    if side == "rhs":
+        scale = initial_weight_scale(arrived, recipe, site)
+    else:
+        rows = arrived.reshape(-1, arrived.shape[-1]) if site.kind == "conv_general_dilated" else arrived
+        scale = operand(recipe, "lhs").initial_scale(rows)
+    return jnp.where(scale == 0, jnp.abs(held), scale.astype(held.dtype))
 
 
 def check_activation_scale(scale: Array, recipe: LinearRecipe, site: Site) -> None:

@@ -1,5 +1,6 @@
 """Compiling a call of a model and its gradient, for the text of the programs."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,20 @@ import jax
 import jax.numpy as jnp
 
 
-def programs(function: Callable[..., Any], state: Any, inputs: Any, gradients: bool) -> tuple[str, str | None]:
-    """Compiled text of `function(state, inputs)`, and of its gradient by every floating leaf of both.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Programs:
+    """Compiled text of a call and of its gradient. why_not: why there is no gradient, where one was asked for."""
 
-    Leaves of `inputs` that are no arrays stay as they are. Nothing is run."""
+    forward: str
+    backward: str | None = None
+    why_not: str = ""
+
+
+def programs(function: Callable[..., Any], state: Any, inputs: Any, gradients: bool) -> Programs:
+    """Programs of `function(state, inputs)`, and of its gradient by every floating leaf of both.
+
+    Leaves of `inputs` that are no arrays stay as they are. Nothing is run. A forward that has no gradient, as one with
+    a `while_loop`, comes alone."""
     state_leaves, state_tree = jax.tree.flatten(state)
     leaves, tree = jax.tree.flatten(inputs)
     given = [leaf for leaf in leaves if _is_array(leaf)]
@@ -23,7 +34,7 @@ def programs(function: Callable[..., Any], state: Any, inputs: Any, gradients: b
     arrays = [*state_leaves, *given]
     forward = jax.jit(run).lower(arrays).compile().as_text() or ""
     if not gradients:
-        return forward, None
+        return Programs(forward)
     floating = [_is_floating(a) for a in arrays]
     fixed = [None if f else a for a, f in zip(arrays, floating, strict=True)]
     moving = [a for a, f in zip(arrays, floating, strict=True) if f]
@@ -37,7 +48,11 @@ def programs(function: Callable[..., Any], state: Any, inputs: Any, gradients: b
         return jax.vjp(outputs, moving)[1](cotangents)
 
     cotangents = [leaf for leaf in jax.tree.leaves(jax.eval_shape(run, arrays)) if _is_floating(leaf)]
-    return forward, jax.jit(gradient).lower(moving, fixed, cotangents).compile().as_text()
+    try:
+        lowered = jax.jit(gradient).lower(moving, fixed, cotangents)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return Programs(forward, why_not=str(error).partition("\n")[0])
+    return Programs(forward, lowered.compile().as_text())
 
 
 def _is_array(leaf: Any) -> bool:

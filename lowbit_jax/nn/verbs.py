@@ -134,16 +134,19 @@ def keep_codes(model: Any) -> Any:
 def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Learned activation scales (LSQ, PACT) fitted to one batch of inputs, layer after layer, each on quantized inputs.
 
-    NNX: `calibrate(model, *args)` sets them in place and returns the model (they start from a unit Gaussian). Linen:
-    `calibrate(model, variables, *args)` returns new variables (`model.init` fits them to its own inputs already).
+    Before, they fit a unit Gaussian. Inputs that are all zeros fit no scale, and leave it as it is. Weight scales stay,
+    except those of layers under a WeightNorm or SpectralNorm: they are fitted to the weight that the norm makes.
+    NNX: `calibrate(model, *args)` sets them in place and returns the model; statistics, keys and weights stay. Linen:
+    `calibrate(model, variables, *args)` returns new variables, with the scales that those of the float model lack. A
+    layer that several turns of a loop share gets the mean of what each turn fits; this cannot run inside `jit`.
     Raises: ValueError when no activation scale is learned, or the call does not reach one."""
     if framework(model, "lb.calibrate") == "nnx":
         from lowbit_jax.nn import nnx_calibrate
 
         return nnx_calibrate.calibrate(model, *args, **kwargs)
-    from lowbit_jax.nn import linen_convert
+    from lowbit_jax.nn import linen_calibrate
 
-    return linen_convert.calibrate(model, *args, **kwargs)
+    return linen_calibrate.calibrate(model, *args, **kwargs)
 
 
 def explain(model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -123,6 +123,37 @@ def test_linen_models_are_explained_by_their_inputs():
     assert lb.explain(Model()).rows == ()
 
 
+class Keyword(linen.Module):
+    @linen.compact
+    def __call__(self, *, x):
+        return linen.Dense(8, name="up")(x)
+
+
+def test_inputs_by_keyword_are_inputs():
+    model, x = lb.quantize(Keyword(), lb.quest(3)), jnp.ones((2, 96))
+    variables = model.init(jax.random.key(0), x=x)
+    for explanation in (lb.explain(model, x=x), lb.explain(model, variables, x=jax.ShapeDtypeStruct(x.shape, x.dtype))):
+        for product in ("out", "grad_lhs", "grad_rhs"):
+            assert {r.ran for r in rows_of(explanation, "up", product)} == {RAN[product]}
+
+
+def test_a_forward_without_gradient_is_explained_alone():
+    class Loop(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            layer = linen.Dense(96, name="up")
+            if self.is_initializing():
+                return layer(x)
+            body = lambda _, carry: (carry[0] + 1, layer(carry[1]))
+            return linen.while_loop(lambda _, carry: carry[0] < 2, body, self, (0, x))[1]
+
+    model, x = lb.quantize(Loop(), lb.quest(3)), jnp.ones((2, 96))
+    explanation = lb.explain(model, model.init(jax.random.key(0), x), x)
+    assert not explanation.missing and {r.ran for r in rows_of(explanation, "up", "out")} == {RAN["out"]}
+    assert {r.ran for r in rows_of(explanation, "up", "grad_lhs")} == {""}
+    assert "its gradient cannot be traced: Reverse-mode differentiation" in str(explanation)
+
+
 def test_an_unquantized_model_has_an_empty_table():
     explanation = lb.explain(Net(nnx.Rngs(0)))
     assert explanation.rows == () and "head (Linear)" in explanation.high_precision

@@ -103,7 +103,11 @@ class LinenNet(linen.Module):
         return linen.Dense(4)(hidden)
 
 
-def test_linen_scales_are_params_fitted_to_the_data_at_init(key):
+GAUSSIAN_START = 2 * np.sqrt(2 / np.pi) / np.sqrt(7.5)
+"""`lsq_start` of a unit Gaussian, whose E|x| is sqrt(2 / pi). From 256 rows of 16 draws it is known to 1.2 %."""
+
+
+def test_linen_scales_are_params_and_start_whatever_the_data_at_init(key):
     model, x = lb.quantize(LinenNet(), LSQ), 5 * jax.random.normal(key, (64, 32))
     variables = jax.jit(model.init)(key, x)
     plain = jax.jit(LinenNet().init)(key, x)
@@ -113,7 +117,9 @@ def test_linen_scales_are_params_fitted_to_the_data_at_init(key):
         for leaf, expected in zip(jax.tree.leaves(layer), jax.tree.leaves(dict(plain["params"][name])), strict=True):
             np.testing.assert_allclose(leaf, expected, rtol=1e-5)  # one program is jitted, the other not
         np.testing.assert_allclose(scales["rhs_scale"], lsq_start(layer["kernel"]), rtol=1e-6)
-    np.testing.assert_allclose(variables["params"]["Dense_0"]["lhs_scale"], lsq_start(x), rtol=1e-5)
+        np.testing.assert_allclose(scales["lhs_scale"], GAUSSIAN_START, rtol=0.05)
+    zeros = jax.jit(model.init)(key, 0 * x)
+    jax.tree.map(np.testing.assert_array_equal, zeros, variables)
 
 
 def test_linen_calibration(key):
@@ -121,8 +127,10 @@ def test_linen_calibration(key):
     variables = jax.jit(model.init)(key, x)
     new = lb.calibrate(model, variables, 3 * x)
     np.testing.assert_allclose(new["params"]["Dense_0"]["lhs_scale"], lsq_start(3 * x), rtol=1e-5)
-    np.testing.assert_allclose(variables["params"]["Dense_0"]["lhs_scale"], lsq_start(x), rtol=1e-5)
+    np.testing.assert_allclose(variables["params"]["Dense_0"]["lhs_scale"], GAUSSIAN_START, rtol=0.05)
     assert jax.tree.structure(new) == jax.tree.structure(variables)
+    with pytest.raises(TypeError, match="Pass the inputs of one call"):
+        lb.calibrate(model, variables)
     with pytest.raises(ValueError, match="no activation scale is learned"):
         quantized = lb.quantize(LinenNet())
         lb.calibrate(quantized, quantized.init(key, x), x)
@@ -132,3 +140,101 @@ def test_learned_activation_scales_need_one_entry():
     quantizer = lb.Quantizer(fit=LSQ.out.lhs.fit, estimator=LSQ.out.lhs.estimator, tiling=lb.scaling.PerRow())
     with pytest.raises(ValueError, match="one entry for the tensor.*tiling=PerTensor"):
         lb.quantize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), lb.LinearRecipe(out=lb.Gemm(lhs=quantizer)))
+
+
+def test_a_float_model_gets_its_scales_from_calibration(key):
+    model, x = lb.quantize(LinenNet(), LSQ), jax.random.normal(key, (64, 32))
+    variables = LinenNet().init(key, x)
+    for run in (lambda: model.apply(variables, x), lambda: lb.convert(model, variables, x)):
+        with pytest.raises(ValueError, match=r"the layer 'Dense_0' has no .hs_scale.*lb\.calibrate"):
+            run()
+    new = lb.calibrate(model, variables, x)
+    layer = new["params"]["Dense_0"]
+    np.testing.assert_allclose(layer["lhs_scale"], lsq_start(x), rtol=1e-5)
+    np.testing.assert_allclose(layer["rhs_scale"], lsq_start(layer["kernel"]), rtol=1e-5)
+    assert model.apply(new, x).shape == (64, 4)
+
+
+class Step(linen.Module):
+    @linen.compact
+    def __call__(self, x, _=None):
+        return linen.Dense(32)(x), None
+
+
+SHARED = {
+    "scan": (linen.scan, Step, (None,), dict(variable_broadcast="params", split_rngs={"params": False}, length=2)),
+    "vmap": (linen.vmap, Step, (), dict(variable_axes={"params": None}, split_rngs={"params": False})),
+}
+
+
+@pytest.mark.parametrize("lift", SHARED)
+def test_linen_layers_that_a_loop_shares(lift, key):
+    """A map reports a scale for each row, and the mean of their E|x| is that of all; a scan, one for each turn."""
+    transform, kind, more, options = SHARED[lift]
+    model, x = lb.quantize(transform(kind, **options)(), LSQ), 3 * jax.random.normal(key, (8, 32))
+    variables = jax.jit(model.init)(key, x, *more)
+    new = lb.calibrate(model, variables, x, *more)
+    (layer,) = new["params"].values()
+    turns = [lsq_start(x)]
+    if lift == "scan":
+        step = lb.quantize(linen.Dense(32), LSQ)
+        turns.append(lsq_start(step.apply({"params": dict(layer, lhs_scale=jnp.float32(turns[0]))}, x)))
+    np.testing.assert_allclose(layer["lhs_scale"], np.mean(turns), rtol=1e-5)
+    assert model.apply(new, x, *more)[0].shape == x.shape
+
+
+def test_calibration_on_zeros_keeps_the_scales(key):
+    model = lb.quantize(net(), LSQ)
+    before = model.layers[0].dot_general.lhs_scale[...]
+    lb.calibrate(model, jnp.zeros((4, 32)))
+    np.testing.assert_array_equal(model.layers[0].dot_general.lhs_scale[...], before)
+    quantized = lb.quantize(LinenNet(), LSQ)
+    variables = quantized.init(key, jnp.ones((4, 32)))
+    new = lb.calibrate(quantized, variables, jnp.zeros((4, 32)))
+    np.testing.assert_array_equal(new["params"]["Dense_0"]["lhs_scale"], variables["params"]["Dense_0"]["lhs_scale"])
+
+
+@pytest.mark.parametrize("norm", ["WeightNorm", "SpectralNorm"])
+def test_calibration_fits_the_weight_that_a_norm_makes(norm, key):
+    """Its norm is 1, whatever the size of the kernel; the raw kernel, with its scale, stays."""
+    x, large = jax.random.normal(key, (64, 32)), jax.nn.initializers.normal(10.0)
+    kernel = large(key, (32, 8))
+    made = kernel / (jnp.linalg.norm(kernel, axis=0, keepdims=True) if norm == "WeightNorm" else 1)
+    layer = nnx.Linear(32, 8, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0))
+    model = lb.quantize(getattr(nnx, norm)(layer, rngs=nnx.Rngs(0)), LSQ)
+    lb.calibrate(model, x)
+    np.testing.assert_array_equal(model.layer_instance.kernel[...], kernel)
+    fitted = model.layer_instance.dot_general.rhs_scale[...]
+    options = {} if norm == "WeightNorm" else {"update_stats": False}
+    quantized = lb.quantize(getattr(linen, norm)(linen.Dense(8, kernel_init=lambda *_: kernel)), LSQ)
+    variables = quantized.init(key, x, **options)
+    variables["params"]["layer_instance"]["kernel"] = kernel  # init leaves the one that the norm made
+    new = lb.calibrate(quantized, variables, x, **options)["params"]["layer_instance"]
+    np.testing.assert_array_equal(new["kernel"], kernel)
+    np.testing.assert_allclose(new["lhs_scale"], lsq_start(x), rtol=1e-5)
+    if norm == "WeightNorm":
+        np.testing.assert_allclose(fitted, lsq_start(made), rtol=1e-5)
+        np.testing.assert_allclose(new["rhs_scale"], lsq_start(made), rtol=1e-5)
+    else:  # one step of power iteration, from a random vector, finds the singular value to a factor
+        largest = np.linalg.norm(np.asarray(kernel), 2)
+        for scale in (fitted, new["rhs_scale"]):
+            assert 1 / 1.01 < scale * largest / lsq_start(kernel) < 3
+
+
+def test_calibration_leaves_statistics_and_keys():
+    class Noisy(nnx.Module):
+        def __init__(self, rngs):
+            self.layer, self.norm = nnx.Linear(32, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.layer(self.drop(x)))
+
+    original = Noisy(nnx.Rngs(0))
+    model, before = lb.quantize(original, LSQ), jax.tree.map(jnp.copy, nnx.state(original))
+    scale = model.layer.dot_general.lhs_scale[...]
+    lb.calibrate(model, jnp.ones((4, 32)))
+    assert model.layer.dot_general.lhs_scale[...] != scale
+    is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+    same = lambda a, b: np.testing.assert_array_equal(*(jax.random.key_data(v) if is_key(v) else v for v in (a, b)))
+    jax.tree.map(same, nnx.state(original), before)

@@ -213,6 +213,20 @@ def test_stochastic_rounding_draws_from_its_stream(x, key):
         layer.apply(variables, x)
 
 
+def test_a_method_without_parameters_runs(x):
+    class Shifted(nn.Module):
+        def setup(self):
+            self.layer = nn.Dense(8)
+
+        def shift(self, x):
+            return x + 1
+
+        def __call__(self, x):
+            return self.layer(self.shift(x))
+
+    np.testing.assert_array_equal(lb.quantize(Shifted()).apply({}, x, method="shift"), x + 1)
+
+
 class Custom(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -169,9 +169,47 @@ def test_shared_layers_stay_shared(key):
     assert lb.convert(twice).first is not twice.first
 
 
+def test_modules_that_are_no_pytrees_are_walked(key):
+    class Blocks(nnx.Module, pytree=False):
+        def __init__(self, rngs):
+            self.blocks = [nnx.Linear(32, 32, rngs=rngs) for _ in range(2)]
+
+        def __call__(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    class Outer(nnx.Module):
+        def __init__(self, rngs):
+            self.inner, self.head = Blocks(rngs), nnx.Linear(32, 4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.inner(x))
+
+    outer, x = Outer(nnx.Rngs(0)), spread(key, (5, 32))
+    before = outer(x)
+    quantized = lb.quantize(outer, lb.methods.get("lsq", bits=4), rules=[("inner/blocks/1", INT4)])
+    explanation = lb.explain(quantized, x)
+    assert {row.layer for row in explanation.rows} == {"inner/blocks/0", "inner/blocks/1", "head"}
+    assert not explanation.missing
+    second = quantized.inner.blocks[1]
+    product = fake_int4(x, 1), fake_int4(second.kernel[...], 0)
+    assert_sums_equal(second(x), *product)
+    scale = quantized.inner.blocks[0].dot_general.lhs_scale[...]
+    lb.calibrate(quantized, x)
+    assert quantized.inner.blocks[0].dot_general.lhs_scale[...] != scale
+    packed = lb.convert(quantized)
+    assert isinstance(packed.inner.blocks[0].kernel.get_value(), lb.QTensor)
+    np.testing.assert_allclose(packed(x), quantized(x), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(outer(x), before)
+    root = lb.quantize(Blocks(nnx.Rngs(0)), INT4)
+    assert [row.layer for row in lb.explain(root).rows][::6] == ["blocks/0", "blocks/1"]
+
+
 def test_abstract_models_can_be_quantized():
     abstract = nnx.eval_shape(lambda: lb.convert(lb.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))))
     assert abstract.kernel.get_value().shape == (64, 32)
+    shapes = lb.convert(lb.quantize(nnx.eval_shape(lambda: nnx.Linear(64, 32, rngs=nnx.Rngs(0)))))
+    leaves = lambda model: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.state(model))
+    assert leaves(shapes) == leaves(abstract)
 
 
 def test_subclasses_may_add_but_not_go_around(key):

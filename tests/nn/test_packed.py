@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen, nnx
+from flax import linen, nnx, serialization
 
 import lowbit_jax as lb
 from lowbit_jax.nn.nnx import PackedWeight
@@ -168,6 +168,61 @@ def test_linen_packed_checkpoint_round_trip(tmp_path, x, linen_variables):
     np.testing.assert_array_equal(apply(restored, x), apply(words, x))
 
 
+def test_packed_variables_in_flax_serialization(key):
+    x = jax.random.normal(key, (2, 64))
+    packed_by = lambda recipe, layout: lb.convert(lb.quantize(linen.Dense(8), recipe), kernel, x, layout=layout)
+    kernel = linen.Dense(8).init(key, x)
+    for layout in ("bitstream-le/1", "planes/1"):
+        packed, words = packed_by(lb.quest(4), layout)
+        data = serialization.to_bytes(words)
+        restored = serialization.from_bytes(jax.tree.map(jnp.zeros_like, words), data)
+        assert type(restored["params"]["kernel"]) is type(words["params"]["kernel"])
+        np.testing.assert_array_equal(packed.apply(restored, x), packed.apply(words, x))
+        with pytest.raises(ValueError, match="holds the format midrise4, the template has midrise3"):
+            serialization.from_bytes(packed_by(lb.quest(3), layout)[1], data)
+        with pytest.raises(ValueError, match=r"holds the shape float32\[64, 8\], the template has float32\[32, 8\]"):
+            half = lb.convert(lb.quantize(linen.Dense(8)), linen.Dense(8).init(key, x[:, :32]), layout=layout)[1]
+            serialization.from_bytes(half, data)
+        with pytest.raises(ValueError, match="holds no packed weight there"):
+            serialization.from_bytes(words, serialization.to_bytes(kernel))
+    with pytest.raises(ValueError, match="holds the layout planes/1, the template has bitstream-le/1"):
+        serialization.from_bytes(packed_by(lb.quest(4), "bitstream-le/1")[1], data)
+    damaged = serialization.to_state_dict(words)
+    damaged["params"]["kernel"]["sums"] = damaged["params"]["kernel"]["sums"][1:]
+    with pytest.raises(ValueError, match=r"holds sums of int32\[7\], the template has int32\[8\]"):
+        serialization.from_state_dict(words, damaged)
+
+
+def test_kernels_of_layers_that_are_not_quantized_stay(key):
+    class Mixed(linen.Module):
+        @linen.compact
+        def __call__(self, *, x):
+            cell = linen.OptimizedLSTMCell(8)
+            _, x = cell(cell.initialize_carry(key, x[:, 0].shape), linen.Dense(32)(x)[:, 0])
+            return linen.ConvTranspose(4, (3,))(x[:, None])
+
+    x = jax.random.normal(key, (2, 3, 32))
+    model = lb.quantize(Mixed())
+    variables = jax.jit(model.init)(key, x=x)
+    packed, words = lb.convert(model, variables, x=jax.ShapeDtypeStruct(x.shape, x.dtype))
+    np.testing.assert_allclose(packed.apply(words, x=x), model.apply(variables, x=x), rtol=0, atol=1e-5)
+    kinds = {name: type(layer["kernel"]) for name, layer in words["params"].items() if "kernel" in layer}
+    assert kinds["Dense_0"] is lb.QTensor and kinds["ConvTranspose_0"] is not lb.QTensor
+
+
+def test_shapes_of_variables_are_packed_as_shapes(key):
+    model, x = lb.quantize(linen.Dense(8), lb.methods.get("lsq", bits=4)), jnp.ones((2, 32))
+    variables = jax.eval_shape(model.init, key, x)
+    words = lb.convert(model, variables, x)[1]
+    assert words["params"]["kernel"].words == jax.ShapeDtypeStruct((8, 16), jnp.uint8)
+
+
+@pytest.mark.parametrize("layout", ["bitstream-le/1", "planes/1"])
+def test_packed_models_print(layout):
+    packed = lb.convert(lb.quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0))), layout=layout)
+    assert "PackedWeight" in str(packed) and "midrise4" in str(nnx.state(packed))
+
+
 def test_bfloat16_layers(key):
     """bfloat16 products of the same operands: one rounding of the result apart at most."""
     layer = lb.quantize(nnx.Linear(64, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
@@ -254,6 +309,8 @@ def test_weights_that_are_made_at_every_call(norm):
     normed = norm(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=f"this {norm.__name__} makes the weight of its layer at every call"):
         lb.convert(lb.quantize(normed, lb.quest(4)))
+    with pytest.raises(ValueError, match=f"lb.nn.prepare: the layer 'layers/0' .{norm.__name__}. makes the weight"):
+        lb.nn.prepare(lb.quantize(nnx.Sequential(normed), lb.quest(4)))
     model = lb.quantize(linen.WeightNorm(linen.Dense(16)), lb.quest(4))
     variables = model.init(jax.random.key(0), jnp.ones((2, 32)))
     with pytest.raises(ValueError, match="kernel/scale' belongs to a weight that a norm"):

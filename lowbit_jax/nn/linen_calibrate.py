@@ -1,0 +1,98 @@
+"""Linen: learned scales from one batch, those of activations and of weights that a norm makes at every call.
+
+A call fits each scale where it is used and writes it into `params`. Where Flax lets nothing be written, in a loop whose
+turns share their parameters or under a norm of weights, the call reports what it fitted instead."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import errors, linen
+from jaxtyping import Array
+
+from lowbit_jax.nn.linen import watching
+from lowbit_jax.nn.linen_layers import Calibration, before_name, calibrating
+from lowbit_jax.nn.linen_sites import Call, Sites, array_call, checked_trace, inside, with_layers
+from lowbit_jax.nn.site import initial_scales
+
+Entries = frozenset[tuple[str, str]]  # of scales: path of the layer, side
+
+
+def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Variables whose learned scales are fitted to one batch; see `lb.calibrate`."""
+    if not args and not kwargs:
+        raise TypeError("lb.calibrate(model, variables, *args) fits scales to a batch. Pass the inputs of one call.")
+    with calibrating(Calibration()):
+        traced = checked_trace(model, variables, args, kwargs, "lb.calibrate")
+    learned = {path: site for path, site in traced.sites.items() if site[1].learned}
+    sides = lambda path: ("lhs", "rhs") if path in traced.normed else ("lhs",)
+    entries = frozenset((path, s) for path, (_, recipe) in learned.items() for s in sides(path) if s in recipe.learned)
+    if not entries:
+        raise ValueError("lb.calibrate: no activation scale is learned here; the scales are read off each batch.")
+    call, variables = Call.of(model, args, kwargs), with_layers(variables, learned, _completed)
+    stored = _storable(call, variables, learned, entries)
+    calibration = Calibration(stored, {entry: [] for entry in entries - stored})
+    ran = _variables_after(jax.jit, call, variables, learned, calibration)
+    jax.effects_barrier()
+
+    def fitted(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
+        new = {}
+        for side in ("lhs", "rhs"):
+            name, entry = f"{side}_scale", (site.path, side)
+            if entry in stored:
+                new[name] = inside(ran["params"], site.path)[name]
+            elif entry in calibration.reported:
+                new[name] = _mean(calibration.reported[entry], layer[name], site.path)
+        return layer | new
+
+    return with_layers(variables, learned, fitted)
+
+
+def _completed(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
+    """With the scales that a float model lacks."""
+    if all(f"{side}_scale" in layer for side in recipe.learned):
+        return layer
+    start = initial_scales(recipe, site, linen.meta.unbox(layer["kernel"]))
+    return {f"{side}_scale": value for side, value in start.items()} | layer
+
+
+def _variables_after(transform: Any, call: Call, variables: Any, learned: Sites, calibration: Calibration) -> Any:
+    """What the call leaves under `transform`, fitting scales on its way."""
+
+    def aside(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
+        moved = {f"{side}_scale": before_name(side) for path, side in calibration.stored if path == site.path}
+        return {moved.get(name, name): value for name, value in layer.items()}
+
+    after = lambda variables, inputs: call(variables, inputs)[1]
+    with calibrating(calibration), watching(lambda *_: None):
+        return array_call(transform, after, with_layers(variables, learned, aside), call.inputs)
+
+
+def _storable(call: Call, variables: Any, learned: Sites, entries: Entries) -> Entries:
+    """The scales that the call can write: all, or those that it can when it writes no other."""
+
+    def runs(some: Iterable[tuple[str, str]]) -> bool:
+        try:
+            abstract = lambda function: functools.partial(jax.eval_shape, function)
+            _variables_after(abstract, call, variables, learned, Calibration(frozenset(some)))
+        except (ValueError, TypeError, errors.FlaxError):
+            return False
+        return True
+
+    return entries if runs(entries) else frozenset(entry for entry in entries if runs([entry]))
+
+
+def _mean(reports: list[Any], held: Array, path: str) -> Array:
+    """Mean of the scales that were reported, such as by the turns of a loop; 0 stands for an operand of zeros, and
+    where all are, the scale stays."""
+    if not reports:
+        raise ValueError(
+            f"lb.calibrate: the scale of {path!r} can only be reported while the model runs, and nothing was. Call it"
+            " outside jit, with inputs that run this layer."
+        )
+    fitted = np.stack([np.asarray(report) for report in reports])
+    count = np.count_nonzero(fitted, axis=0)
+    return jnp.where(count == 0, held, (fitted.sum(0) / np.maximum(count, 1)).astype(held.dtype))
