@@ -25,18 +25,19 @@ LEAST_ROWS = 8  # of the right operand of a tensor-core product; of the left one
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """What one program computes, and how: rows and columns of its block, warps, pipeline stages, parts of the
-    contraction.
+    """What one program computes, and how: rows and columns of its block, warps, pipeline stages, and into how many
+    programs and into how many parts of each the contraction is cut.
 
     Sizes are powers of two of at least 16; where rows are the right operand of the product (`LEAST_ROWS`), 8 too.
     `split` > 1 cuts the contraction into so many programs, whose float32 sums
-    are added in a fixed order afterwards."""
+    are added in a fixed order afterwards; `parts` > 1 are taken side by side by one program (`parts.py`)."""
 
     rows: int = 16
     columns: int = 64
     warps: int = 4
     stages: int = 3
     split: int = 1
+    parts: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -49,6 +50,8 @@ class Tile:
         if self.warps not in (1, 2, 4, 8, 16) or self.stages < 1 or self.split < 1:
             fail("Tile", f"got warps={self.warps}, stages={self.stages}, split={self.split}",
                  "Use 1, 2, 4, 8 or 16 warps, and at least one stage and one part")  # fmt: skip
+        if self.parts not in (1, 2, 4, 8):
+            fail("Tile", f"got parts={self.parts}", "Use 1, 2, 4 or 8")
 
 
 def check_impl(who: str, impl: str) -> None:
@@ -58,12 +61,15 @@ def check_impl(who: str, impl: str) -> None:
 
 
 def check_tile(who: str, tile: Any, rows: int = 16) -> None:
-    """Raises: TypeError for anything but a `Tile` or None, ValueError for one of fewer rows than the kernel takes."""
+    """Raises: TypeError for anything but a `Tile` or None, ValueError for one of fewer rows than the kernel takes, or
+    with parts unless it takes `LEAST_ROWS`."""
     if tile is None:
         return
     check_kind(who, "tile", tile, Tile)
     if tile.rows < rows:
         fail(who, f"got tile.rows={tile.rows}", f"This kernel takes powers of two from {rows} on")
+    if tile.parts > 1 and rows > LEAST_ROWS:
+        fail(who, f"got tile.parts={tile.parts}", "This kernel takes the contraction whole")
 
 
 def assembly(impl: str) -> bool:

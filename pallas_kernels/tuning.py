@@ -23,7 +23,14 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
-FIELDS = {"rows": 1024, "columns": 1024, "warps": 16, "stages": 16, "split": 256}  # of a launch.Tile, and the most
+FIELDS = {
+    "rows": 1024,
+    "columns": 1024,
+    "warps": 16,
+    "stages": 16,
+    "split": 256,
+    "parts": 8,
+}  # of a launch.Tile, and the most
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: fewer leave some idle
 ALIKE = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # the same processor with other memory: its tiles, where it has none
 PACKAGED = pathlib.Path(__file__).with_name("tuned.json")

@@ -105,10 +105,11 @@ def default(p: Product) -> Tile:
 
 def candidates(p: Product) -> list[Tile | None]:
     """The default first, then tiles that were among the best of a wide search on an H100 for such a product, and those
-    of 8 rows and of one warp, which by their instructions should be and were not timed yet; what a kernel refuses or a
-    chip cannot hold falls out when compiled."""
+    of 8 rows, of one warp and with parts side by side, which by their instructions should be and were not timed yet;
+    what a kernel refuses or a chip cannot hold falls out when compiled."""
     if p.kernel == "matmul_fp8":
         return [None]
+    one: list[Tile] = []
     if p.m > 64:
         wide = [(r, c, 8, s) for r, c in matmul_i8_hopper.TILES for s in ((4, 6) if r == c else (3, 4))]
         plain = [(128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 4), (64, 256, 8, 3)]
@@ -122,7 +123,10 @@ def candidates(p: Product) -> list[Tile | None]:
             two, four = [(64, 2, 3, k) for k in (1, 2, 4)], [(64, 1, 3, 2), (128, 2, 3, 2)]
         own = (8, 16) if p.m <= 8 and p.kernel != "matmul_mx" else (default(p).rows,)
         sizes = [(r, c, w, s, k) for r in own for c, w, s, k in (*two, *four)]
-    tiles = [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in sizes]
+        if p.m <= 8 and p.kernel in ("matmul_a16", "matmul_a8"):  # no second kernel adds parts
+            side_by_side = [(64, 4, 2), (64, 2, 2), (32, 4, 4), (16, 4, 8)]
+            one = [Tile(rows=8, columns=c, warps=w, stages=3, parts=parts) for c, w, parts in side_by_side]
+    tiles = one + [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in sizes]
     none = [None] if p.kernel == "matmul_a8" and p.m > 64 else []  # what it does without a tile: unpacks first
     return list(dict.fromkeys([*none, default(p), *tiles]))
 
@@ -245,7 +249,8 @@ def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, round
         "kernel_device_us": None if device is None else 1e6 * device,
         "device_ratio": None if device is None or dot_device is None else dot_device / device,
         "tile": None if tile is None else dataclasses.asdict(tile),
-        "tried_us": {json.dumps(tiles[name] and dataclasses.asdict(tiles[name])): 1e6 * t for name, t in tried.items()},
+        "tried_us": {json.dumps(tile and dataclasses.asdict(tile)): 1e6 * tried[name]
+                     for name, tile in tiles.items() if name in tried},
     }  # fmt: skip
 
 

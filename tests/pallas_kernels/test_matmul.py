@@ -67,6 +67,40 @@ def test_16_bit_activations(bits, m, n, k, group, zeros, dtype, rows, split):
         assert relative(y, reference) < tolerance
 
 
+SIDE_BY_SIDE = [  # bits, m, n, k, group, zeros, tile rows, split, parts
+    (1, 1, 40, 1024, None, "half", 8, 1, 2),
+    (3, 3, 100, 2048, 128, "array", 8, 2, 2),
+    (4, 8, 64, 1024, 32, None, 8, 1, 8),
+    (4, 20, 33, 1024, 64, "other", 16, 2, 4),
+    (8, 2, 32, 512, None, "other", 8, 1, 4),
+]
+
+
+@pytest.mark.parametrize(("bits", "m", "n", "k", "group", "zeros", "rows", "split", "parts"), SIDE_BY_SIDE)
+def test_parts_of_the_contraction_side_by_side(bits, m, n, k, group, zeros, rows, split, parts):
+    (x, words, scales, given), reference = product_a16(bits, m, n, k, group, zeros, BF16)
+    tile = Tile(rows=rows, columns=32, split=split, parts=parts)
+    y = matmul_a16(x, words, scales, given, bits=bits, group=group, out_dtype=jnp.float32, impl="interpret", tile=tile)
+    assert relative(y, reference) < 1e-5
+    random = np.random.default_rng(bits)
+    codes, u = random.integers(-128, 128, (m, k)), random.integers(0, 1 << bits, (n, k))
+    x_scales, w_scales = random.random(m).astype(np.float32) + 0.5, random.random(n).astype(np.float32) + 0.5
+    middle, words = ((1 << bits) - 1) / 2, planes.pack(jnp.asarray(u, jnp.uint8), bits, 8)
+    y = matmul_a8(jnp.asarray(codes, jnp.int8), x_scales, words, w_scales, bits=bits, x_zero=-0.5, w_zero=middle,
+                  out_dtype=jnp.float32, impl="interpret", tile=tile)  # fmt: skip
+    expected = (codes + 0.5) @ (u - middle).T * x_scales[:, None].astype(np.float64) * w_scales[None]
+    assert relative(y, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("k", "said"), [(1056, "parts=2, but K=1056 is"), (128, "parts=2, but K=128 is 1 steps")])
+def test_parts_are_whole_steps(k, said):
+    (x, words, scales, _), _ = product_a16(4, 1, 32, k, None, None, BF16)
+    with pytest.raises(ValueError, match=said):
+        matmul_a16(x, words, scales, bits=4, impl="interpret", tile=Tile(rows=8, columns=32, parts=2))
+    with pytest.raises(ValueError, match=r"got parts=3. Use 1, 2, 4 or 8"):
+        Tile(parts=3)
+
+
 @pytest.mark.parametrize("scale_dtype", [jnp.bfloat16, jnp.float16])
 def test_scales_of_16_bits_and_results_of_32(scale_dtype):
     (x, words, scales, zeros), _ = product_a16(4, 3, 32, 128, 64, "array", BF16)
