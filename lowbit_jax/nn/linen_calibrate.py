@@ -1,24 +1,23 @@
 """Linen: learned scales from one batch, those of activations and of weights that a norm makes at every call.
 
-A call fits each scale where it is used and writes it into `params`. Where Flax lets nothing be written, in a loop whose
-turns share their parameters or under a norm of weights, the call reports what it fitted instead."""
+A call fits each scale where it is used and writes it into `params`. Where Flax does not let it, in a loop whose turns
+share their parameters or under a norm of weights, the call reports all that it fits instead."""
 
+import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import errors, linen
+from flax.core import DenyList
 from jaxtyping import Array
 
 from lowbit_jax.nn.linen import watching
 from lowbit_jax.nn.linen_layers import Calibration, before_name, calibrating
 from lowbit_jax.nn.linen_sites import Call, Sites, array_call, checked_trace, inside, with_layers
 from lowbit_jax.nn.site import initial_scales
-
-Entries = frozenset[tuple[str, str]]  # of scales: path of the layer, side
 
 
 def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -33,16 +32,17 @@ def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: 
     if not entries:
         raise ValueError("lb.calibrate: no activation scale is learned here; the scales are read off each batch.")
     call, variables = Call.of(model, args, kwargs), with_layers(variables, learned, _completed)
-    stored = _storable(call, variables, learned, entries)
-    calibration = Calibration(stored, {entry: [] for entry in entries - stored})
-    ran = _variables_after(jax.jit, call, variables, learned, calibration)
-    jax.effects_barrier()
+    calibration = Calibration(stored=entries)
+    if not _runs(call, variables, learned, calibration):
+        calibration = Calibration(reported={entry: [] for entry in entries})
+        call = dataclasses.replace(call, mutable=DenyList("params"))
+    _, ran = jax.block_until_ready(_ran(jax.jit, call, variables, learned, calibration))
 
     def fitted(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
         new = {}
         for side in ("lhs", "rhs"):
             name, entry = f"{side}_scale", (site.path, side)
-            if entry in stored:
+            if entry in calibration.stored:
                 new[name] = inside(ran["params"], site.path)[name]
             elif entry in calibration.reported:
                 new[name] = _mean(calibration.reported[entry], layer[name], site.path)
@@ -59,30 +59,28 @@ def _completed(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
     return {f"{side}_scale": value for side, value in start.items()} | layer
 
 
-def _variables_after(transform: Any, call: Call, variables: Any, learned: Sites, calibration: Calibration) -> Any:
-    """What the call leaves under `transform`, fitting scales on its way."""
+def _ran(transform: Any, call: Call, variables: Any, learned: Sites, calibration: Calibration) -> Any:
+    """What the call answers and leaves under `transform`, fitting scales on its way."""
 
     def aside(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
         moved = {f"{side}_scale": before_name(side) for path, side in calibration.stored if path == site.path}
         return {moved.get(name, name): value for name, value in layer.items()}
 
-    after = lambda variables, inputs: call(variables, inputs)[1]
+    def answers(variables: Any, inputs: Any) -> Any:
+        y, new = call(variables, inputs)
+        return [leaf for leaf in jax.tree.leaves(y) if isinstance(leaf, jax.Array)], new
+
     with calibrating(calibration), watching(lambda *_: None):
-        return array_call(transform, after, with_layers(variables, learned, aside), call.inputs)
+        return array_call(transform, answers, with_layers(variables, learned, aside), call.inputs)
 
 
-def _storable(call: Call, variables: Any, learned: Sites, entries: Entries) -> Entries:
-    """The scales that the call can write: all, or those that it can when it writes no other."""
-
-    def runs(some: Iterable[tuple[str, str]]) -> bool:
-        try:
-            abstract = lambda function: functools.partial(jax.eval_shape, function)
-            _variables_after(abstract, call, variables, learned, Calibration(frozenset(some)))
-        except (ValueError, TypeError, errors.FlaxError):
-            return False
-        return True
-
-    return entries if runs(entries) else frozenset(entry for entry in entries if runs([entry]))
+def _runs(call: Call, variables: Any, learned: Sites, calibration: Calibration) -> bool:
+    """Whether the call can be made so."""
+    try:
+        _ran(lambda f: functools.partial(jax.eval_shape, f), call, variables, learned, calibration)
+    except (ValueError, TypeError, errors.FlaxError):
+        return False
+    return True
 
 
 def _mean(reports: list[Any], held: Array, path: str) -> Array:

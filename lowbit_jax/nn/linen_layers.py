@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 from jax import lax
@@ -183,8 +184,7 @@ class BoundProduct:
             return layer.param(name, lambda _: fitted_scale(side, arrived, recipe, site, before))
         if calibration is not None and entry in calibration.reported:
             held = layer.get_variable("params", name)
-            scale = fitted_scale(side, arrived, recipe, site, jnp.zeros_like(held))
-            jax.debug.callback(calibration.reported[entry].append, scale)
+            scale = calibration.report(entry, fitted_scale(side, arrived, recipe, site, jnp.zeros_like(held)))
             return jnp.where(scale == 0, held, scale)
         if not layer.has_variable("params", name) and not layer.is_mutable_collection("params"):
             if calibration is not None:
@@ -213,6 +213,15 @@ class Calibration:
 
     stored: frozenset[tuple[str, str]] = frozenset()
     reported: dict[tuple[str, str], list[Any]] = dataclasses.field(default_factory=dict)
+
+    def report(self, entry: tuple[str, str], scale: Array) -> Array:
+        """The scale, told on its way: `flax.linen.scan` allows no effect in its body that nothing depends on."""
+
+        def told(scale: Any) -> Any:
+            self.reported[entry].append(np.array(scale))
+            return scale
+
+        return jax.pure_callback(told, jax.typeof(scale), scale, vmap_method="sequential")
 
 
 class _Current(threading.local):

@@ -79,11 +79,13 @@ def checked_trace(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """`model.apply` as a function of variables and inputs; `inputs`: its arguments and keywords, without the keys."""
+    """`model.apply` as a function of variables and inputs; `inputs`: its arguments and keywords, without the keys.
+    mutable: the collections that it may write, as Flax has them."""
 
     model: linen.Module
     inputs: tuple[tuple, dict[str, Any]]
     rngs: dict[str, Any]
+    mutable: Any = True
 
     @classmethod
     def of(cls, model: linen.Module, args: tuple, kwargs: Mapping[str, Any]) -> "Call":
@@ -93,7 +95,7 @@ class Call:
 
     def __call__(self, variables: Any, inputs: tuple[tuple, dict[str, Any]]) -> Any:
         args, options = inputs
-        return self.model.apply(variables, *args, rngs=self.rngs, mutable=True, **options)
+        return self.model.apply(variables, *args, rngs=self.rngs, mutable=self.mutable, **options)
 
     def init(self) -> Any:
         """Abstract variables, as `model.init` would make them."""
