@@ -4,6 +4,7 @@
 """
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # expected values are those of float32 products; a GPU may use TF32
 
@@ -15,6 +16,11 @@ import tests.typechecker  # noqa: F401  # found by name by --jaxtyping-packages
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time; this halves it
+# A program that an earlier test compiled is read from here: a folder for each process, as JAX writes without locks.
+_compiled = pathlib.Path(__file__).parents[1] / ".pytest_cache" / f"jax-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+jax.config.update("jax_compilation_cache_dir", str(_compiled))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 if jax.__version_info__ < (0, 11):  # the older of its code generators takes 0.6 of the time; JAX 0.12 has one only
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 if os.environ["JAX_PLATFORMS"] == "cpu":

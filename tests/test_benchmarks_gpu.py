@@ -225,8 +225,9 @@ def test_a_tile_stays_in_the_table_only_where_it_beats_xla(xla_is_faster, monkey
     m, n, tiles = 16, 32, (Tile(rows=16, columns=16, stages=1), Tile(rows=16, columns=32, stages=1))
     key, chip = both_ways.tuning_key(m, n, jnp.bfloat16), jax.devices()[0].device_kind
     run, by_xla = (functools.partial(both_ways.quantize_both_ways, impl=impl) for impl in ("interpret", "xla"))
-    operands = [(jnp.ones((m, n), jnp.bfloat16), jnp.ones(n), jnp.ones(m))] * rotations.ARRAYS
+    operands = [(jnp.ones((m, n), jnp.bfloat16), jnp.ones(n), jnp.ones(m))]
     took = {str(tiles[0]): [2.0], str(tiles[1]): [1.0], "xla": [0.5 if xla_is_faster else 2.0], "copy": [1.0]}
+    monkeypatch.setattr(rotations, "ARRAYS", 1)
     monkeypatch.setattr(rotations, "WIDE_TILES", tiles)
     monkeypatch.setattr(rotations, "NO_SPILLS", {})  # an option of the GPU's compiler
     monkeypatch.setattr(rotations, "cases", lambda: [rotations.Case("both", key, run, operands, by_xla)])

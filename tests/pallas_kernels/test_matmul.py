@@ -69,10 +69,9 @@ def test_16_bit_activations(bits, m, n, k, group, zeros, dtype, rows, split):
 
 SIDE_BY_SIDE = [  # bits, m, n, k, group, zeros, tile rows, split, parts
     (1, 1, 40, 1024, None, "half", 8, 1, 2),
-    (3, 3, 100, 2048, 128, "array", 8, 2, 2),
+    (3, 3, 100, 1024, 128, "array", 8, 1, 2),
     (4, 8, 64, 1024, 32, None, 8, 1, 8),
-    (4, 20, 33, 1024, 64, "other", 16, 2, 4),
-    (8, 2, 32, 512, None, "other", 8, 1, 4),
+    (4, 20, 33, 512, 64, "other", 16, 2, 2),
 ]
 
 

@@ -178,7 +178,7 @@ class TestSums:
         assert set(sent.of(kind="all-gather").collectives[0].dtypes) <= {"u8", "u16"}
 
     @pytest.mark.parametrize("bits", [3, 8])
-    @pytest.mark.parametrize("size", [1, 8, 20, 400, 600, 2048, 2052])
+    @pytest.mark.parametrize("size", [1, 20, 400, 2048, 2052])
     def test_no_bytes_for_what_is_not_there(self, mesh, size, bits):
         """`bits + 16 / block` bits an element for parts of every size, where `block` is that of a part in equal blocks
         of at most 128, and never more than floats. A part within one block is rounded as if it were padded to it."""
