@@ -35,7 +35,7 @@ from pallas_kernels.unpack import gain, held, offset, plane, to_float
 
 WORD_BITS = 16
 MOST_OF_A_GROUP = 1024  # contraction indices
-_LONG = 256
+_LONG = 256  # contraction indices of a group, up to which tuned tiles serve
 _SHORT = 128  # contraction indices of a turn with many rows, unless a group is longer
 
 
@@ -59,7 +59,8 @@ def matmul_a16(
     like the scales; halves are exact. An infinite x gives what the reference does, but NaN with other zeros than
     2^(bits-1) and (2^bits - 1)/2. Reference: `impl="xla"`, equal to a rounding of the result and K 2^-23 of its
     summands.
-    Raises: ValueError for sizes, groups or layouts that do not fit, TypeError for dtypes."""
+    Raises: ValueError for sizes, groups or layouts that do not fit and, where it is compiled, groups above 1024;
+    TypeError for dtypes."""
     who = "matmul_a16"
     launch.check_impl(who, impl)
     planes.check_layout(who, layout)
@@ -193,6 +194,22 @@ def _group_sums(x, groups):
     return x.astype(jnp.float32).reshape(x.shape[0], groups, -1).sum(-1).T
 
 
+def _scaled(inner, of_group, *, bits, midrise, zero, share=1.0):
+    """One group's product by its scale, with what the zero point still asks for.
+
+    of_group: its scales, sums of x and zeros, as far as there are any; share: of the sums that is added here."""
+    scale, *others = [side.astype(jnp.float32) for side in of_group]
+    if not others:
+        return inner * (scale * (1 / gain(midrise)))[:, None]
+    sums = others[0][None, :] * share
+    if zero is not None:
+        shift = (offset(bits, midrise) - zero) * sums
+    else:
+        shift = offset(bits, midrise) - others[1][:, None]
+        shift = jnp.where(shift == 0, 0, shift * sums)  # sums may be infinite
+    return (inner * (1 / gain(midrise)) + shift) * scale[:, None]
+
+
 def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, split, sizes, midrise, zero,
             use_assembly):  # fmt: skip
     m, n, k = sizes
@@ -207,36 +224,20 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
 
     def line(ref, row, mask):
         if len(ref.shape) == 3:  # of every part
-            return masks.load(
-                ref.at[:, row, :], None if mask is None else jnp.broadcast_to(mask, (side_by_side, mask.size))
-            )
+            whole = None if mask is None else jnp.broadcast_to(mask, (side_by_side, mask.size))
+            return masks.load(ref.at[:, row, :], whole)
         if last is not None:
             mask = (row <= last) & (jnp.ones(ref.shape[1], jnp.bool_) if mask is None else mask)
-        at = ref.at[pl.ds(row, 1), :]
-        return masks.load(at, None if mask is None else mask[None])
+        return masks.load(ref.at[pl.ds(row, 1), :], None if mask is None else mask[None])
 
     def sides(row):
         """A group's scales, and where there is a shift the sums of x over it and its zeros, as they are stored."""
-        scales, *others = (scale_ref, *side_refs)
-        found = [line(scales, row, of_columns).reshape(-1)]
-        found += [
-            line(sums, row, of_rows).T.reshape(-1) for sums in others[:1]
-        ]  # the right operand has parts innermost
-        return found + [line(zeros, row, of_columns).reshape(-1) for zeros in others[1:]]
+        refs = zip((scale_ref, *side_refs), (of_columns, of_rows, of_columns), strict=False)
+        scale, *others = [line(ref, row, mask) for ref, mask in refs]
+        others[:1] = [sums.T for sums in others[:1]]  # parts innermost, as in the right operand
+        return [side.reshape(-1) for side in (scale, *others)]
 
-    def scaled(inner, of_group, share=1.0):
-        """One group's product by its scale, with what the zero point still asks for."""
-        scale, *others = [side.astype(jnp.float32) for side in of_group]
-        if not others:
-            return inner * (scale * (1 / gain(midrise)))[:, None]
-        sums = others[0][None, :] * share
-        if zero is not None:
-            shift = (offset(bits, midrise) - zero) * sums
-        else:
-            shift = offset(bits, midrise) - others[1][:, None]
-            shift = jnp.where(shift == 0, 0, shift * sums)  # sums may be infinite
-        return (inner * (1 / gain(midrise)) + shift) * scale[:, None]
-
+    scaled = functools.partial(_scaled, bits=bits, midrise=midrise, zero=zero)
     groups = step // group  # of a turn
 
     def turn(i, carried):
@@ -265,5 +266,5 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
     total, (whole, *_) = launch.loop(steps, turn, (nothing, first))
     total = parts.summed(total, side_by_side)
     if per_channel:  # one scale for the whole row; each part adds its share of the shift
-        total = scaled(total, whole, 1 / split)
+        total = scaled(total, whole, share=1 / split)
     masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))

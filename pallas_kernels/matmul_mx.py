@@ -110,7 +110,8 @@ def default_tile(m: int, n: int, k: int, format: str) -> Tile:
     programs = -(-n // 64) * -(-m // block)
     splits = [s for s in (1, 2, 4, 8) if s == 1 or steps // s >= 4]  # turns to overlap
     split = next((s for s in splits if s * programs >= 3 * tuning.PROGRAMS), splits[-1])
-    return Tile(rows=block, warps=2 if m <= 16 else 4, split=split)  # on an H100 half the time of four warps
+    # On an H100 two warps and four parts of 14336 x 4096 took half the time of four warps and two parts.
+    return Tile(rows=block, warps=2 if m <= 16 else 4, split=split)
 
 
 def cases() -> list[tuple]:

@@ -65,7 +65,7 @@ class Config:
     batch: int = 32
     context: int = 512
     minutes: float = 8.0
-    """What is not begun by then is left out, and the report says so."""
+    """What is not begun by then is left out, and the report says so; what still runs two minutes later is ended."""
     parts: tuple[str, ...] = PARTS
     """Which parts, in this order."""
     package: bool = False

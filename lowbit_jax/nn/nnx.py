@@ -100,7 +100,7 @@ class StatefulProduct(nnx.Module):
             setattr(self, f"{side}_scale", Scale(value))
         if rngs is not None:
             self.rngs = rngs
-        self.calibrating = ""
+        self.calibrating = ""  # sides to fit in the next call, a word each, which NNX keeps out of the state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         for side in self.calibrating.split():

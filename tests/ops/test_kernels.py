@@ -19,12 +19,12 @@ from jax.sharding import (
 )
 
 import lowbit_jax as lb
-from lowbit_jax.ops import backend, integer_product, pack_rhs, quantize_rhs
+from lowbit_jax.ops import backend, integer_product, pack_rhs, packed_product, quantize_rhs
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import to_planes
 from lowbit_jax.scaling import Group
 from pallas_kernels import both_ways, planes, tuning
-from pallas_kernels.matmul_a16 import matmul_a16
+from pallas_kernels.matmul_a16 import MOST_OF_A_GROUP, matmul_a16
 from tests.methods import reference as quest_reference
 
 NUMBERS = (((2,), (0,)), ((), ()))
@@ -272,6 +272,7 @@ def test_groups_that_take_the_compiler_minutes_are_xlas():
     product = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe)
     assert "matmul_w4a16" not in lowered_for(gpu("NVIDIA H200"), product, x, packed)
     words = planes.pack(jnp.zeros((32, 4096), jnp.uint8), 4)
+    assert packed_product._MOST_OF_A_GROUP == MOST_OF_A_GROUP == 1024
     with pytest.raises(ValueError, match="group=2048.*above 1024"):
         matmul_a16(jnp.ones((1, 4096), jnp.bfloat16), words, jnp.ones((2, 32)), bits=4, group=2048)
 
