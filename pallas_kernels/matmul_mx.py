@@ -123,7 +123,7 @@ def cases() -> list[tuple]:
     found = []
     for m in (16, 4096):
         x16, scales, x_scales = shape(m, k, dtype=jnp.bfloat16), shape(n, k // MX_BLOCK), shape(m, k // MX_BLOCK)
-        wide = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+        wide = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"} if m > 16 else {"sm_90": "HMMA", "sm_100": "HMMA"}  # two warps
         for format in FORMATS:
             words = shape(n, k // _pack(format))
             chips = wide if format == "mxfp8" else wide | {"sm_80": "HMMA"}
@@ -133,8 +133,7 @@ def cases() -> list[tuple]:
                                          ("mxfp8", "mxfp8", "UTCQMMA")):  # fmt: skip
             run = functools.partial(matmul_mx, format=format, x_format=x_format)
             arguments = shape(m, k // _pack(x_format)), shape(n, k // _pack(format)), scales, x_scales
-            chips = {"sm_90": "HGMMA", "sm_100": native if m > 64 else "UTCHMMA"}
-            chips |= {"sm_80": "HMMA"} if x_format == "mxfp4" else {}
+            chips = wide | ({"sm_100": native} if m > 64 else {}) | ({"sm_80": "HMMA"} if x_format == "mxfp4" else {})
             found.append((f"matmul_{format}_{x_format} m{m}", run, arguments, chips))
     return found
 

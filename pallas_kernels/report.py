@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         parser.error(f"no case has one of {chosen.name} in its name: {', '.join(case[0] for case in all_cases())}")
     print(f"{'case':42s} {'chip':7s} regs spills   shared instr.  tensor cores")
-    rows, bad = [], 0
+    rows = []
     for name, function, shapes, expected in cases:
         for chip in chosen.chip:
             if chip not in expected:  # there is no such kernel: compiling it could end the process
@@ -75,11 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     row["expected"] is None or any(used.startswith(row["expected"]) for used in row["tensor_core"])
                 )
             rows.append(row)
-            bad += not row["good"]
             print(line(row) + ("" if row["good"] else "   <-- not as it must be"), flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{len(rows) - bad} of {len(rows)} as they must be: no spills, the expected instruction")
+    bad = [row for row in rows if not row["good"]]
+    print(f"{len(rows) - len(bad)} of {len(rows)} as they must be: no spills, the expected instruction")
+    for row in bad:  # again, where they are found
+        print(f"not as it must be: {line(row)}; expected {row.get('expected') or 'no spills'}")
     return 1 if bad else 0
 
 

@@ -37,18 +37,23 @@ def in_a_fresh_python(code: str) -> str:
 
 
 def test_import_is_cheap():
-    """Less than 0.3 s of CPU time on top of jax and flax (in one of three tries), and no optional package is loaded."""
+    """Less than a third of the CPU time that jax and flax take before it (in one of three tries; a sixth where nothing
+    else runs), and no optional package is loaded."""
     code = """
 import time, sys
+start = time.process_time()
 import jax, jax.numpy, flax.nnx, flax.linen
-before, start = set(sys.modules), time.process_time()
+before, between = set(sys.modules), time.process_time()
 import lowbit_jax
-seconds = time.process_time() - start
+share = (time.process_time() - between) / (between - start)
 extras = {"grain", "matplotlib", "tokenizers", "tensorboardX", "tyro", "triton", "qwix", "aqt", "chex", "beartype"}
 assert not extras & (set(sys.modules) - before), extras & set(sys.modules)
-print(seconds)
+print(share)
 """
-    assert any(float(in_a_fresh_python(code)) < 0.3 for _ in range(3))
+    shares = []
+    while not shares or (shares[-1] >= 1 / 3 and len(shares) < 3):
+        shares.append(float(in_a_fresh_python(code)))
+    assert shares[-1] < 1 / 3, shares
 
 
 def test_import_starts_no_device():
