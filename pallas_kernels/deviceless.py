@@ -23,6 +23,9 @@ from typing import Any
 _dump = pathlib.Path(tempfile.mkdtemp(prefix="lowbit_kernels_"))
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "LLVM_DISABLE_SYMBOLIZATION", "1"
+)  # the dump takes stack traces: named, six times the compilation
 os.environ["MOSAIC_GPU_DUMP_TO"] = str(_dump)
 os.environ["JAX_TRITON_DUMP_DIR"] = str(_dump)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={_dump} --xla_dump_emitter_re=.*"

@@ -84,8 +84,8 @@ def matmul_a16(
         check_shape(who, "zeros", zeros, (k // length, n), SCALE_DTYPES)
     launch.check_tile(who, tile, launch.LEAST_ROWS)
     if impl == "triton" and MOST_OF_A_GROUP < length < k:
-        fail(who, f"got group={group}", f"The loop over a group is written out, which takes the compiler minutes above"
-             f" {MOST_OF_A_GROUP}; scale channels, or pass impl='xla'")  # fmt: skip
+        fail(who, f"got group={group}", f"The loop over a group is written out, and above {MOST_OF_A_GROUP}"
+             f" indices it runs out of registers; scale channels, or pass impl='xla'")  # fmt: skip
     if impl == "xla":
         return _reference(x, words, scales, zeros, bits, length).astype(out_dtype)
     tile = default_tile(m, n, k, bits, length) if tile is None else tile

@@ -124,7 +124,7 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
         return f"the activation is {lhs.dtype}, and the kernel takes bfloat16 and float16"
     if rhs.groups != 1 and rhs.length // rhs.groups > _MOST_OF_A_GROUP:
         return (
-            f"groups of {rhs.length // rhs.groups} take the kernel's compiler minutes, and {_MOST_OF_A_GROUP} are most"
+            f"groups of {rhs.length // rhs.groups} take more registers than there are, and {_MOST_OF_A_GROUP} are most"
         )
     rows = lhs.size // lhs.shape[dims.lhs]
     if rows > mx_product.LARGEST_A16 and rhs.implementation == "auto":

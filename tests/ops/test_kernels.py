@@ -265,7 +265,7 @@ def test_packed_products_for_cuda_are_kernels():
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
-def test_groups_that_take_the_compiler_minutes_are_xlas():
+def test_groups_that_run_out_of_registers_are_xlas():
     recipe = dataclasses.replace(GROUPED, out=lb.Gemm(rhs=dataclasses.replace(GROUPED.out.rhs, tiling=Group(2048))))
     x, w = operands(k=4096, free=(64,))
     packed = to_planes(pack_rhs(w, NUMBERS, recipe), 16)
