@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
+from jax.dtypes import canonicalize_dtype
 from jaxtyping import Array, Float
 
 from lowbit_jax import coding, packing, rounding
@@ -23,6 +24,7 @@ from lowbit_jax.rotation import Hadamard
 from lowbit_jax.scaling import (
     FLOAT32,
     Block,
+    CastScale,
     Fit,
     Group,
     Learned,
@@ -49,7 +51,8 @@ class Quantizer:
 
     Calling it is differentiable fake quantization; `quantize` gives the real, packed codes. In both, `axis` is the
     contraction axis of the product that `x` will enter (default: the last), along which rotation, groups and supports
-    lie; statistics are float32 whatever the dtype of `x`, and the result has the shape and dtype of `x`.
+    lie; statistics are float32 whatever the dtype of `x`, and the result has the shape and dtype of `x` (in float16 a
+    level beyond 65504 is infinite).
 
     A scale that is not finite is NaN, and so is then its whole tile, packed or not. A learned scale acts by its
     magnitude, at least 2^-126. `key` feeds a stochastic rounding; the others do not read it (`uses_key`).
@@ -102,7 +105,7 @@ class Quantizer:
         quantized = self.in_rotated_space(x, axis=axis, key=key, scale=scale)
         if self.rotation is not None:
             quantized = self.rotation.undo(quantized, normalized_axes(axis, x.ndim, "Quantizer")[-1])
-        return quantized.astype(x.dtype)
+        return quantized.astype(canonicalize_dtype(x.dtype))
 
     def in_rotated_space(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
@@ -176,7 +179,7 @@ class Quantizer:
             quantizer=self,
             axis=at - x.ndim,
             length=x.shape[at],
-            dtype=jnp.dtype(x.dtype),
+            dtype=canonicalize_dtype(x.dtype),
         )
 
     def initial_scale(self, x: Float[Array, "*s"], *, axis: Axis = -1) -> Float[Array, "*tiles"]:
@@ -249,6 +252,7 @@ class Quantizer:
                 scale, inv_scale = rms_scales(seen, self.format, axes)
             else:
                 scale = lax.stop_gradient(self.fit(seen, self.format, axes))
+                _check_fitted(self.fit, scale, tile_scale_shape)
                 if not carries_nan(self.fit):
                     scale = lax.stop_gradient(_nan_of(tiles, axes, scale))
         if self.fit is not rms_optimal:  # whose scales are finite or NaN
@@ -356,12 +360,21 @@ _SLOTS = {
 }  # fmt: skip
 
 
+def _check_fitted(fit: Any, scale: Any, shape: tuple[int, ...]) -> None:
+    """Raises: ValueError for scales that are not one a tile."""
+    found = jnp.shape(scale)
+    if found != shape and math.prod(found) != 1:
+        raise ValueError(
+            f"Quantizer: the fit {_name(fit)} answered scales of shape {found} for tiles of {shape}. A fit keeps the"
+            " axes that it is given, with length 1: use keepdims=True."
+        )
+
+
 def _as_tile_scale(scale: Array, shape: tuple[int, ...]) -> Array:
     scale = jnp.asarray(scale, jnp.float32)
-    count = 1
-    for n in shape:
-        count *= n
-    if scale.size not in (1, count):
+    long = lambda sides: [n for n in sides if n != 1]
+    if scale.size != 1 and long(scale.shape) != long(shape):
+        count = math.prod(shape)
         raise ValueError(f"Quantizer got a scale of shape {scale.shape}; this tiling has {count} tiles, shape {shape}.")
     return jnp.broadcast_to(scale.reshape([1] * len(shape)), shape) if scale.size == 1 else scale.reshape(shape)
 
@@ -379,6 +392,11 @@ def block_quantizer(fmt: BlockFormat, **slots) -> Quantizer:
             f"block_quantizer({fmt!r}): give a block format, such as lb.formats.MXFP4; others go to Quantizer."
         )
     tiling = Group(fmt.block) if isinstance(fmt.block, int) else Block(*fmt.block)
-    scale_format = TwoLevel(fmt.scale) if fmt.tensor_scale else PowerOfTwo(fmt.scale_rounding)
+    if fmt.tensor_scale:
+        scale_format = TwoLevel(fmt.scale)
+    elif fmt.scale.mantissa_bits:
+        scale_format = CastScale(fmt.scale.dtype)
+    else:
+        scale_format = PowerOfTwo(fmt.scale_rounding)
     fixed: dict[str, Any] = dict(format=fmt.element, tiling=tiling, fit=absmax, scale_format=scale_format)
     return Quantizer(**fixed | slots)

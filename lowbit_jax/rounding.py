@@ -130,7 +130,7 @@ def power_of_two_scale(amax: Float[Array, "*s"], fmt: Format, mode: str = "floor
     With `emax = fmt.max_exponent`:
     floor: 2**(floor(log2(amax)) - emax), the OCP MX rule, under which up to half a binade saturates;
     ceil: 2**(ceil(log2(amax)) - emax), never larger than it needs to be for `amax = 2**k`, never saturates by more than
-    the part of a binade above `max_finite`; rceil: the smallest 2**k with amax <= 2**k * max_finite, never saturates;
+    the part of a binade above `reach`; rceil: the smallest 2**k with amax <= 2**k * reach, never saturates;
     even: floor, after `amax` was rounded half up to the mantissa bits of `fmt`; nearest, log: as in `power_of_two`,
     of amax / 2**emax.
     Range, zero, NaN and infinity as in `power_of_two`.
@@ -148,7 +148,7 @@ _MANTISSA_SHIFT = {"floor": 0, "ceil": _MANTISSA_ONES, "nearest": 1 << 22, "log"
 
 def _scale_shift(fmt: Format, mode: str) -> int:
     if mode == "rceil":  # carry where the mantissa of amax is above that of max_finite
-        return _MANTISSA_ONES - (int(np.float32(fmt.max_finite).view(np.int32)) & _MANTISSA_ONES)
+        return _MANTISSA_ONES - (int(np.float32(fmt.reach).view(np.int32)) & _MANTISSA_ONES)
     if mode == "even":
         return 1 << (22 - _mantissa_bits(fmt))
     return _MANTISSA_SHIFT[mode]

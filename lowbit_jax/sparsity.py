@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from lowbit_jax.formats.base import settle_integers
+from lowbit_jax.rounding import power_of_two
 
 
 @runtime_checkable
@@ -37,9 +38,11 @@ def compress(
 ) -> tuple[UInt8[Array, "*rows kept"], UInt8[Array, "*rows marks"]]:
     """The kept codes in order, and one 0/1 mark for each `support.run` neighbors."""
     marks = mask[..., :: support.run].astype(jnp.uint8)
-    groups = codes.reshape(*codes.shape[:-1], -1, support.group)
+    *rows, length = codes.shape
+    groups = codes.reshape(*rows, length // support.group, support.group)
     first = jnp.argsort(~mask.reshape(groups.shape), axis=-1, stable=True)[..., : support.kept]
-    return jnp.take_along_axis(groups, first, axis=-1).reshape(*codes.shape[:-1], -1), marks
+    kept = jnp.take_along_axis(groups, first, axis=-1)
+    return kept.reshape(*rows, length // support.group * support.kept), marks
 
 
 def expand(
@@ -47,14 +50,16 @@ def expand(
 ) -> tuple[UInt8[Array, "*rows K"], Bool[Array, "*rows K"]]:
     """What `compress` was given; the code where nothing is kept means nothing."""
     mask = jnp.repeat(marks == 1, support.run, axis=-1)
-    groups = mask.reshape(*mask.shape[:-1], -1, support.group)
+    groups = mask.reshape(*mask.shape[:-1], mask.shape[-1] // support.group, support.group)
     rank = jnp.clip(jnp.cumsum(groups, axis=-1) - 1, 0, support.kept - 1)
     codes = jnp.take_along_axis(kept.reshape(*groups.shape[:-1], support.kept), rank, axis=-1)
     return codes.reshape(mask.shape), mask
 
 
 def _keep_largest(score: Float[Array, "*groups n"], keep: int) -> Bool[Array, "*groups n"]:
-    """True for the `keep` largest of each last axis; of equals the first wins, so that the count is exact."""
+    """True for the `keep` largest of each last axis, NaN above all; of equals the first wins, so that the count is
+    exact."""
+    score = jnp.where(jnp.isnan(score), jnp.inf, score)
     ahead = score[..., None, :] > score[..., :, None]
     before = np.tri(score.shape[-1], k=-1, dtype=bool)  # before[i, j]: j comes earlier than i
     earlier = (score[..., None, :] == score[..., :, None]) & jnp.broadcast_to(before, ahead.shape)
@@ -68,11 +73,11 @@ def _groups(x: Float[Array, "*s"], axis: int, size: int, who: str) -> Float[Arra
             f" {x.shape[axis] % size}. Pad by {-x.shape[axis] % size}, or leave this layer dense by a rule."
         )
     last = jnp.moveaxis(x, axis, -1)
-    return last.reshape(*last.shape[:-1], -1, size)
+    return last.reshape(*last.shape[:-1], last.shape[-1] // size, size)
 
 
 def _ungroup(mask: Bool[Array, "*rows groups size"], axis: int) -> Bool[Array, "*s"]:
-    return jnp.moveaxis(mask.reshape(*mask.shape[:-2], -1), -1, axis)
+    return jnp.moveaxis(mask.reshape(*mask.shape[:-2], mask.shape[-2] * mask.shape[-1]), -1, axis)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,7 +141,9 @@ class PairsNofM:
     def mask(self, x, axis):
         axis %= x.ndim
         groups = _groups(x, axis, 2 * self.m, self.describe())
-        pairs = groups.reshape(*groups.shape[:-1], self.m, 2)
+        largest = jnp.max(jnp.where(jnp.isfinite(groups), jnp.abs(groups), 0), axis=-1, keepdims=True)
+        unit = jnp.clip(power_of_two(largest, "floor"), 2.0**-126, 2.0**126)  # else squares over- and underflow
+        pairs = (groups / unit).reshape(*groups.shape[:-1], self.m, 2)
         kept = _keep_largest(jnp.sum(pairs * pairs, axis=-1), self.n)
         return _ungroup(jnp.repeat(kept, 2, axis=-1), axis)
 

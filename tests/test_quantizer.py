@@ -347,3 +347,22 @@ def test_integers_of_numpy_are_integers():
     x = jnp.ones((2, 48))
     assert lb.Quantizer().quantize(x, axis=axis).axis == -1
     np.testing.assert_array_equal(lb.Quantizer()(x, axis=axis), lb.Quantizer()(x))
+
+
+def test_numpy_arrays_and_integers():
+    """float64 where JAX computes in 32 bits, and NumPy's integers for widths."""
+    x = np.linspace(-1, 1, 64).reshape(2, 32)
+    packed = lb.Quantizer().quantize(x)
+    assert packed.dtype == jnp.float32 == packed.dequantize().dtype == lb.Quantizer()(x).dtype
+    assert lb.quest(np.int64(4)) == lb.quest(4)
+    with pytest.raises(ValueError, match=r"source\('foo'\).*quest"):
+        lb.methods.source("foo")
+
+
+def test_a_learned_scale_has_the_shape_of_the_tiles():
+    quantizer = lb.Quantizer(tiling=scaling.Group(2), fit=scaling.Learned(), estimator=estimators.LSQ())
+    x = jnp.ones((2, 6))
+    for shape in ((2, 3), (2, 3, 1), ()):
+        assert quantizer(x, scale=jnp.ones(shape)).shape == x.shape
+    with pytest.raises(ValueError, match="scale of shape .3, 2.; this tiling has 6 tiles"):
+        quantizer(x, scale=jnp.ones((3, 2)))

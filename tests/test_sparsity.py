@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lowbit_jax as lb
+from lowbit_jax.scaling import Group
 from lowbit_jax.sparsity import NofM, PairsNofM, compress, expand
 
 SUPPORTS = [NofM(2, 4), NofM(1, 4), PairsNofM(2, 4)]
@@ -52,3 +54,28 @@ def test_bad_sizes():
         NofM(2, 4).mask(jnp.ones((2, 6)), 1)
     with pytest.raises(ValueError, match="at least 1"):
         NofM(5, 4)
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: s.describe())
+def test_no_rows(support):
+    quantizer = lb.Quantizer(sparsity=support)
+    assert quantizer(jnp.zeros((0, 64))).shape == (0, 64)
+    assert quantizer.quantize(jnp.zeros((0, 64))).dequantize().shape == (0, 64)
+    assert quantizer.quantize(jnp.zeros((64, 0)), axis=0).dequantize().shape == (64, 0)
+
+
+@pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: s.describe())
+def test_nan_counts_as_the_largest(support):
+    """Kept, so that it is seen, and the count stays exact: fake and packed agree in the tiles beside it."""
+    x = jnp.arange(1.0, 17).reshape(2, 8).at[0, 0].set(jnp.nan)
+    mask = np.asarray(support.mask(x, -1))
+    assert mask[0, 0] and (mask.reshape(-1, support.group).sum(1) == support.kept).all()
+    quantizer = lb.Quantizer(tiling=Group(2), sparsity=support)
+    np.testing.assert_array_equal(quantizer(x), quantizer.quantize(x).dequantize())
+
+
+@pytest.mark.parametrize("power", [-125, -90, -70, 0, 65, 90, 124])
+def test_pairs_of_any_magnitude(power):
+    x = jnp.asarray([[1.0, 1, 5, 5], [3, 4, 0, 4], [3, 4, 5, 0]]) * 2.0**power
+    expected = [[False, False, True, True], [True, True, False, False], [True, True, False, False]]
+    np.testing.assert_array_equal(PairsNofM(1, 2).mask(x, -1), expected)

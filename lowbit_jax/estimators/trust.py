@@ -16,7 +16,9 @@ class Trust:
 
     For the mid-rise grid T = alpha* rms / (2^b - 1), half a step: everything inside the grid is trusted, and outside it
     what lies within half a step of the end. The test is written on u itself, |u| <= max + T, so that a float error at a
-    tie inside the grid cannot flip it; an element off a sparse support is trusted where |u| <= T, its distance to 0.
+    tie inside the grid cannot flip it: that is the same for the nearest level of a grid whose inner gaps are no wider
+    than the last. Where some are wider (NF4) the distance is looked at too; a rounding other than to nearest is not
+    asked how far it went. An element off a sparse support is trusted where |u| <= T, its distance to 0.
     `outer` replaces the limit by |u| <= outer * max (QuEST's tuned clip_scale of 1-bit runs, 1.30).
     Source: Panferov et al. 2025, arXiv:2502.05003, section 3.3 and algorithm 1.
     Raises: ValueError unless `outer` is None or positive."""
@@ -40,6 +42,8 @@ class Trust:
     def residuals(self, u, q, fmt, support):
         low, high = self.limits(fmt)
         trusted = (u >= low) & (u <= high) if low != -high else lax.le(lax.abs(u), np.asarray(high, u.dtype))
+        if self.outer is None and fmt.widest_gap > fmt.top_gap:
+            trusted &= jnp.abs(q - u) <= fmt.top_gap / 2 * (1 + 2.0**-20)
         return trusted if support is None else jnp.where(support, trusted, jnp.abs(u) <= fmt.top_gap / 2)
 
     def gradients(self, residuals, g, fmt, tile_size):

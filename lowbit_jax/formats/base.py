@@ -1,11 +1,13 @@
 """Which values can one element take? Frozen data only: no arrays, and nothing here imports jax.
 
 A format is a grid of real numbers in its own units; a scale (elsewhere) says how large a unit is. All formats answer
-the same questions: `levels`, `bits`, `max_finite`, `min_finite`, `has_zero`, `top_gap`, `symmetric`, `max_exponent`.
+the same questions: `levels`, `bits`, `max_finite`, `min_finite`, `reach`, `has_zero`, `top_gap`, `widest_gap`,
+`symmetric`, `max_exponent`.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from typing import Any, TypeAlias
@@ -72,14 +74,24 @@ class Grid:
         return self.levels[-1] - self.levels[-2]
 
     @property
+    def widest_gap(self) -> float:
+        """The largest distance of two neighbors."""
+        return max(high - low for low, high in itertools.pairwise(self.levels))
+
+    @property
+    def reach(self) -> float:
+        """The level that the largest magnitude is put on: `max_finite`, or the low end where nothing is positive."""
+        return self.max_finite if self.max_finite > 0 else -self.min_finite
+
+    @property
     def symmetric(self) -> bool:
         """Whether the negative of every value is a value."""
         return all(low == -high for low, high in zip(self.levels, reversed(self.levels), strict=True))
 
     @property
     def max_exponent(self) -> int:
-        """`floor(log2(max_finite))`, the `emax` of the OCP MX specification."""
-        return math.frexp(self.max_finite)[1] - 1
+        """`floor(log2(reach))`, the `emax` of the OCP MX specification."""
+        return math.frexp(self.reach)[1] - 1
 
     def _enumerate(self) -> tuple[float, ...]:
         raise NotImplementedError
@@ -154,6 +166,11 @@ class FloatFormat(Grid):
 
     def __post_init__(self):
         settle_integers(self, "exponent_bits", "mantissa_bits", "bias")
+        if self.has_inf and self.has_nan and not self.mantissa_bits:
+            raise ValueError(
+                f"FloatFormat {self.name!r} has no mantissa bits and both infinity and NaN, which share an exponent."
+                " Give it one of them, or a mantissa."
+            )
         if not 2 <= self.bits <= MAX_CODE_BITS or self.max_finite not in self.levels:
             raise ValueError(
                 f"FloatFormat {self.name!r} has {self.bits} bits and max_finite {self.max_finite}. It needs 2 to"

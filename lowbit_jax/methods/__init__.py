@@ -28,11 +28,7 @@ def get(name: str, **options) -> LinearRecipe:
     """The recipe of a method by its name; `options` are the arguments of its function.
 
     Raises: ValueError for an unknown name (with near matches), TypeError for an unknown option."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"lb.methods.get({name!r}): no such method.{hint} The methods are {', '.join(_REGISTRY)}.")
-    method = _REGISTRY[name]
+    method = _method("get", name)
     legal = inspect.signature(method).parameters
     if unknown := sorted(set(options) - set(legal)):
         known = f"Its options are {', '.join(legal)}." if legal else "It has no options."
@@ -40,9 +36,17 @@ def get(name: str, **options) -> LinearRecipe:
     return method(**options)
 
 
+def _method(who: str, name: str) -> Callable[..., LinearRecipe]:
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(str(name).lower(), _REGISTRY, n=3, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"lb.methods.{who}({name!r}): no such method.{hint} The methods are {', '.join(_REGISTRY)}.")
+    return _REGISTRY[name]
+
+
 def source(name: str) -> str:
-    """Where a method comes from: the `Source:` line of its docstring."""
-    text = inspect.getdoc(_REGISTRY[name]) or ""
+    """Where a method comes from: the `Source:` line of its docstring. Raises: ValueError as `get`."""
+    text = inspect.getdoc(_method("source", name)) or ""
     return next((line.partition("Source:")[2].strip() for line in text.splitlines() if "Source:" in line), "")
 
 

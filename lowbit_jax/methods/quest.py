@@ -2,6 +2,8 @@
 
 import functools
 
+import numpy as np
+
 from lowbit_jax.estimators import StraightThrough, Trust
 from lowbit_jax.formats.base import BlockFormat, Format
 from lowbit_jax.formats.catalogue import E2M1, INT8, element_format
@@ -109,11 +111,11 @@ def _cotangent(bits: int | None, both: bool) -> Quantizer | None:
 def _grid(bits: int | str) -> Format:
     if isinstance(bits, str) and bits.lower() == "e2m1":
         return E2M1
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+    if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= 8:
         raise ValueError(
             f"quest(bits={bits!r}): QuEST has grids for 1 to 8 bits and 'e2m1'. For another grid pass format=."
         )
-    return element_format(f"midrise{bits}")
+    return element_format(f"midrise{int(bits)}")
 
 
 def _support(sparsity: Support | str | None) -> Support | None:

@@ -104,11 +104,18 @@ def _checked_rule(rule: Any, who: str) -> tuple[str, LinearRecipe | None]:
 
 
 def check_recipe(recipe: Any, who: str) -> None:
-    """Raises TypeError with the way out for what is no recipe, ValueError for one that quantizes nothing."""
+    """Raises TypeError with the way out for what is no recipe, ValueError for one that quantizes nothing or that would
+    make zeros of all negative weights."""
     if isinstance(recipe, LinearRecipe):
         if recipe == dataclasses.replace(LinearRecipe(), name=recipe.name):
             raise ValueError(
                 f"{who} got a recipe that quantizes no operand. Use lb.quest(4), or None for high precision."
+            )
+        weight = recipe.forward_quantizers[1]
+        if weight is not None and weight.format.min_finite >= 0:
+            raise ValueError(
+                f"{who} has {weight.format.name} for weights, which holds no negative value (there are no zero points),"
+                f" so half of them would be 0. Use a signed format, such as lb.formats.INT{weight.format.bits}."
             )
         return
     if isinstance(recipe, bool) or not isinstance(recipe, int | str):

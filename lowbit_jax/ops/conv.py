@@ -14,9 +14,10 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from lowbit_jax.ops.dot_general import checked_scales
+from lowbit_jax.ops.dot_general import check_operands, checked_scales
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.ops.varying import vary_alike
+from lowbit_jax.qtensor import QTensor
 from lowbit_jax.rotation import Hadamard, largest_block
 
 
@@ -40,8 +41,8 @@ def conv_general_dilated(
 ) -> Float[Array, "*out"]:
     """`lax.conv_general_dilated` of the quantized operands; the result has the dtype of `lhs`.
 
-    Raises: NotImplementedError for a recipe with quantized backward products, which only `lb.dot_general` runs;
-    TypeError and ValueError as `lb.dot_general`."""
+    Raises: NotImplementedError for a recipe with quantized backward products, which only `lb.dot_general` runs, and for
+    implementation="kernel", as no kernel convolves; TypeError and ValueError as `lb.dot_general`."""
     if not isinstance(recipe, LinearRecipe):
         raise TypeError(f"lb.conv_general_dilated got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
     if not recipe.plain_backward:
@@ -49,6 +50,14 @@ def conv_general_dilated(
             f"lb.conv_general_dilated: recipe {recipe.name or recipe!r} quantizes backward products, which convolutions"
             " do not run. Give the convolutions a forward-only recipe by a rule."
         )
+    if recipe.implementation in ("kernel", "interpret"):
+        raise NotImplementedError(
+            f"lb.conv_general_dilated: implementation={recipe.implementation!r}, and no kernel convolves."
+            " Give them a recipe with implementation='auto' by a rule."
+        )
+    if isinstance(rhs, QTensor):
+        raise TypeError("lb.conv_general_dilated got a packed rhs; convolutions take arrays: pass rhs.dequantize().")
+    check_operands("lb.conv_general_dilated", lhs, rhs, key)
     if feature_group_count > 1 and any(
         q is not None and q.rotation is not None and q.rotation.signs is not None for q in recipe.forward_quantizers
     ):

@@ -7,6 +7,7 @@ un-rotated first (or, for packed weights, the activation follows it into the rot
 
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,8 +46,8 @@ def dot_general(
     `scales` holds the parameters of learned fits, under "lhs" and "rhs".
     Raises: TypeError for operands that are not floating or a recipe that is none; ValueError for sizes that disagree,
     products without a contraction, missing keys or scales, and groups that do not divide the contraction."""
-    if not isinstance(recipe, LinearRecipe):
-        raise TypeError(f"lb.dot_general got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
+    _check_recipe("lb.dot_general", recipe)
+    check_operands("lb.dot_general", lhs, rhs, key)
     learned = checked_scales(recipe, scales, packed=isinstance(rhs, QTensor))
     out_dtype = lhs.dtype if preferred_element_type is None else preferred_element_type
     lhs, rhs, dims = _one_contraction(lhs, rhs, dimension_numbers)
@@ -102,10 +103,10 @@ def quantize_rhs(
 
     Quantize once, then run many microbatches with `recipe.with_rhs_ready()` and pull their summed gradient back through
     this function once."""
+    _check_recipe("quantize_rhs", recipe)
     if recipe.out.rhs is None or recipe.rhs_ready:
         return rhs
-    axes = _contraction(dimension_numbers, 1, rhs.ndim)
-    merged, axis, restore = _merge(rhs, axes)
+    merged, axis, restore = _merge(rhs, _rhs_axes("quantize_rhs", dimension_numbers, rhs.ndim))
     return restore(_operand(recipe.out.rhs, merged, axis, recipe.shared_rotation, key, scale)).astype(rhs.dtype)
 
 
@@ -119,13 +120,14 @@ def pack_rhs(
 ) -> QTensor:
     """The weight as packed codes and scales; several contraction axes are merged into one.
 
-    Raises: ValueError when the recipe keeps the weight in high precision."""
+    Raises: ValueError when the recipe keeps the weight in high precision, and for axes that it has not."""
+    _check_recipe("pack_rhs", recipe)
     quantizer = recipe.forward_quantizers[1]
     if quantizer is None:
         raise ValueError(
             "pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack."
         )
-    merged, axis, _ = _merge(rhs, _contraction(dimension_numbers, 1, rhs.ndim))
+    merged, axis, _ = _merge(rhs, _rhs_axes("pack_rhs", dimension_numbers, rhs.ndim))
     return quantizer.quantize(merged, axis=axis, key=key, scale=scale)
 
 
@@ -152,9 +154,39 @@ def checked_scales(recipe: LinearRecipe, scales: Mapping[str, Array] | None, pac
     return scales
 
 
+def _check_recipe(who: str, recipe: Any) -> None:
+    if not isinstance(recipe, LinearRecipe):
+        raise TypeError(f"{who} got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
+
+
+def check_operands(who: str, lhs: Any, rhs: Any, key: Any) -> None:
+    """Raises: TypeError for operands that are not floating arrays (`rhs` may be packed) and a key that is none."""
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        if isinstance(x, QTensor):
+            if name == "lhs":
+                raise TypeError(
+                    f"{who} got a packed lhs. The weight goes on the right: swap the operands, or pass"
+                    " lhs.dequantize()."
+                )
+        elif not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+            raise TypeError(f"{who} got a {type(x).__name__} for {name}; it takes arrays: pass jnp.asarray(...).")
+        elif not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{who} got {name} of {x.dtype}; it quantizes floating arrays. Cast it first.")
+    if key is not None and not (
+        hasattr(key, "dtype") and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32)
+    ):
+        raise TypeError(f"{who} got key={key!r}, which is no random key: pass jax.random.key(0), or none.")
+
+
 def _checked_axes(side: str, contract: Any, batch: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Non-negative contraction and batch axes of one operand."""
-    axes = (*contract, *batch)
+    try:
+        axes = tuple(operator.index(a) for a in (*contract, *batch))
+    except TypeError:
+        raise TypeError(
+            f"lb.dot_general got dimension_numbers with {contract!r} to contract and {batch!r} as batch axes of {side}."
+            " They are ((lhs contraction, rhs contraction), (lhs batch, rhs batch)), each a sequence of integers."
+        ) from None
     if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) != len(axes):
         raise ValueError(
             f"lb.dot_general: {side} has {ndim} axes, and dimension_numbers name {tuple(contract)} to contract and"
@@ -163,8 +195,13 @@ def _checked_axes(side: str, contract: Any, batch: Any, ndim: int) -> tuple[tupl
     return tuple(a % ndim for a in contract), tuple(a % ndim for a in batch)
 
 
-def _contraction(dimension_numbers, side, ndim):
-    return tuple(a % ndim for a in dimension_numbers[0][side])
+def _rhs_axes(who: str, dimension_numbers: DimensionNumbers, ndim: int) -> tuple[int, ...]:
+    """Non-negative contraction axes of the weight; one at least."""
+    (_, contract), (_, batch) = dimension_numbers
+    axes, _ = _checked_axes("rhs", contract, batch, ndim)
+    if not axes:
+        raise ValueError(f"{who}: no contraction axes, so there is no axis to quantize along.")
+    return axes
 
 
 def _merge(x, axes):
@@ -182,6 +219,11 @@ def _merge(x, axes):
     return last.reshape(*moved[: x.ndim - len(axes)], length), x.ndim - len(axes), back
 
 
+def _merged_axis(axes: tuple[int, ...], ndim: int) -> int:
+    """Where the contraction axis lies after `_merge`."""
+    return axes[0] if axes == tuple(range(axes[0], axes[0] + len(axes))) else ndim - len(axes)
+
+
 def _merged_batch(batch, axes, ndim):
     """Where the batch axes lie after `_merge`."""
     if len(axes) == 1:
@@ -193,9 +235,6 @@ def _merged_batch(batch, axes, ndim):
 
 
 def _one_contraction(lhs, rhs, dimension_numbers):
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if not isinstance(x, QTensor) and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"lb.dot_general got {name} of {x.dtype}; it quantizes floating arrays. Cast it first.")
     packed = isinstance(rhs, QTensor)
     (lc, rc), (lb, rb) = dimension_numbers
     lhs_axes, lhs_batch = _checked_axes("lhs", lc, lb, lhs.ndim)
@@ -223,6 +262,11 @@ def _one_contraction(lhs, rhs, dimension_numbers):
     rhs_batch = _merged_batch(rhs_batch, rhs_axes, rhs_ndim)
     if packed:
         rhs_axis = rhs.ndim + rhs.axis
+        if rhs_axis != (named := _merged_axis(rhs_axes, rhs_ndim)):
+            raise ValueError(
+                f"lb.dot_general: the packed rhs of shape {rhs.shape} lies along axis {rhs_axis}, and dimension_numbers"
+                f" contract axis {named}. Pack it along that one: quantizer.quantize(w, axis={named}), or pack_rhs."
+            )
         if rhs.length != lhs.shape[lhs_axis]:
             raise ValueError(
                 f"lb.dot_general: the packed rhs holds {rhs.length} elements along its contraction axis and lhs"

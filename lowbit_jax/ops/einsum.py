@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from lowbit_jax.ops.dot_general import DimensionNumbers, dot_general
+from lowbit_jax.ops.dot_general import DimensionNumbers, check_operands, dot_general
 from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.qtensor import QTensor
 
 
 def parse(spec: str, lhs_ndim: int, rhs_ndim: int) -> tuple[DimensionNumbers, tuple[int, ...]]:
@@ -48,10 +50,28 @@ def _expand(term: str, ndim: int, spec: str) -> str:
     return term.replace("...", "".join(str(9 - i) for i in reversed(range(missing))))
 
 
+def _contracted(spec: str) -> int:
+    """Letters that both terms share and the output lacks."""
+    terms, _, out = spec.replace(" ", "").partition("->")
+    lhs, _, rhs = terms.partition(",")
+    return len({c for c in lhs if c.isalpha()} & set(rhs) - set(out))
+
+
+def _permuted(sharding: Any, permutation: tuple[int, ...]) -> Any:
+    """The sharding of the product before its axes are permuted into those that `sharding` is of."""
+    if sharding is None:
+        return None
+    named = isinstance(sharding, NamedSharding)
+    spec = tuple(sharding.spec if named else sharding)
+    spec += (None,) * (len(permutation) - len(spec))
+    before = PartitionSpec(*(spec[permutation.index(axis)] for axis in range(len(permutation))))
+    return NamedSharding(sharding.mesh, before) if named else before
+
+
 def einsum(
     spec: str,
     lhs: Float[Array, "*lhs"],
-    rhs: Float[Array, "*rhs"],
+    rhs: Float[Array, "*rhs"] | QTensor,
     *,
     recipe: LinearRecipe,
     precision: Any = None,
@@ -62,16 +82,18 @@ def einsum(
 ) -> Float[Array, "*out"]:
     """`jnp.einsum(spec, lhs, rhs)` through `lb.dot_general`; `lhs` is the activation and `rhs` the weight.
 
-    Raises: ValueError as `parse`, and as `lb.dot_general`."""
-    numbers, permutation = parse(spec, lhs.ndim, rhs.ndim)
-    sharding = out_sharding if permutation == tuple(range(len(permutation))) else None
+    `out_sharding` is of the axes as `spec` writes them. Raises: TypeError and ValueError as `lb.dot_general`,
+    ValueError as `parse`."""
+    check_operands("lb.einsum", lhs, rhs, key)
+    merged = max(_contracted(spec) - 1, 0) if isinstance(rhs, QTensor) else 0  # a packed weight has one axis for them
+    numbers, permutation = parse(spec, lhs.ndim, rhs.ndim + merged)
     out = dot_general(
         lhs,
         rhs,
         numbers,
         precision,
         preferred_element_type,
-        out_sharding=sharding,
+        out_sharding=_permuted(out_sharding, permutation),
         recipe=recipe,
         key=key,
         scales=scales,

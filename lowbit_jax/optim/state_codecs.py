@@ -24,7 +24,7 @@ from lowbit_jax.optim.nearest_code import nearest_code, value_of
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import Fit, Group, absmax, mean_abs
-from lowbit_jax.scaling.fit import guard_zero_tiles, reach, reciprocal
+from lowbit_jax.scaling.fit import guard_zero_tiles, reciprocal
 
 
 @runtime_checkable
@@ -236,7 +236,7 @@ def smaller_maximum(tiles: Float[Array, "*s"], fmt: Format, axes: tuple[int, ...
     """min(largest magnitude of the row, of the column), for each element of the matrices of the last two axes."""
     magnitude = jnp.abs(tiles)
     rows, columns = (jnp.max(magnitude, axis=axis, keepdims=True, initial=0) for axis in (-1, -2))
-    return guard_zero_tiles(jnp.minimum(rows, columns) * (1 / reach(fmt)), fmt)
+    return guard_zero_tiles(jnp.minimum(rows, columns) * (1 / fmt.reach), fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ class RankOne:
 
     def scales_of(self, x: Float[Array, "*s"], axis: int) -> Float[Array, "*less"]:
         """Those of the rows (axis -1) or columns (axis -2), axes kept."""
-        return jnp.max(jnp.abs(finite(x)), axis=axis, keepdims=True) * (1 / reach(self.format))
+        return jnp.max(jnp.abs(finite(x)), axis=axis, keepdims=True) * (1 / self.format.reach)
 
     def encode_scaled(self, x: Float[Array, "*s"], rows: Array, columns: Array) -> QTensor:
         """`x`, or some of its rows, by scales that are known."""

@@ -8,7 +8,8 @@ the tile saturates, or keeps a smallest step.
 """
 
 import dataclasses
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Iterable
 from typing import NoReturn, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -26,11 +27,6 @@ class Fit(Protocol):
     def __call__(
         self, tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]
     ) -> Float[Array, "*scales"]: ...
-
-
-def reach(fmt: Format) -> float:
-    """The level that absmax puts the largest magnitude on: `max_finite`, or the low end where nothing is positive."""
-    return fmt.max_finite if fmt.max_finite > 0 else -fmt.min_finite
 
 
 def guard_zero_tiles(scale: Float[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
@@ -59,10 +55,18 @@ def settled(scale: Float[Array, "*s"], size: Float[Array, "*s"], fmt: Format) ->
     return jnp.where(jnp.isfinite(size), found, jnp.nan)
 
 
+def on_level(magnitude: Float[Array, "*s"], level: float) -> Float[Array, "*s"]:
+    """The scale that puts `magnitude` on `level`. E8M0 has levels whose reciprocals XLA would flush to zero."""
+    halves = 2 if 1 / level < SMALLEST_SCALE else 1
+    for _ in range(halves):
+        magnitude = magnitude * (1 / level ** (1 / halves))
+    return magnitude
+
+
 def absmax(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """max|x| lies on the largest level: nothing is clipped, below the largest scale that float32 holds."""
     amax = largest_magnitude(tiles, axes)
-    return settled(amax * (1 / reach(fmt)), amax, fmt)
+    return settled(on_level(amax, fmt.reach), amax, fmt)
 
 
 def rms_optimal(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
@@ -117,8 +121,8 @@ class Percentile:
     percent: float = 99.9
 
     def __post_init__(self):
-        if not 0 < self.percent <= 100:
-            raise ValueError(f"Percentile({self.percent}): give a percentage above 0 and up to 100 (100 is absmax).")
+        if not isinstance(self.percent, numbers.Real) or not 0 < self.percent <= 100:
+            raise ValueError(f"Percentile({self.percent!r}): give a percentage above 0 and up to 100 (100 is absmax).")
 
     def __call__(self, tiles, fmt, axes):
         if tiles.size == 0:
@@ -126,7 +130,7 @@ class Percentile:
         top = jnp.quantile(jnp.abs(tiles), self.percent / 100, axis=axes, keepdims=True)
         amax = largest_magnitude(tiles, axes)
         top = jnp.where(top == 0, amax, top)
-        return settled(top * (1 / reach(fmt)), jnp.where(jnp.isfinite(amax), top, amax), fmt)
+        return settled(on_level(top, fmt.reach), jnp.where(jnp.isfinite(amax), top, amax), fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,14 +139,20 @@ class CandidateSearch:
 
     `(1.0, 1.5)` over absmax on E2M1 is "four over six", the largest magnitude on 6 or on 4; the choice is made before
     the scale is rounded to its own format.
-    Raises: ValueError without fractions, or with one that is not positive."""
+    Raises: TypeError for fractions that are no sequence and a base that is no fit; ValueError without fractions, or
+    with one that is not positive and finite."""
 
     fractions: tuple[float, ...] = tuple(1.0 - 0.05 * i for i in range(15))
     base: Fit = absmax
 
     def __post_init__(self):
+        if not isinstance(self.fractions, Iterable) or not callable(self.base):
+            raise TypeError(
+                f"CandidateSearch(fractions={self.fractions!r}, base={self.base!r}): give a sequence of multiples, and"
+                " a fit such as lb.scaling.absmax."
+            )
         object.__setattr__(self, "fractions", tuple(self.fractions))
-        if not self.fractions or min(self.fractions) <= 0:
+        if not self.fractions or not all(0 < fraction < np.inf for fraction in self.fractions):
             raise ValueError(f"CandidateSearch(fractions={self.fractions}): give one or more positive multiples.")
 
     def __call__(self, tiles, fmt, axes):
@@ -166,7 +176,7 @@ def carries_nan(fit: Fit) -> bool:
 def lsq_initial(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """2 mean|x| / sqrt(max_finite). Source: Esser et al. 2019, arXiv:1902.08153, section 2.1."""
     mean = _mean_magnitude(tiles, axes)
-    return settled(mean * (2 / reach(fmt) ** 0.5), mean, fmt)
+    return settled(mean * (2 / fmt.reach**0.5), mean, fmt)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,6 +20,15 @@ from lowbit_jax.formats.base import Format
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
+def _levels(fmt: Format, who: str) -> np.ndarray:
+    if not hasattr(fmt, "levels"):
+        raise TypeError(
+            f"{who} got {fmt!r}, which has no grid of its own. Pass an element format, as lb.formats.E2M1 or the"
+            " `element` of a block format."
+        )
+    return np.asarray(fmt.levels, np.float64)
+
+
 def _cell_moments(levels: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Probability and first moment of N(0, 1) in each cell of `scale * levels`."""
     inner = scale * (levels[1:] + levels[:-1]) / 2
@@ -30,7 +39,7 @@ def _cell_moments(levels: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndar
 
 def gaussian_mse(fmt: Format, scale: float) -> float:
     """E[(Q(x) - x)^2] for x ~ N(0, 1), nearest rounding to `scale * fmt.levels`."""
-    levels = np.asarray(fmt.levels, np.float64)
+    levels = _levels(fmt, "gaussian_mse")
     probability, moment = _cell_moments(levels, scale)
     return float(1 - 2 * scale * (levels @ moment) + scale**2 * (levels**2 @ probability))
 
@@ -40,19 +49,31 @@ def _slope(levels: np.ndarray, scale: float) -> float:
     return float(scale * (levels**2 @ probability) - levels @ moment)
 
 
+def _farther(magnitudes: np.ndarray) -> int:
+    """Candidates between the largest magnitude and the smallest: 65 a decade."""
+    return round(65 * math.log10(magnitudes.max() / magnitudes.min()))
+
+
 @functools.cache
 def optimal_scale(fmt: Format) -> float:
     """Scale, in units of the standard deviation per grid unit, of least squared error on a Gaussian.
 
     Raises: ValueError for a grid whose only level is 0."""
-    levels = np.asarray(fmt.levels, np.float64)
-    reach = float(np.max(np.abs(levels)))
-    if reach == 0:
+    levels = _levels(fmt, "optimal_scale")
+    magnitudes = np.abs(levels[levels != 0])
+    if magnitudes.size == 0:
         raise ValueError(
             f"optimal_scale of {fmt.name}: its only level is 0, so no scale fits it. Choose another format."
         )
-    candidates = np.geomspace(1e-3, 40, 300) / reach
-    best = int(np.argmin([gaussian_mse(fmt, s) for s in candidates]))
+    candidates = np.geomspace(1e-3, 40, 300) / magnitudes.max()
+    errors = [gaussian_mse(fmt, s) for s in candidates]
+    # A grid with levels far out for single outliers (posits) has the Gaussian among its inner ones. Floats fit about
+    # equally well at every factor of 2, so the scale moves there only for a gain.
+    outer = np.geomspace(40 / magnitudes.max(), 40 / magnitudes.min(), 2 + _farther(magnitudes))
+    outer_errors = [gaussian_mse(fmt, s) for s in outer]
+    if min(outer_errors) < 0.99 * min(errors):
+        candidates, errors = outer, outer_errors
+    best = int(np.argmin(errors))
     low, high = candidates[max(best - 1, 0)], candidates[min(best + 1, len(candidates) - 1)]
     while True:
         middle = (low + high) / 2
@@ -63,4 +84,4 @@ def optimal_scale(fmt: Format) -> float:
 
 def optimal_clip(fmt: Format) -> float:
     """alpha*: where the largest level lies at the optimal scale, in standard deviations (1.4935 for 2-bit mid-rise)."""
-    return optimal_scale(fmt) * fmt.max_finite
+    return optimal_scale(fmt) * fmt.reach

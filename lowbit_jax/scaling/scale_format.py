@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lowbit_jax import rounding
 from lowbit_jax.formats.base import FloatFormat, Format
 from lowbit_jax.formats.catalogue import E4M3
-from lowbit_jax.scaling.fit import SMALLEST_SCALE, largest_scale, reach
+from lowbit_jax.scaling.fit import SMALLEST_SCALE, largest_scale
 
 Stored = tuple[Array, ...]
 
@@ -83,11 +83,11 @@ BFLOAT16 = CastScale("bfloat16")
 class PowerOfTwo:
     """E8M0: one byte, 2^(code - 127), the shared scale of the OCP MX formats.
 
-    With amax = scale * max_finite, `mode` is one of `rounding.power_of_two_scale`: floor (OCP MX v1.0 section 6.3,
-    the top of the grid may clip), ceil, rceil (the least power that clips nothing), even; or nearest, the power
-    nearest to the fitted scale itself in the logarithm, for the rms fit; always one that keeps the largest level times
-    it finite. A scale of 0 or below 2^-126 is stored as
-    code 0, which XLA may flush to 0; NaN and inf as the NaN code 255. Raises: ValueError for another mode."""
+    With amax = scale * reach (the largest level), `mode` is one of `rounding.power_of_two_scale`: floor (OCP MX v1.0
+    section 6.3, the top of the grid may clip), ceil, rceil (the least power that clips nothing, but for the rounding of
+    amax), even; or nearest, the power nearest to the fitted scale itself in the logarithm, for the rms fit; always one
+    that keeps the largest level times it finite. A scale of 0 or below 2^-126 is stored as code 0, which XLA may flush
+    to 0; NaN and inf as the NaN code 255. Raises: ValueError for another mode."""
 
     mode: str = "floor"
 
@@ -99,7 +99,7 @@ class PowerOfTwo:
         if self.mode == "nearest":
             power = rounding.power_of_two(scale, "log")
         else:
-            power = rounding.power_of_two_scale(scale * reach(fmt), fmt, self.mode)
+            power = rounding.power_of_two_scale(scale * fmt.reach, fmt, self.mode)
         code = lax.bitcast_convert_type(power, jnp.int32) >> 23  # the exponent field, biased by 127 as in E8M0
         code = jnp.where(scale > 0, jnp.minimum(code, _largest_code(fmt)), 0)
         return (jnp.where(jnp.isfinite(scale), code, 255).astype(jnp.uint8),)

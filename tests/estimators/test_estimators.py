@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lowbit_jax as lb
 from lowbit_jax import formats, rounding
 from lowbit_jax.estimators import LSQ, PACT, ClippedStraightThrough, StraightThrough, Trust, quantize_through
 
@@ -90,3 +91,31 @@ def test_finite_differences_of_the_learned_scale():
 def test_bad_trust():
     with pytest.raises(ValueError, match="positive multiple"):
         Trust(outer=-1)
+
+
+@pytest.mark.parametrize("fmt", [formats.INT4, formats.INT8, formats.E2M1, formats.E4M3], ids=lambda f: f.name)
+def test_nothing_that_absmax_fits_is_clipped(key, fmt):
+    """u of the largest element may lie an ulp above the largest level."""
+    x = jax.random.normal(key, (4096, 64))
+    g = jax.grad(lambda x: jnp.sum(lb.Quantizer(format=fmt)(x)))(x)
+    np.testing.assert_array_equal(g, 1)
+
+
+def test_trust_looks_at_the_distance_where_inner_gaps_are_wider(key):
+    """NF4: its top gap is .277, that of its two smallest levels .304."""
+    fmt = formats.NF4
+    u = jax.random.uniform(key, (1, 4000), minval=-1.2, maxval=1.2)
+    g, _ = pull(Trust(), fmt, u, jnp.ones((1, 1)), jnp.ones_like(u))
+    distance = np.abs(np.asarray(rounding.nearest(u, fmt)) - np.asarray(u))
+    np.testing.assert_array_equal(g, distance <= fmt.top_gap / 2 * (1 + 1e-6))
+    assert (np.asarray(g)[(u > -0.99) & (u < -0.7)] == 0).any()
+
+
+@pytest.mark.parametrize("estimator", [LSQ(), PACT()], ids=lambda e: e.describe())
+def test_what_a_support_drops_does_not_move_the_learned_scale(estimator):
+    """Its output is 0 whatever the scale."""
+    x, support = jnp.asarray([[30.0, 2.0, -30.0, 1.2]]), jnp.asarray([[True, True, False, False]])
+    _, dscale = pull(estimator, formats.INT4, x, jnp.ones((1, 1)), jnp.asarray([[0.0, 0.0, 1.0, 1.0]]), support)
+    np.testing.assert_array_equal(dscale, 0)
+    _, dscale = pull(estimator, formats.INT4, x, jnp.ones((1, 1)), jnp.ones((1, 4)), support)
+    assert dscale[0, 0] > 0

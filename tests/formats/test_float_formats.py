@@ -67,3 +67,17 @@ def test_a_float_format_that_cannot_be_is_refused():
         FloatFormat(
             name="flushed", exponent_bits=2, mantissa_bits=1, bias=1, max_finite=6.0, subnormals=False, source="none"
         )
+
+
+def test_infinity_and_nan_need_a_mantissa():
+    with pytest.raises(ValueError, match="share an exponent.*Give it one"):
+        formats.FloatFormat(
+            name="e3m0_both",
+            exponent_bits=3,
+            mantissa_bits=0,
+            bias=3,
+            max_finite=8.0,
+            source="here",
+            has_inf=True,
+            has_nan=True,
+        )

@@ -100,3 +100,11 @@ def test_a_recipe_that_quantizes_nothing_raises():
 def test_a_model_without_layers_raises():
     with pytest.raises(ValueError, match="found no layer that it can quantize among Embed"):
         assign(make_policy(None, None), NODES[1:2])
+
+
+def test_weights_without_a_sign_raise():
+    """Half of them would be 0; for activations behind a ReLU such a format is right."""
+    unsigned = lb.Quantizer(format=lb.formats.UINT4)
+    with pytest.raises(ValueError, match="uint4 for weights.*INT4"):
+        make_policy(lb.LinearRecipe(out=lb.Gemm(rhs=unsigned)), None)
+    make_policy(lb.LinearRecipe(out=lb.Gemm(lhs=unsigned)), None)

@@ -180,6 +180,14 @@ def test_bad_arguments_say_the_way_out():
         (ValueError, "not learned", lambda: dot(scales={"lhs": jnp.float32(1)})),
         (ValueError, "packed rhs holds 48", lambda: dot(lhs=jnp.ones((4, 32)), rhs=packed)),
         (ValueError, "nothing to pack", lambda: pack_rhs(w, dense, lb.quest(4, weights=False))),
+        (TypeError, "got a packed lhs", lambda: dot(lhs=packed)),
+        (TypeError, "got a float for lhs", lambda: dot(lhs=1.0)),
+        (TypeError, "no random key", lambda: dot(key=0)),
+        (TypeError, "sequence of integers", lambda: dot(dimension_numbers=((1, 0), ((), ())))),
+        (ValueError, "Name each axis", lambda: pack_rhs(w, (((1,), (7,)), ((), ())), lb.quest(4))),
+        (ValueError, "Name each axis", lambda: quantize_rhs(w, (((1,), (-9,)), ((), ())), lb.quest(4))),
+        (ValueError, "no contraction axes", lambda: pack_rhs(w, (((), ()), ((), ())), lb.quest(4))),
+        (TypeError, "pack_rhs got recipe=", lambda: pack_rhs(w, dense, lb.quest_quantizer(4))),
         (TypeError, "FORWARD", lambda: lb.Gemm(lhs=4)),
         (ValueError, "only a backward product", lambda: lb.LinearRecipe(out=lb.Gemm(lhs=lb.FORWARD))),
         (ValueError, "cotangent", lambda: lb.LinearRecipe(grad_lhs=lb.Gemm(lhs=lb.FORWARD))),
@@ -198,3 +206,14 @@ def test_a_format_given_by_hand(key):
     x, w = jax.random.normal(key, (8, 64)), jax.random.normal(key, (64, 8))
     y = lb.dot_general(x, w, LAYOUTS["dense"][2], recipe=lb.quest(format=formats.LLOYD_MAX4))
     assert np.isfinite(y).all() and scaling.optimal_scale(formats.LLOYD_MAX4) > 0
+
+
+@pytest.mark.parametrize("layout", ["dense", "transposed kernel", "two contractions"])
+def test_a_packed_weight_is_contracted_along_the_axis_it_was_packed_for(key, layout):
+    """Square weights fit in either direction."""
+    x, w, numbers = operands(key, layout)
+    recipe = lb.LinearRecipe(out=lb.Gemm(rhs=lb.Quantizer()))
+    packed = pack_rhs(jnp.ones((*w.shape[:-1], w.shape[0]) if len(numbers[0][1]) == 1 else w.shape), numbers, recipe)
+    other = {"dense": ((1,), (1,)), "transposed kernel": ((1,), (0,)), "two contractions": ((2, 3), (1, 2))}[layout]
+    with pytest.raises(ValueError, match="lies along axis .*quantizer.quantize"):
+        lb.dot_general(x, packed, (other, ((), ())), recipe=recipe)

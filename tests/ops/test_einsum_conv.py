@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 import lowbit_jax as lb
+from lowbit_jax.ops import pack_rhs
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,34 @@ def test_einsum_is_dot_general(key):
     x, w = jax.random.normal(key, (4, 128)), jax.random.normal(jax.random.split(key)[0], (128, 16))
     y = lb.einsum("bk,kn->nb", x, w, recipe=lb.quest(2))
     np.testing.assert_array_equal(y, lb.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=lb.quest(2)).T)
+
+
+@pytest.mark.parametrize(
+    ("spec", "lhs", "rhs", "numbers"),
+    [
+        ("bk,kn->nb", (3, 32), (32, 5), (((1,), (0,)), ((), ()))),
+        ("bthk,hkd->btd", (2, 3, 4, 8), (4, 8, 5), (((2, 3), (0, 1)), ((), ()))),
+        ("...hk,hkd->...d", (2, 3, 4, 8), (4, 8, 5), (((2, 3), (0, 1)), ((), ()))),
+    ],
+)
+def test_einsum_of_packed_weights(key, spec, lhs, rhs, numbers):
+    x, w, recipe = jax.random.normal(key, lhs), jax.random.normal(key, rhs), lb.quest(8)
+    packed = pack_rhs(w, numbers, recipe)
+    np.testing.assert_allclose(
+        lb.einsum(spec, x, packed, recipe=recipe), lb.einsum(spec, x, w, recipe=recipe), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("spec", ["mk,kn->mn", "mk,kn->nm"])
+def test_einsum_puts_its_output_where_it_is_asked_to(key, spec):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jax.random.normal(key, (8, 32)), PartitionSpec(None, "d"))
+        w = jax.device_put(jax.random.normal(key, (32, 4)), PartitionSpec("d", None))
+        y = jax.jit(lambda x, w: lb.einsum(spec, x, w, recipe=lb.quest(8), out_sharding=PartitionSpec("d", None)))(x, w)
+    assert y.sharding.spec == PartitionSpec("d", None)
+    expected = np.einsum(spec, *map(np.asarray, (x, w)))
+    assert np.abs(y - expected).max() < 0.1 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
@@ -80,3 +110,16 @@ def test_conv_weight_has_one_scale_an_output_channel(key):
     q = lb.quest_quantizer(1, block=None)(w, axis=(0, 1, 2))
     assert [len(np.unique(np.abs(q[..., c]))) for c in range(4)] == [1, 1, 1, 1]
     assert len(np.unique(np.abs(q))) == 4
+
+
+def test_conv_refuses_what_it_cannot_run():
+    conv = lambda x, w, recipe, **kw: lb.conv_general_dilated(
+        x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), recipe=recipe, **kw
+    )
+    image, kernel = jnp.ones((1, 3, 3, 4)), jnp.full((2, 2, 4, 2), 0.4)
+    with pytest.raises(TypeError, match="lhs of int32"):
+        conv(image.astype(jnp.int32), kernel, lb.LinearRecipe(out=lb.Gemm(rhs=lb.Quantizer())))
+    with pytest.raises(NotImplementedError, match="no kernel convolves"):
+        conv(image, kernel, lb.quest(4).with_implementation("kernel"))
+    with pytest.raises(TypeError, match="packed rhs"):
+        conv(image, lb.Quantizer().quantize(kernel), lb.quest(4))

@@ -140,8 +140,14 @@ def test_bad_arguments_say_the_way_out():
     assert scaling.Group(np.int64(32)) == scaling.Group(32)
     with pytest.raises(ValueError, match=r"Percentile\(0\)"):
         scaling.Percentile(0)
-    with pytest.raises(ValueError, match="positive multiples"):
-        scaling.CandidateSearch(fractions=())
+    with pytest.raises(ValueError, match="Percentile.'99'"):
+        scaling.Percentile("99")
+    for fractions in ((), (0.0,), (np.nan,), (np.inf,)):
+        with pytest.raises(ValueError, match="positive multiples"):
+            scaling.CandidateSearch(fractions=fractions)
+    for options in (dict(fractions=0.9), dict(base="absmax")):
+        with pytest.raises(TypeError, match="a sequence of multiples"):
+            scaling.CandidateSearch(**options)
     with pytest.raises(ValueError, match="initial_scale"):
         scaling.Learned()(jnp.ones((2, 2)), INT4, (1,))
 
@@ -154,3 +160,19 @@ def test_mse_fit_beats_absmax_up_to_four_bits_and_loses_at_eight(key):
         error = lambda fit, fmt=fmt: float(error_of(lb.Quantizer(format=fmt, fit=fit), x))
         noise = 0.08 if bits == 8 else 0.03  # at 8 bits the loss of the rms fit is that of some 20 clipped elements
         np.testing.assert_allclose(error(scaling.absmax) / error(scaling.rms_optimal), expected, rtol=noise)
+
+
+def test_absmax_on_levels_whose_reciprocal_is_no_normal_number():
+    x = jnp.asarray([[1e10], [3e-5], [1e30]])
+    scale = fit.absmax(x, formats.E8M0, (1,))
+    np.testing.assert_allclose(np.asarray(scale, np.float64)[[0, 2]] * 2.0**127, [[1e10], [1e30]], rtol=1e-6)
+    assert scale[1, 0] == fit.SMALLEST_SCALE
+
+
+def test_a_fit_keeps_its_axes():
+    """Without them a square array would get a scale an element."""
+    forgets = lambda tiles, fmt, axes: jnp.max(jnp.abs(tiles), axis=axes) / fmt.max_finite
+    with pytest.raises(ValueError, match="scales of shape .64,. for tiles of .64, 1.*keepdims"):
+        lb.Quantizer(fit=forgets)(jnp.ones((64, 64)))
+    constant = lb.Quantizer(fit=lambda tiles, fmt, axes: jnp.float32(0.5))
+    np.testing.assert_array_equal(constant(jnp.ones((3, 4))), 1)

@@ -115,3 +115,18 @@ def test_one_sided_grid():
     scale = scaling.optimal_scale(formats.INT1)
     dense = min(np.linspace(0.1, 4, 20001), key=lambda s: scaling.gaussian_mse(formats.INT1, s))
     np.testing.assert_allclose(scale, dense, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["hif8", "posit8", "posit8_es1"])
+def test_grids_with_levels_far_out_have_the_gaussian_among_their_inner_ones(name):
+    fmt = formats.get(name)
+    magnitudes = np.abs([level for level in fmt.levels if level])
+    scales = np.geomspace(1e-3 / magnitudes.max(), 40 / magnitudes.min(), 3000)
+    least = min(scaling.gaussian_mse(fmt, s) for s in scales)
+    assert optimal_mse(name) <= least * (1 + 1e-6) < 8e-4
+
+
+def test_a_block_format_has_no_grid_of_its_own():
+    for ask in (scaling.optimal_scale, scaling.optimal_clip, lambda fmt: scaling.gaussian_mse(fmt, 1.0)):
+        with pytest.raises(TypeError, match="element format"):
+            ask(formats.MXFP4)

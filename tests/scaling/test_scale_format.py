@@ -1,5 +1,6 @@
 """Scale formats against ml_dtypes and against the OCP definitions in exact integer arithmetic."""
 
+import dataclasses
 import math
 
 import jax
@@ -165,3 +166,19 @@ def test_bad_two_level():
             scaling.TwoLevel(cap=cap)
     with pytest.raises(TypeError, match="small float with a NaN"):
         scaling.TwoLevel(E2M1)
+
+
+def test_a_power_of_two_for_a_grid_without_positive_levels():
+    for mode in ("floor", "ceil", "rceil", "even", "nearest"):
+        quantizer = lb.Quantizer(format=formats.INT1, scale_format=scaling.PowerOfTwo(mode))
+        np.testing.assert_array_equal(quantizer(jnp.asarray([[-1.0, -0.2, 0.0]])), [[-1, 0, 0]])
+
+
+def test_a_block_format_without_a_tensor_scale_keeps_its_scale_format(gaussian):
+    """NVFP4 with E4M3 scales alone: the same as the scale of a tensor that is 1, by ml_dtypes."""
+    fmt = dataclasses.replace(formats.NVFP4, tensor_scale=False)
+    got = np.asarray(lb.block_quantizer(fmt)(gaussian))
+    tiles = np.asarray(gaussian).reshape(-1, 16)
+    scale = (np.abs(tiles).max(1, keepdims=True) / 6).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    expected = (tiles / scale).astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale
+    np.testing.assert_allclose(got.reshape(tiles.shape), expected, rtol=1e-6)
