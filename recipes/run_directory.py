@@ -60,15 +60,13 @@ def short_hash(settings: dict[str, str]) -> str:
 
 def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
     """Writes the settings on the first visit and compares on the next; other versions of the libraries give a warning.
+    A run that ended before its first step was logged or saved holds nobody to its settings. Call it inside `locked`.
 
     Raises: ValueError naming the settings that differ."""
     path = folder / "config.json"
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     if not path.exists():
-        replacement = path.with_suffix(".new")
-        replacement.write_text(json.dumps({"settings": settings, "versions": versions}, indent=1))
-        os.replace(replacement, path)
-        return
+        return _write(path, settings, versions)
     try:
         content = json.loads(path.read_text())
         stored, before = content["settings"], content["versions"]
@@ -76,6 +74,8 @@ def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
         raise ValueError(
             f"{path} is not what a run writes there ({error!r}). Restore it, or choose another --out."
         ) from error
+    if not _trained(folder):
+        return _write(path, settings, versions)
     differing = [name for name in sorted(set(stored) | set(settings)) if stored.get(name) != settings.get(name)]
     if differing:
         lines = [f"  {name}: there {stored.get(name)}, now {settings.get(name)}" for name in differing]
@@ -87,6 +87,19 @@ def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
     if other:
         warnings.warn(f"{folder} was started with other versions ({', '.join(other)}): its last bits may differ.",
                       stacklevel=2)  # fmt: skip
+
+
+def _write(path: pathlib.Path, settings: dict[str, str], versions: dict[str, str]) -> None:
+    replacement = path.with_suffix(".new")
+    replacement.write_text(json.dumps({"settings": settings, "versions": versions}, indent=1))
+    os.replace(replacement, path)
+
+
+def _trained(folder: pathlib.Path) -> bool:
+    """Whether a training in `folder` has a checkpoint or a line of metrics, or its results are there."""
+    logged = any(file.stat().st_size for file in folder.glob("*/metrics.*"))
+    results = ("float", "packed", "results.json", "compare.json")
+    return logged or any(folder.glob("*/checkpoints/step_*")) or any((folder / name).exists() for name in results)
 
 
 class StopRequest:

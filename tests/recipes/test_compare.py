@@ -1,5 +1,6 @@
 """The comparison: intervals from a table of Student's t, differences paired by seed, cells that are not run twice."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -37,6 +38,22 @@ def test_a_small_comparison(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(train_loop, "make_step", lambda *_: None)  # any further step would fail
     assert compare.main(config) == rows
+
+
+def test_a_first_start_that_failed_does_not_hold_the_corrected_command(tmp_path, monkeypatch):
+    (tmp_path / "words.txt").write_text("the square of a number " * 2000)
+    config = compare.Compare(preset="smoke", steps=4, bits=(3,), methods=("quest",), seeds=1,
+                             data=str(tmp_path / "words.txt"), out=tmp_path / "out")  # fmt: skip
+
+    def refused(*_, **__):
+        raise ValueError("no step of this kind")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop, "make_step", refused)
+        with pytest.raises(ValueError, match="no step of this kind"):
+            compare.main(config)
+    assert (tmp_path / "out" / "config.json").exists()
+    assert [row["name"] for row in compare.main(dataclasses.replace(config, bits=(2,)))] == ["none", "quest-w2a2"]
 
 
 @pytest.mark.parametrize(("dtype", "scaled"), [("float16", True), ("auto", False), ("float32", False)])

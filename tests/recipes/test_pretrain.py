@@ -302,10 +302,18 @@ def test_out_of_memory_names_what_helps(config, monkeypatch):
 
 
 def test_other_settings_in_the_same_directory_are_refused(config):
-    config.out.mkdir()
+    (config.out / "quest-w4a4").mkdir(parents=True)
     run_directory.claim(config.out, {"seed": "5"})
+    (config.out / "quest-w4a4" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
     with pytest.raises(ValueError, match="seed: there 5, now 0"):
         pretrain.main(config)
+
+
+def test_a_first_start_that_failed_does_not_hold_the_corrected_command(config, monkeypatch):
+    with pytest.raises(ValueError, match="nowhere"):
+        pretrain.main(dataclasses.replace(config, rules=("nowhere=quest:4",), seed=3))
+    assert (config.out / "config.json").exists()
+    assert finish(dataclasses.replace(config, steps=3), monkeypatch)
 
 
 def test_settings_that_change_no_number_may_change(config):

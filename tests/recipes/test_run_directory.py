@@ -33,6 +33,11 @@ class TestLock:
                 pass
 
 
+def train_a_step(folder: pathlib.Path) -> None:
+    (folder / "quest-w4a4").mkdir()
+    (folder / "quest-w4a4" / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
+
+
 class TestClaim:
     def test_the_same_settings_go_on(self, tmp_path):
         settings = run_directory.fields_that_matter(Settings(), text="abc")
@@ -42,11 +47,32 @@ class TestClaim:
 
     def test_other_settings_are_refused_by_name(self, tmp_path):
         run_directory.claim(tmp_path, {"seed": "0", "text": "abc"})
+        train_a_step(tmp_path)
         with pytest.raises(ValueError, match="(?s)seed: there 0, now 1.*text: there abc, now xyz"):
             run_directory.claim(tmp_path, {"seed": "1", "text": "xyz"})
 
+    @pytest.mark.parametrize(
+        "made", ["quest-w4a4/checkpoints/step_00000007/", "quest-w4a4/metrics.damaged1", "packed/", "results.json"]
+    )
+    def test_only_what_was_trained_holds_to_its_settings(self, tmp_path, made):
+        """A first start that failed leaves a lock, a configuration, tables and empty files."""
+        for seed in ("0", "1"):
+            run_directory.claim(tmp_path, {"seed": seed})
+            (tmp_path / "quest-w4a4" / "tensorboard").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "quest-w4a4" / "checkpoints" / ".writing-00000007").mkdir(parents=True, exist_ok=True)
+            for name in ("lock", "quantized.txt", "quest-w4a4/metrics.jsonl"):
+                (tmp_path / name).touch()
+        assert json.loads((tmp_path / "config.json").read_text())["settings"] == {"seed": "1"}
+        if made.endswith("/"):
+            (tmp_path / made).mkdir(parents=True)
+        else:
+            (tmp_path / made).write_text("{}")
+        with pytest.raises(ValueError, match="seed: there 1, now 2"):
+            run_directory.claim(tmp_path, {"seed": "2"})
+
     def test_other_versions_are_told(self, tmp_path):
         run_directory.claim(tmp_path, {})
+        train_a_step(tmp_path)
         path = tmp_path / "config.json"
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"versions": content["versions"] | {"jax": "0.0.1"}}))
