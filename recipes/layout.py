@@ -31,10 +31,10 @@ class Layout:
     offload: bool = False
 
     def __post_init__(self):
-        if idle := [f"{name}={n}" for name, n in self.mesh.shape.items() if n > 1 and name not in lb.parallel.AXES]:
+        if idle := [f"{name}={n}" for name, n in self.mesh.shape.items() if name not in lb.parallel.AXES]:
             raise ValueError(
-                f"layout: --mesh {', '.join(idle)} cuts neither batch nor weights: its devices would all do the same."
-                " Give the axes data, fsdp and tensor."
+                f"layout: --mesh {', '.join(idle)} cuts neither batch nor weights, however long. Give the axes data,"
+                " fsdp and tensor."
             )
         if self.reduce is not None and self.compress is not None:
             raise ValueError(

@@ -177,7 +177,9 @@ def layout_of(config: Pretrain) -> Layout | None:
         "gather": "float", "reduce": None, "compress": None, "offload": False
     }:  # fmt: skip
         return None
-    mesh = config.mesh or ("data=-1" if jax.process_count() > 1 else "data=1")
+    mesh = ("data=-1" if jax.process_count() > 1 else "data=1") if config.mesh is None else config.mesh
+    if not lb.parallel.parse_mesh(mesh):
+        raise ValueError(f"pretrain: --mesh {mesh!r} names no axis. Leave it out, or give sizes, as in data=2,fsdp=2.")
     return Layout(mesh=lb.parallel.make_mesh(mesh), **wants)
 
 

@@ -134,6 +134,7 @@ class TestLayout:
             ({"data": 2}, {"gather": "packed"}, "over the axis fsdp, which is 1 long"),
             ({"data": 1}, {"reduce": 8}, "--reduce takes effect among devices"),
             ({"data": 2, "replica": 2}, {}, "replica=2 cuts neither batch nor weights"),
+            ({"data": 2, "replica": 1}, {}, "replica=1 cuts neither batch nor weights"),
             ({"fsdp": 2}, {"compress": "int8"}, "--compress takes effect over the axis data"),
             ({"data": 2}, {"compress": "int8", "reduce": 8}, "Take one"),
         ],

@@ -333,6 +333,8 @@ def test_settings_that_change_no_number_may_change(config):
      ({"skip_spikes": 1.0}, "--skip-spikes 1.0"),
      ({"sample_tokens": 0}, "sampling"),
      ({"prompt": ""}, "sampling"), ({"method": "none", "baseline": True}, "--baseline cannot take effect"),
+     ({"mesh": "foo=1"}, "--mesh foo=1 cuts neither"), ({"mesh": "dta=2"}, "Did you mean 'data'"),
+     ({"mesh": ""}, "--mesh '' names no axis"), ({"mesh": " ,"}, "--mesh ' ,' names no axis"),
      ({"context": 10**6}, "training part"), ({"preset": "huge"}, "no preset")],
 )  # fmt: skip
 def test_senseless_settings_are_refused_before_anything_is_trained(config, change, words):
