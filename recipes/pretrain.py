@@ -2,7 +2,7 @@
 
     python -m recipes.pretrain                          # tiny, QuEST W4A4, Python's own source, minutes on 2 cores
     python -m recipes.pretrain --baseline               # the unquantized twin as well
-    python -m recipes.pretrain --bits 1 --preset 30M --data hf:allenai/c4 --tokenizer tokenizer.json
+    python -m recipes.pretrain --bits 1 --preset 30M --data hf:roneneldan/TinyStories --tokenizer tokenizer.json
     python -m recipes.pretrain --mesh data=2,fsdp=4     # on eight devices
 
 The same command again goes on where a killed run stopped. Paper: Panferov et al. 2025, arXiv:2502.05003 (QuEST)."""
@@ -46,11 +46,12 @@ class Pretrain:
     rules: tuple[str, ...] = ()
     """More (pattern=method:bits or pattern=none), tried before the rest, e.g. blocks/mlp/down=quest:8."""
     data: str = free("stdlib")
-    """stdlib, a text file, a folder, tokens.bin, or hf:<dataset>."""
+    """stdlib, a text file, a folder, tokens.bin with tokens.json beside it, or hf:<dataset> (the extra hf)."""
     tokenizer: str = free("bytes")
     """bytes, the path of a tokenizer.json, or ids."""
     glob: str | None = free(None)
-    """Which files of a folder."""
+    """Which files of a folder: '*.txt' for those right in it, '**/*.md' for those at any depth; all at any depth
+    ('**/*') unless given. Files whose name starts with a dot are left out."""
     hf_bytes: int | None = free(None)
     """How much of a Hugging Face dataset is read; 64 MB unless given."""
     held_out: float = 0.05

@@ -19,6 +19,7 @@ import numpy as np
 from recipes import token_files, tokenizers
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+EVERY_FILE = "**/*"  # of a folder, at any depth
 HF_BYTES = 64_000_000  # how much of a Hugging Face dataset is read unless told
 
 
@@ -111,12 +112,12 @@ def _documents(data: str, path: pathlib.Path, glob: str | None, hf_bytes: int | 
     if data == "stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         files = (file for file in root.rglob("*.py") if SKIPPED.isdisjoint(file.relative_to(root).parts))
-        return _read_all(root, sorted(files, key=lambda file: file.relative_to(root).as_posix()))
+        return _read_all(root, sorted(files, key=lambda file: file.relative_to(root).as_posix()), "**/*.py")
     if data.startswith("hf:"):
         return _hugging_face(data.removeprefix("hf:"), hf_bytes or HF_BYTES)
     if path.is_dir():
-        files = (file for file in path.glob(glob or "**/*") if file.is_file() and not file.name.startswith("."))
-        return _read_all(path, sorted(files, key=lambda file: file.relative_to(path).as_posix()))
+        pattern = EVERY_FILE if glob is None else glob
+        return _read_all(path, _matching(path, pattern), pattern)
     if path.is_file():
         return iter([_read(path)])
     raise ValueError(
@@ -141,10 +142,25 @@ def _read(file: pathlib.Path) -> str:
         ) from error
 
 
-def _read_all(folder: pathlib.Path, files: list[pathlib.Path]) -> Iterator[str]:
+def _matching(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    """The files that `pattern` chooses, in the order of their names; without those whose name starts with a dot."""
+    try:
+        files = [file for file in folder.glob(pattern) if file.is_file() and not file.name.startswith(".")]
+    except (ValueError, NotImplementedError) as error:  # pathlib's words for an empty and an absolute one
+        raise ValueError(
+            f"recipes.text: the glob {pattern!r} is no pattern of paths in a folder: {error}. It looks like '*.txt' or"
+            " '**/*.md'."
+        ) from error
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _read_all(folder: pathlib.Path, files: list[pathlib.Path], pattern: str) -> Iterator[str]:
     """Every file that is UTF-8; stops when more than one in twenty is not."""
     if not files:
-        raise ValueError(f"recipes.text found no file in {_shown(folder)}. Check the folder, or pass another --glob.")
+        raise ValueError(
+            f"recipes.text found no file in {_shown(folder)} that fits {pattern!r} and whose name does not start with a"
+            " dot. Check the folder, or pass another --glob."
+        )
     broken = []
     for file in files:
         try:
@@ -163,7 +179,9 @@ def _hugging_face(name: str, limit: int) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(f"The data hf:{name} needs the package `datasets`: pip install datasets.") from error
+        raise ImportError(
+            f"The data hf:{name} needs the package `datasets`: pip install 'lowbit_jax[recipes,hf]'."
+        ) from error
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
         first = next(iter(rows), None)

@@ -2,13 +2,17 @@
 
 import json
 import os
+import pathlib
 import sys
+import tomllib
 import types
 
 import numpy as np
 import pytest
 
 from recipes import text, token_files, tokenizers
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -101,11 +105,19 @@ class TestFaults:
             text.load("no/such/place")
 
     def test_empty_file_and_folder(self, tmp_path):
-        with pytest.raises(ValueError, match="found no file"):
+        with pytest.raises(ValueError, match=r"found no file in .* that fits '\*\*/\*'"):
             text.load(str(tmp_path))
+        (tmp_path / ".hidden.md").write_text("hidden")
+        with pytest.raises(ValueError, match=r"found no file in .* that fits '\*.md' .* start with a dot"):
+            text.load(str(tmp_path), glob="*.md")
         (tmp_path / "a.txt").touch()
         with pytest.raises(ValueError, match="holds no text"):
             text.load(str(tmp_path / "a.txt"))
+
+    @pytest.mark.parametrize("glob", ["", "/etc/*.txt"])
+    def test_a_glob_that_is_none(self, folder, glob):
+        with pytest.raises(ValueError, match=f"the glob '{glob}' is no pattern".replace("*", r"\*")):
+            text.load(str(folder), glob=glob)
 
     def test_not_utf8(self, tmp_path):
         (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
@@ -178,8 +190,10 @@ class TestHuggingFace:
 
     def test_package_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(ImportError, match="pip install datasets"):
+        with pytest.raises(ImportError, match=r"pip install 'lowbit_jax\[recipes,hf\]'"):
             text.load("hf:someone/texts")
+        extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert extras["hf"][0].startswith("datasets")
 
 
 class TestTokenFiles:
