@@ -179,7 +179,6 @@ def show(answer: dict, folder: pathlib.Path) -> None:
             rows.append([part, display.size(before), display.size(after), f"{before / after:.2f}x"])
         display.table("Weights", ["", "float", "packed", "smaller"], rows)
         print(f"held-out loss of the packed model: {packed['validation_loss']:.4f} nats a token")
-    sample = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in answer["sample"])
-    print(f"\nWritten by the {'packed' if packed else 'trained'} model:\n{sample}\n")
+    print(f"\nWritten by the {'packed' if packed else 'trained'} model:\n{display.printable(answer['sample'])}\n")
     print(f"curves: {folder / 'curves.png'}; numbers: {folder / 'results.json'}")
     print(f"wall time of this command, without imports: {display.clock(answer['seconds'])}")

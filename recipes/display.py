@@ -102,6 +102,11 @@ def _bar() -> rich.progress.Progress:
     )  # fmt: skip
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey or cannot show as replacement characters."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -83,9 +83,14 @@ def preset(name: str, **changes) -> LlamaConfig:
 def build(config: LlamaConfig, vocab_size: int, *, dtype: str = "auto", remat: str = "none", seed: int = 0,
           attention: str = "auto", unroll: bool | None = None) -> "Llama":  # fmt: skip
     """A model with weights drawn from `seed`; float32 masters, activations in `dtype`."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    chosen = jnp.dtype(auto if dtype == "auto" else dtype)
+    chosen = jnp.dtype(activation_dtype(dtype))
     return _build(config, vocab_size, chosen, remat, attention, unroll, jax.random.key(seed))
+
+
+def activation_dtype(dtype: str) -> str:
+    """What "auto" stands for on this machine."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return auto if dtype == "auto" else dtype
 
 
 @functools.partial(nnx.jit, static_argnums=range(6))  # one compiled program instead of hundreds of small ones

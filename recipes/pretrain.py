@@ -5,7 +5,8 @@
     python -m recipes.pretrain --bits 1 --preset 30M --data hf:roneneldan/TinyStories --tokenizer tokenizer.json
     python -m recipes.pretrain --mesh data=2,fsdp=4     # on eight devices
 
-The same command again goes on where a killed run stopped. Paper: Panferov et al. 2025, arXiv:2502.05003 (QuEST)."""
+The same command again goes on where a killed run stopped, and `recipes.sample` writes text with a finished one. Paper:
+Panferov et al. 2025, arXiv:2502.05003 (QuEST)."""
 
 import contextlib
 import dataclasses
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import lowbit_jax as lb
-from recipes import command, deliver, init_from, llama, quantized, run_directory, schemes, text, train_loop
+from recipes import command, deliver, finished, init_from, llama, quantized, run_directory, schemes, text, train_loop
 from recipes.layout import Layout
 
 NOT_NUMBERS = {"numbers": False}  # metadata: this setting changes no number, or is compared in another form
@@ -135,6 +136,7 @@ def main(config: Pretrain) -> dict:
     corpus = text.load(config.data, tokenizer=config.tokenizer, held_out=config.held_out, glob=config.glob,
                        hf_bytes=config.hf_bytes)  # fmt: skip
     delivery = deliver.Delivery.of(config, corpus, plan, started=started)
+    description = finished.Description.of(config, size, scheme, corpus)
     settings = run_directory.fields_that_matter(
         config, text=corpus.fingerprint, vocabulary=corpus.vocab_size, scheme=scheme.name, **dataclasses.asdict(size)
     )
@@ -166,7 +168,10 @@ def main(config: Pretrain) -> dict:
                 print(quantized.write(folder / "quantized.txt", model, scheme.name, stacked=size.layers))
             runs[scheme.name] = train_loop.train(scheme.name, model, corpus, plan, folder, stop, quantized=True,
                                                  layout=layout, origin=origin)  # fmt: skip
-        return delivery.make(folder, runs) if jax.process_index() == 0 else {}
+        if jax.process_index():
+            return {}
+        with description.of_finished(folder):
+            return delivery.make(folder, runs)
 
 
 def layout_of(config: Pretrain) -> Layout | None:

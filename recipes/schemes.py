@@ -36,11 +36,17 @@ class Scheme:
 
     def apply(self, model: nnx.Module, tokens: np.ndarray) -> nnx.Module:
         """The quantized view of `model`, learned steps set from `tokens`; `model` itself for "none"."""
+        quantized = self.quantized(model)
+        return lb.calibrate(quantized, tokens) if any(map(_learns, self._all_rules())) else quantized
+
+    def quantized(self, model: nnx.Module) -> nnx.Module:
+        """As `apply`, but learned steps are those of a fresh model: for weights that come from elsewhere."""
+        return model if self.method == "none" else lb.quantize(model, rules=self._all_rules())
+
+    def _all_rules(self) -> list[tuple[str, lb.LinearRecipe | None]]:
         if self.method == "none":
-            return model
-        rules = [*map(self._rule, self.rules), ("blocks", self.recipe(self.method, self.bits))]
-        model = lb.quantize(model, rules=rules)
-        return lb.calibrate(model, tokens) if any(map(_learns, rules)) else model
+            return []
+        return [*map(self._rule, self.rules), ("blocks", self.recipe(self.method, self.bits))]
 
     def recipe(self, method: str, bits: Bits | None) -> lb.LinearRecipe:
         options = {} if bits is None else {"bits": bits}
