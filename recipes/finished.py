@@ -1,7 +1,9 @@
 """A finished run of `recipes.pretrain` as a model and its tokenizer, as its `run.json` says to rebuild them.
 
-model, codec = finished.load("runs/tiny-quest-w4a4-0123abcd")
-logits = model(codec.encode("import ")[None])  # (1, tokens, vocabulary)"""
+    model, codec = finished.load("runs/tiny-quest-w4a4-0123abcd")
+    logits = model(codec.encode("import ")[None])  # (1, tokens, vocabulary)
+
+`recipes.sampling.generate` goes on from ids; `python -m recipes.sample` does all of it."""
 
 import contextlib
 import dataclasses

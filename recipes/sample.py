@@ -1,7 +1,9 @@
 """Text from the packed weights of a finished run of `recipes.pretrain`.
 
-python -m recipes.sample runs/tiny-quest-w4a4-0123abcd --prompt "import "
-python -m recipes.sample RUN --prompt "import " --tokens 500 --temperature 0 --weights float"""
+    python -m recipes.sample runs/tiny-quest-w4a4-0123abcd --prompt "import "
+    python -m recipes.sample RUN --prompt "import " --tokens 500 --temperature 0 --weights float
+
+The prompt, seed, temperature and number of tokens of the run give the text that it printed at its end."""
 
 import dataclasses
 import pathlib
@@ -27,7 +29,7 @@ class Sample:
     weights: Literal["packed", "float"] = "packed"
     """float: those that were trained; a run with --method none has no others."""
     tokenizer: pathlib.Path | None = None
-    """Where the run's tokenizer.json lies now, if it has moved."""
+    """Where the run's tokenizer.json lies now, if it has moved; for a run on ids, the one that they were made with."""
 
 
 def main(config: Sample) -> str:

@@ -316,6 +316,15 @@ def test_a_first_start_that_failed_does_not_hold_the_corrected_command(config, m
     assert finish(dataclasses.replace(config, steps=3), monkeypatch)
 
 
+def test_a_run_that_has_not_made_its_first_step_keeps_its_directory_from_another(config):
+    theirs = {"seed": "5"}
+    with run_directory.locked(config.out):
+        run_directory.claim(config.out, theirs)
+        with pytest.raises(RuntimeError, match="is in use by process"):
+            pretrain.main(config)
+        assert json.loads((config.out / "config.json").read_text())["settings"] == theirs
+
+
 def test_settings_that_change_no_number_may_change(config):
     first, second = (
         run_directory.fields_that_matter(c) for c in (config, dataclasses.replace(config, keep=5, prompt="x"))
