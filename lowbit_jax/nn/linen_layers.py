@@ -27,7 +27,7 @@ from lowbit_jax.nn.site import (
     initial_weight_scale,
     needs_key,
 )
-from lowbit_jax.nn.weight import to_nearest
+from lowbit_jax.nn.weight import PreparedKernel, to_nearest
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -107,8 +107,8 @@ def quantized_call(
     changes: dict[str, Any] = dict(promote_dtype=KeepMaster(layer.promote_dtype))
     if LAYERS[base].fields:
         changes[LAYERS[base].fields[0]] = product
-    if isinstance(stored, QTensor):
-        changes["param"] = functools.partial(_packed_param, layer.param, stored)
+    if isinstance(stored, QTensor | PreparedKernel):
+        changes["param"] = functools.partial(_stored_param, layer.param, stored)
     with _changed(layer, changes):
         return call(*args, **kwargs) if base is not linen.Einsum else einsum_call(layer, product, *arguments)
 
@@ -135,7 +135,7 @@ def _check_layer(layer: Any, base: type, where: str) -> None:
         )
 
 
-def _packed_param(param: Callable, stored: QTensor, name: str, *args: Any, **kwargs: Any) -> Any:
+def _stored_param(param: Callable, stored: QTensor | PreparedKernel, name: str, *args: Any, **kwargs: Any) -> Any:
     return stored if name == "kernel" else param(name, *args, **kwargs)
 
 

@@ -22,6 +22,7 @@ from lowbit_jax.nn.check import check_owner, check_site, check_subclass
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
 from lowbit_jax.nn.site import Site, called, einsum_contraction, fitted_scale, initial_scales, needs_key
+from lowbit_jax.nn.weight import PreparedKernel
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -40,6 +41,17 @@ class PackedWeight(nnx.Param):
             raise TypeError(
                 f"PackedWeight[{index}]: a packed weight is read whole. Use .get_value().dequantize() first."
             )
+        return super().get_value()
+
+
+class PreparedWeight(nnx.Param):
+    """A weight as `lb.nn.prepare` leaves it: its value is a `PreparedKernel`. The gradient by it goes back through
+    `prepare`, by `jax.vjp`, and to no optimizer."""
+
+    def get_value(self, *, index: Any = ...) -> PreparedKernel:
+        """The PreparedKernel; `[...]`, as layers read their kernel, is the whole of it."""
+        if index is not ...:
+            raise TypeError(f"PreparedWeight[{index}]: a prepared weight is read whole. Use .get_value().values first.")
         return super().get_value()
 
 

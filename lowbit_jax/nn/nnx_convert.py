@@ -10,6 +10,7 @@ from jaxtyping import Array
 import lowbit_jax.nn.serialization  # noqa: F401  # makes flax.serialization know packed weights
 from lowbit_jax.nn.nnx import (
     PackedWeight,
+    PreparedWeight,
     StatefulProduct,
     attribute_of,
     edited,
@@ -20,7 +21,7 @@ from lowbit_jax.nn.nnx import (
 )
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import called, needs_key, stacked
-from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
+from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
 
 
 def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
@@ -58,7 +59,8 @@ def prepare(model: nnx.Module) -> nnx.Module:
         key = _draw(_held(layer).rngs) if needs_key(product.recipe) else None
         kernel, others = layer.kernel.get_value(), {"scale": _weight_scale(layer), "key": key}
         ready = lambda kernel, others: ready_weight(kernel, product.recipe, product.site, **others)
-        layer.kernel = layer.kernel.replace(stacked(ready, kernel, product.site)(kernel, others))
+        prepared = PreparedKernel(stacked(ready, kernel, product.site)(kernel, others))
+        layer.kernel = PreparedWeight.from_metadata(prepared, layer.kernel.get_metadata())
         _replace(layer, dataclasses.replace(product, recipe=product.recipe.with_rhs_ready()), drop=("rhs_scale",))
 
     return edited(model, products, change)

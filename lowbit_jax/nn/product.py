@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowbit_jax.nn.site import Site, naming
-from lowbit_jax.nn.weight import convolution_weight
+from lowbit_jax.nn.weight import PreparedKernel, convolution_weight
 from lowbit_jax.ops import LinearRecipe, conv_general_dilated, dot_general
 from lowbit_jax.ops.einsum import parse
 from lowbit_jax.qtensor import QTensor
@@ -31,6 +31,7 @@ class Product:
 
     def compute(self, args: tuple, kwargs: Mapping[str, Any], key: Any = None, scales: Any = None) -> Array:
         """`args` and `kwargs` as Flax passes them to `dot_general`, `einsum_op` or `conv_general_dilated`."""
+        args = tuple(a.values if isinstance(a, PreparedKernel) else a for a in args)
         given = {name: value for name, value in kwargs.items() if name != "out_sharding" or value is not None}
         with jax.named_scope(self.site.tag), naming(self.site.path):
             return _COMPUTE[self.site.kind](self.site, *args, **given, recipe=self.recipe, key=key, scales=scales)

@@ -23,6 +23,35 @@ from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.rotation import Hadamard, largest_block
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedKernel:
+    """What `lb.nn.prepare` leaves of a weight: rotated and quantized, of the same shape and dtype.
+
+    A node of its own in the tree, so that its gradient, which belongs to this array and not to the weight, fits no
+    parameter and no optimizer of the model."""
+
+    values: Float[Array, "*s"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.values.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    def __radd__(self, weight: Any) -> Any:  # where optax adds an update to a weight
+        raise TypeError(
+            "lb.nn.prepare: this gradient is of the prepared weight, which is rotated and quantized, and not of the"
+            " weight. Call prepare inside the function that is differentiated, and differentiate by the model itself."
+        )
+
+
 def ready_weight(
     kernel: Float[Array, "*s"],
     recipe: LinearRecipe,

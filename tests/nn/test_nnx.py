@@ -152,9 +152,10 @@ def test_sharding_metadata_stays():
     mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         layer = nnx.Linear(64, 32, kernel_init=init, rngs=nnx.Rngs(0))
-        for view in (lb.quantize(layer), lb.nn.prepare(lb.quantize(layer))):
+        quantized, prepared = lb.quantize(layer), lb.nn.prepare(lb.quantize(layer))
+        for view, value in ((quantized, quantized.kernel.get_value()), (prepared, prepared.kernel.get_value().values)):
             assert view.kernel.get_metadata() == layer.kernel.get_metadata()
-            assert view.kernel.get_value().sharding == layer.kernel.get_value().sharding
+            assert value.sharding == layer.kernel.get_value().sharding
         assert not lb.convert(lb.quantize(layer)).kernel.get_value().words.sharding.is_fully_replicated
 
 

@@ -146,6 +146,27 @@ def test_linen_preparing_changes_no_gradient(name, x, linen_variables):
     assert_gradients_close(*jax.jit(lambda v: (jax.grad(prepared)(v), jax.grad(plain)(v)))(variables))
 
 
+@pytest.mark.parametrize("transformation", [optax.sgd(0.1), optax.adamw(1e-3)], ids=["sgd", "adamw"])
+def test_the_gradient_of_a_prepared_model_is_none_of_the_model(transformation, x):
+    """It belongs to the rotated weights (its cosine with the model's own is about 0), and no optimizer takes it."""
+    model = lb.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), lb.quest(4))
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+    gradient = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(lb.nn.prepare(model))
+    before = np.asarray(model.kernel[...])
+    with pytest.raises((TypeError, ValueError), match="PreparedKernel|lb.nn.prepare: this gradient"):
+        optimizer.update(model, gradient)
+    np.testing.assert_array_equal(model.kernel[...], before)
+
+    dense = lb.quantize(linen.Dense(8), lb.quest(4))
+    variables = dense.init(jax.random.key(0), x)
+    ready, prepared = lb.nn.prepare(dense, variables, x)
+    gradient = jax.grad(lambda v: jnp.mean(ready.apply(v, x) ** 2))(prepared)
+    state = transformation.init(variables)
+    with pytest.raises((TypeError, ValueError), match="PreparedKernel|lb.nn.prepare: this gradient"):
+        updates, _ = transformation.update(gradient, state, variables)
+        optax.apply_updates(variables, updates)
+
+
 def test_nnx_packed_checkpoint_round_trip(tmp_path, stack, x):
     packed = lb.convert(lb.quantize(stack, rules=HEAD))
     graph, state = nnx.split(packed)
