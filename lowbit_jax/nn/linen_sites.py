@@ -12,7 +12,7 @@ from flax.core import FrozenDict, freeze
 
 from lowbit_jax.nn.linen import Run, quantization, quantization_of, under_norm, watching
 from lowbit_jax.nn.policy import Node
-from lowbit_jax.nn.site import Site
+from lowbit_jax.nn.site import Site, called, check_stack
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -37,6 +37,9 @@ def packable_sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str,
             f"{who}: {normed[0]!r} belongs to a weight that a norm (linen.WeightNorm, SpectralNorm) makes at each call:"
             " there is nothing to keep. Leave its layer out by a rule, or fold the norm into it first."
         )
+    for path, (site, _) in traced.sites.items():
+        kernel = linen.meta.unbox(inside(variables["params"], path)["kernel"])
+        check_stack(kernel, site, f"{who}: {called(path, traced.nodes[path].kind)}")
     return traced.sites
 
 

@@ -20,7 +20,7 @@ from lowbit_jax.nn.nnx import (
     normed_layers,
 )
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import called, needs_key, stacked
+from lowbit_jax.nn.site import called, check_stack, needs_key, stacked
 from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
 
 
@@ -38,6 +38,7 @@ def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
             raise ValueError(f"lb.convert: {name} is prepared. Convert the model that you prepared.")
         recipe = to_nearest(product.recipe)
         if recipe.out.rhs is not None:
+            check_stack(layer.kernel.get_value(), product.site, f"lb.convert: {name}")
             as_used = id(layer.kernel), recipe, dataclasses.replace(product.site, path=""), id(_weight_scale(layer))
             if as_used not in packed:
                 kernel = packed_stack(layer.kernel.get_value(), recipe, product.site, _weight_scale(layer), storage)
@@ -56,6 +57,7 @@ def prepare(model: nnx.Module) -> nnx.Module:
     def change(layer: Any, product: Product) -> None:
         if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
             return
+        check_stack(layer.kernel.get_value(), product.site, f"lb.nn.prepare: {called(product.site.path, type(layer))}")
         key = _draw(_held(layer).rngs) if needs_key(product.recipe) else None
         kernel, others = layer.kernel.get_value(), {"scale": _weight_scale(layer), "key": key}
         ready = lambda kernel, others: ready_weight(kernel, product.recipe, product.site, **others)

@@ -46,9 +46,10 @@ class Site:
         return (self.contract, self.contract), ((), ())
 
 
-def called(path: str, kind: type) -> str:
+def called(path: str, kind: type | str) -> str:
     """A layer in an error message."""
-    return f"the layer {path!r} ({kind.__name__})" if path else f"this {kind.__name__}"
+    name = kind if isinstance(kind, str) else kind.__name__
+    return f"the layer {path!r} ({name})" if path else f"this {name}"
 
 
 @contextlib.contextmanager
@@ -144,13 +145,17 @@ def stacked(function: Callable[..., Any], kernel: Array, site: Site) -> Callable
     """`function(kernel, ...)` for the weight of one layer, mapped over the leading axes of layers stacked for a scan.
 
     Raises: ValueError when the trailing axes are not the layer's."""
+    check_stack(kernel, site)
+    for _ in range(kernel.ndim - len(site.shape)):
+        function = jax.vmap(function)
+    return function
+
+
+def check_stack(kernel: Array, site: Site, where: str = "") -> None:
+    """Raises ValueError, as told by `where`, for a weight whose trailing axes are not the layer's."""
     extra = kernel.ndim - len(site.shape)
     if extra < 0 or tuple(kernel.shape[extra:]) != site.shape:
         raise ValueError(
-            f"the layer {site.path!r} has a weight of shape {tuple(kernel.shape)}; its configuration says"
-            f" {site.shape}, after"
-            " leading axes of stacked layers. Stack layers on axis 0, as nnx.vmap does."
+            f"{where}{': ' if where else ''}the stored weight has the shape {tuple(kernel.shape)}, the configuration"
+            f" says {site.shape}, after leading axes of stacked layers. Stack layers on axis 0, as nnx.vmap does."
         )
-    for _ in range(extra):
-        function = jax.vmap(function)
-    return function

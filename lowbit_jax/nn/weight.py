@@ -146,7 +146,6 @@ def _packed_stack(kernel: Array, scale: Array | None, recipe: LinearRecipe, site
 def packed_stack(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage) -> QTensor:
     """`packed_weight` over the leading axes of stacked layers, compiled once for layers alike; shapes for the shape of
     a kernel (`nnx.eval_shape`)."""
-    stacked(lambda kernel: kernel, kernel, site)  # complains by the layer's path
     pack = lambda kernel, scale: _packed_stack(kernel, scale, recipe, dataclasses.replace(site, path=""), storage)
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return jax.eval_shape(pack, kernel, scale)

@@ -340,7 +340,7 @@ def test_weights_that_are_made_at_every_call(norm):
 
 def test_layers_stacked_on_another_axis_are_named():
     stack = nnx.vmap(lambda rngs: nnx.Linear(32, 16, rngs=rngs), out_axes=1)(nnx.Rngs(0).split(3))
-    with pytest.raises(ValueError, match=r"the layer 'layers' .*weight of shape \(32, 3, 16\).*axis 0"):
+    with pytest.raises(ValueError, match=r"^lb.quantize: the layer 'layers' \(Linear\), .*shape \(32, 3, 16\).*axis 0"):
         lb.quantize(nnx.Dict(layers=stack), lb.quest(4))
 
     class Stacked(linen.Module):
@@ -351,8 +351,16 @@ def test_layers_stacked_on_another_axis_are_named():
 
     model = lb.quantize(Stacked(), lb.quest(4))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.ones((2, 32)))
-    with pytest.raises(ValueError, match=r"the layer 'layers/Dense_0' has a weight of shape \(32, 3, 32\).*axis 0"):
-        lb.convert(model, variables, jnp.ones((2, 32)))
+    for verb, name in ((lb.convert, "lb.convert"), (lb.nn.prepare, "lb.nn.prepare")):
+        told = rf"^{name}: the layer 'layers/Dense_0' \(Dense\): the stored weight has the shape \(32, 3, 32\).*axis 0"
+        with pytest.raises(ValueError, match=told):
+            verb(model, variables, jnp.ones((2, 32)))
+
+    linear = lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), lb.quest(4))
+    linear.kernel = nnx.Param(jnp.ones((32, 3, 16)))
+    for verb, name in ((lb.convert, "lb.convert"), (lb.nn.prepare, "lb.nn.prepare")):
+        with pytest.raises(ValueError, match=rf"^{name}: this Linear: .*shape \(32, 3, 16\).*axis 0"):
+            verb(linear)
 
 
 def test_learned_scales_of_a_model_of_shapes():
