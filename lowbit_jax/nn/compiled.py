@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Collection
 from typing import Literal
 
 _PRODUCTS = {"dot", "convolution", "ragged-dot", "scaled-dot"}
@@ -15,19 +16,20 @@ _TYPE = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 class RanProduct:
     """One product of the program. backward: it belongs to the transposed (gradient) part. result, operands: HLO types.
 
-    tag: the layer's, or "" where XLA rewrote the product and dropped its name (it does so with gradients of
-    convolutions)."""
+    tag: the layer's, or "" where it is no layer's, or XLA rewrote the product and dropped its name (it does so with
+    gradients of convolutions): then it is known by its size."""
 
     tag: str
     backward: bool
     operation: str
     result: str
     operands: tuple[str, ...]
+    by_size: bool = False
 
     @property
     def words(self) -> str:
         words = f"{self.operation} {' x '.join(_dtype(o) for o in self.operands)} -> {_dtype(self.result)}"
-        return words if self.tag else f"{words} (known by its size)"
+        return f"{words} (known by its size)" if self.by_size else words
 
     @property
     def size(self) -> int:
@@ -45,38 +47,62 @@ def _dtype(kind: str) -> str:
 
 
 def products_of(text: str) -> list[RanProduct]:
-    """Products under the tag of a quantized layer; those that belong to a rotation are left out.
+    """Products under the tag of a quantized layer, and those without a name; those that belong to a rotation are left
+    out.
 
     Where XLA turned a product into something else (a sum over one row, say) its fusion is reported in its place."""
+    found, rewritten = _instructions(text)
+    found, rewritten = ([i for i in some if i.tag or not i.scope] for some in (found, rewritten))
+    whole = {(i.tag, i.ran.backward) for i in found}
+    return [i.ran for i in found] + [i.ran for i in rewritten if (i.tag, i.ran.backward) not in whole]
+
+
+def other_products(text: str, tags: Collection[str]) -> list[RanProduct]:
+    """Products that have a name, and belong neither to a layer of these tags nor to a rotation."""
+    found, rewritten = ([i for i in some if i.scope and i.tag not in tags] for some in _instructions(text))
+    whole = {(i.scope, i.frame) for i in found}
+    once = {(i.scope, i.frame): i for i in rewritten if (i.scope, i.frame) not in whole}
+    return [i.ran for i in [*found, *once.values()]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Instruction:
+    """A product as it stands in the program. scope: its name; tag: of the layer in it; frame: of the stack."""
+
+    scope: str
+    tag: str
+    frame: int
+    ran: RanProduct
+
+
+def _instructions(text: str) -> tuple[list[_Instruction], list[_Instruction]]:
+    """The products outside of rotations, and what XLA made of others."""
     rotations = _frames_in(text, "rotation.py")
-    types, found, others = {}, [], []
+    types, found, rewritten = {}, [], []
     for line in text.splitlines():
         match = _INSTRUCTION.match(line)
         if match is None:
             continue
         name, kind, opcode, operands, rest = match.groups()
         types[name] = kind
-        name_scope = re.search(r'op_name="([^"]*)"', rest)
+        name_scope, frame = re.search(r'op_name="([^"]*)"', rest), _frame(rest)
         scope = name_scope[1] if name_scope else ""
-        if scope and "lowbit[" not in scope or _frame(rest) in rotations:
-            continue
         library = _LIBRARY_CALL.search(rest) if opcode == "custom-call" else None
-        arguments = tuple(re.findall(r"%([\w.\-]+)", operands))
-        entry = (scope, library[1] if library else opcode, kind, arguments)
-        if opcode in _PRODUCTS or library:
-            found.append(entry)
-        elif scope.rsplit("/", 1)[-1] in ("dot_general", "conv_general_dilated") and opcode in ("fusion", "reduce"):
-            others.append(entry)
-    ran = [_ran(entry, types) for entry in found]
-    tags = {(r.tag, r.backward) for r in ran}
-    return ran + [r for r in (_ran(entry, types) for entry in others) if (r.tag, r.backward) not in tags]
+        named = scope.rsplit("/", 1)[-1] in ("dot_general", "conv_general_dilated") and opcode in ("fusion", "reduce")
+        whole = opcode in _PRODUCTS or library is not None
+        if frame not in rotations and (whole or named):
+            arguments = tuple(re.findall(r"%([\w.\-]+)", operands))
+            some = found if whole else rewritten
+            some.append((scope, frame, library[1] if library else opcode, kind, arguments))
+    return [_read(entry, types) for entry in found], [_read(entry, types) for entry in rewritten]
 
 
-def _ran(entry: tuple, types: dict[str, str]) -> RanProduct:
-    scope, operation, kind, arguments = entry
-    tag = re.findall(r"lowbit\[[^\]]*\]", scope)[-1] if scope else ""
+def _read(entry: tuple, types: dict[str, str]) -> _Instruction:
+    scope, frame, operation, kind, arguments = entry
+    tag = next(reversed(re.findall(r"lowbit\[[^\]]*\]", scope)), "")
     operands = tuple(types.get(name, "?[]") for name in arguments[:2])
-    return RanProduct(tag, bool(tag) and "transpose(" in scope.partition(tag)[0], operation, kind, operands)
+    backward = bool(tag) and "transpose(" in scope.partition(tag)[0]
+    return _Instruction(scope, tag, frame, RanProduct(tag, backward, operation, kind, operands, by_size=not scope))
 
 
 def _frame(rest: str) -> int:
@@ -113,12 +139,14 @@ def _section(text: str, title: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Evidence:
-    """What ran, by (tag, product). gradients: whether a gradient was compiled."""
+    """What ran, by (tag, product). gradients: whether a gradient was compiled. others: products of the forward program
+    that are none of these layers'."""
 
     out: dict[str, list[RanProduct]]
     grad_lhs: dict[str, list[RanProduct]]
     grad_rhs: dict[str, list[RanProduct]]
     gradients: bool = True
+    others: list[RanProduct] = dataclasses.field(default_factory=list)
 
 
 def evidence(forward: str, backward: str | None, sizes: dict[str, int]) -> Evidence:
@@ -144,4 +172,4 @@ def evidence(forward: str, backward: str | None, sizes: dict[str, int]) -> Evide
             to_weight, to_input = to_weight[:1], to_weight[1:]
         grad_rhs[tag] = to_weight or [r for r in ran if not r.tag and r.size == size][:1]
         grad_lhs[tag] = to_input or [r for r in ran if not r.tag and r.size in inputs][:1]
-    return Evidence(out, grad_lhs, grad_rhs, backward is not None)
+    return Evidence(out, grad_lhs, grad_rhs, backward is not None, other_products(forward, sizes.keys()))

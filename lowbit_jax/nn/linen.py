@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from flax import linen
 
+from lowbit_jax.nn.bridge import way_inside
 from lowbit_jax.nn.check import check_owner, check_subclass
 from lowbit_jax.nn.linen_layers import layer_base, own_call, quantized_call
-from lowbit_jax.nn.policy import Node, Policy, check_rule, unmatched
+from lowbit_jax.nn.policy import Node, Policy, bridges_told, check_rule, parents, unmatched
 from lowbit_jax.nn.site import called, naming
 from lowbit_jax.ops import LinearRecipe
 
@@ -53,6 +54,10 @@ class Run:
     entered: dict[str, type] = dataclasses.field(default_factory=dict)
     norms: int = 0  # norms of weights that it is within
 
+    def bridged(self, path: str) -> bool:
+        """Whether the path lies in a bridge to NNX."""
+        return any(p in self.nodes and self.nodes[p].bridge for p in parents(path))
+
     def path(self, module: linen.Module) -> str | None:
         """Path below the quantized module; None for a module that was passed in from outside."""
         full = path_of(module)
@@ -80,6 +85,8 @@ def quantize(module: linen.Module, policy: Policy, who: str = WHO) -> linen.Modu
     """The quantized module; see `lb.quantize`."""
     if quantization(module) is not None:
         raise ValueError(f"{who}: this {type(module).__name__} is quantized already. Quantize the original module.")
+    if way_inside(module):
+        raise ValueError(f"{who} found no layer that it can quantize.{bridges_told([_node(module, '')])}")
     return with_quantization(module, Quantization(policy))
 
 
@@ -248,7 +255,7 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
         finally:
             run.norms -= norm
         if path not in run.nodes:
-            run.nodes[path] = Node((path,), type(module).__name__, layer=base is not None, opaque=_opaque(module, base))
+            run.nodes[path] = _node(module, path)
             inside = [p for p, node in run.nodes.items() if node.layer and (not path or p.startswith(f"{path}/"))]
             if base is None and any(run.quantization.recipe(p) is not None for p in inside):
                 check_owner(type(module), f"{WHO}: {called(path, type(module))}")
@@ -271,10 +278,17 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
 _ELEMENTWISE = {"scale", "bias"}  # parameters by these names, and vectors, enter no product
 
 
-def _opaque(module: Any, base: type | None) -> tuple[str, ...]:
+def _node(module: Any, path: str) -> Node:
+    """The module as the rules see it."""
+    kind, way = type(module), way_inside(module)
+    if way or layer_base(module) is not None:
+        return Node((path,), kind.__name__, layer=not way, bridge=way)
+    own_code = not kind.__module__.startswith("flax.")
+    return Node((path,), kind.__name__, opaque=_opaque(module), own_code=own_code)
+
+
+def _opaque(module: Any) -> tuple[str, ...]:
     """Names of its own parameters that enter products, where it is no layer."""
-    if base is not None:
-        return ()
     own = module.variables.get("params", {})
     return tuple(
         name
@@ -294,7 +308,7 @@ def _check(run: Run, module: linen.Module) -> None:
             " stayed in high precision. Let it call super().__call__, or leave it out by a rule."
         )
     policy = run.quantization.policy
-    unseen = _module_paths(module.variables.get("params", {})) - set(run.nodes)
+    unseen = {p for p in _module_paths(module.variables.get("params", {})) - set(run.nodes) if not run.bridged(p)}
     nodes = list(run.nodes.values())
     everything = [*nodes, *(Node((p,), "module") for p in sorted(unseen))]
     taken: dict[int, int] = {}
@@ -311,7 +325,7 @@ def _check(run: Run, module: linen.Module) -> None:
         raise ValueError(
             f"{WHO}: this {type(module).__name__} has no layer left to quantize. It quantizes Dense, DenseGeneral,"
             " Einsum, Conv"
-            " and the models and attention made of them; in code of your own call lb.dot_general."
+            f" and the models and attention made of them; in code of your own call lb.dot_general.{bridges_told(nodes)}"
         )
 
 

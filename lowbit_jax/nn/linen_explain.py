@@ -41,7 +41,7 @@ def explain(model: linen.Module, *args: Any, **kwargs: Any) -> Explanation:
         ran = programs(call, variables, call.inputs, trainable)
     sizes = {layer.site.tag: math.prod(layer.site.shape) for layer in layers.values()}
     nodes = {path: node for run in runs for path, node in run.nodes.items()}
-    kept = [f"{p} ({n.kind})" for p, n in nodes.items() if p not in layers and (n.layer or n.opaque)]
+    kept = [node for path, node in nodes.items() if path not in layers]
     title = f"{name}: {len(layers)} quantized layer{'s' * (len(layers) != 1)}"
     found = evidence(ran.forward, ran.backward, sizes)
     return explain_layers(title, list(layers.values()), kept, found, no_gradient=ran.why_not)

@@ -11,7 +11,7 @@ from flax import linen
 from flax.core import FrozenDict, freeze
 
 from lowbit_jax.nn.linen import Run, quantization, quantization_of, under_norm, watching
-from lowbit_jax.nn.policy import Node
+from lowbit_jax.nn.policy import Node, parents
 from lowbit_jax.nn.site import Site, called, check_stack
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
@@ -66,10 +66,12 @@ def checked_trace(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, 
         if isinstance(inside(variables["params"], path)["kernel"], QTensor):
             raise ValueError(f"{who}: the layer {path!r} is packed already. Use the variables of the training form.")
     others = {path for path, node in traced.nodes.items() if not node.layer}  # such as ConvTranspose
+    bridges = {path for path, node in traced.nodes.items() if node.bridge}
+    known = traced.sites.keys() | others
     unseen = [
         p
         for p in _kernels(variables["params"])
-        if p not in traced.sites and p not in others and quantization_of(model).recipe(p) is not None
+        if p not in known and not bridges & {*parents(p)} and quantization_of(model).recipe(p) is not None
     ]
     if unseen:
         raise ValueError(

@@ -18,6 +18,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array
 
+from lowbit_jax.nn.bridge import way_inside
 from lowbit_jax.nn.check import check_owner, check_site, check_subclass
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
@@ -234,9 +235,11 @@ def describe(module: nnx.Module, paths: tuple[str, ...]) -> Node:
     kind = type(module).__name__
     if layer_type(module) is not None:
         return Node(paths, kind, layer=True)
+    if way := way_inside(module):
+        return Node(paths, kind, bridge=way)
     own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
     opaque = [name for name, p in own.items() if name not in _ELEMENTWISE and np.ndim(p.get_value()) > 1]
-    return Node(paths, kind, opaque=tuple(opaque))
+    return Node(paths, kind, opaque=tuple(opaque), own_code=not type(module).__module__.startswith("flax."))
 
 
 def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:

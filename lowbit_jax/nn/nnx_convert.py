@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array
 
 import lowbit_jax.nn.serialization  # noqa: F401  # makes flax.serialization know packed weights
+from lowbit_jax.nn.bridge import quantized_inside, way_inside
 from lowbit_jax.nn.nnx import (
     PackedWeight,
     PreparedWeight,
@@ -79,10 +80,17 @@ def _check_plain(model: Any, who: str) -> None:
 
 def _quantized(model: Any, who: str, otherwise: str) -> dict[str, Product]:
     """Products of the quantized layers, under all of their paths."""
-    products = {}
+    products, bridges = {}, []
     for module, paths in modules(model):
+        if way_inside(module) and quantized_inside(module):
+            bridges.append(called(paths[0], type(module)))
         if layer_type(module) is not None and (product := hook(module)) is not None:
             products |= dict.fromkeys(paths, product)
+    if not products and bridges:
+        raise ValueError(
+            f"{who}: what is quantized is the Linen module inside of {bridges[0]}, and it does not reach through the"
+            f" bridge. Call {who}(linen_module, variables, *args) on that."
+        )
     if not products:
         raise ValueError(
             f"{who}: this {type(model).__name__} has no quantized layer, so {otherwise}. Call lb.quantize first."

@@ -1,10 +1,12 @@
 """NNX: the layers of `lb.explain`, and the programs that prove them."""
 
+import dataclasses
 import math
 from typing import Any
 
 from flax import nnx
 
+from lowbit_jax.nn.bridge import quantized_inside
 from lowbit_jax.nn.compiled import evidence
 from lowbit_jax.nn.nnx import PackedWeight, describe, hook, layer_type, modules
 from lowbit_jax.nn.report import Explanation, Layer, explain_layers
@@ -12,7 +14,7 @@ from lowbit_jax.nn.tracing import programs
 
 
 def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
-    layers, high_precision = [], []
+    layers, kept = [], []
     module: Any
     for module, paths in modules(model):
         node = describe(module, paths)
@@ -22,11 +24,13 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
             packed = value if isinstance(module.kernel, PackedWeight) else None
             stack = () if packed is not None else value.shape[: value.ndim - len(product.site.shape)]
             layers.append(Layer(product.site, product.recipe, packed, tuple(stack), value.dtype, module.dtype))
-        elif node.layer or node.opaque:
-            high_precision.append(f"{paths[0] or 'the module'} ({node.kind})")
+        elif node.bridge and quantized_inside(module):
+            kept.append(dataclasses.replace(node, kind=f"{node.kind}, quantized inside"))
+        else:
+            kept.append(node)
     title = f"{type(model).__name__}: {len(layers)} quantized layer{'s' * (len(layers) != 1)}"
     if not args and not kwargs:
-        return explain_layers(title, layers, high_precision)
+        return explain_layers(title, layers, kept)
     graph, state = nnx.split(model)
     trainable = not any(layer.packed is not None for layer in layers)
     ran = programs(
@@ -34,4 +38,4 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
     )
     sizes = {layer.site.tag: math.prod(layer.site.shape) for layer in layers}
     found = evidence(ran.forward, ran.backward, sizes)
-    return explain_layers(title, layers, high_precision, found, no_gradient=ran.why_not)
+    return explain_layers(title, layers, kept, found, no_gradient=ran.why_not)

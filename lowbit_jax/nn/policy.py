@@ -51,12 +51,24 @@ def parents(path: str) -> list[str]:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Node:
     """One module as the rules see it. `paths`: more than one where a module is shared. `layer`: it can be quantized.
-    `opaque`: names of the parameters of its own that enter products which cannot be quantized."""
+    `opaque`: names of the parameters of its own that enter products which cannot be quantized. `own_code`: its class is
+    none of Flax's. `bridge`: how to quantize what it holds, where it is a bridge to the other API."""
 
     paths: tuple[str, ...]
     kind: str
     layer: bool = False
     opaque: tuple[str, ...] = ()
+    own_code: bool = False
+    bridge: str = ""
+
+    @property
+    def unknown(self) -> bool:
+        """Whether its products are its own affair: a recipe may be in them or not."""
+        return bool(self.bridge or self.opaque and self.own_code)
+
+    @property
+    def called(self) -> str:
+        return f"{self.paths[0] or 'the module'} ({self.kind})"
 
 
 def make_policy(recipe: Any, rules: Any, who: str = "lb.quantize") -> Policy:
@@ -163,7 +175,7 @@ def assign(policy: Policy, nodes: Sequence[Node], who: str = "lb.quantize") -> d
             " LinearGeneral,"
             " Einsum and Conv (Dense, DenseGeneral in Linen) and the models and attention made of them; in code of"
             " your own"
-            " call lb.dot_general."
+            f" call lb.dot_general.{bridges_told(nodes)}"
         )
     if not assigned:
         raise ValueError(
@@ -186,6 +198,9 @@ def check_rule(policy: Policy, index: int, nodes: Sequence[Node], taken: int, wh
         )
     if recipe is None:
         return
+    bridges = [n for n in nodes if n.bridge and any(policy.deciding(p) == index for p in n.paths)]
+    if bridges and not taken:
+        raise ValueError(f"{who}: the rule {pattern!r} names nothing that it can quantize.{bridges_told(bridges)}")
     first = [n for n in named if n.opaque and any(policy.deciding(p) == index for p in n.paths)]
     if first or not taken:
         wrong = first or named
@@ -194,6 +209,16 @@ def check_rule(policy: Policy, index: int, nodes: Sequence[Node], taken: int, wh
             f"{who}: the rule {pattern!r} names what cannot be quantized: {what}. Let the rule name layers"
             f" only, or leave it out by an earlier rule ({wrong[0].paths[0]!r}, None)."
         )
+
+
+def bridges_told(nodes: Iterable[Node]) -> str:
+    """The way out for bridges to Flax's other API, after an error; empty where there is none."""
+    bridges = [node for node in nodes if node.bridge]
+    if not bridges:
+        return ""
+    first = bridges[0]
+    name = f"{first.paths[0]!r} ({first.kind})" if first.paths[0] else f"This {first.kind}"
+    return f" {name} is a bridge, which it does not enter: quantize what is inside, as in {first.bridge}."
 
 
 def _kind(node: Node) -> str:

@@ -1,5 +1,6 @@
 """`lb.explain`: what a recipe or a quantized model computes, as a table; with inputs, what the compiled program ran."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from lowbit_jax.nn import kernels
 from lowbit_jax.nn.compiled import Evidence, RanProduct
+from lowbit_jax.nn.policy import Node
 from lowbit_jax.nn.site import Site
 from lowbit_jax.nn.weight import packed_weight, to_nearest
 from lowbit_jax.ops import FORWARD, LinearRecipe
@@ -67,7 +69,9 @@ NOT_RUN = "did not run"
 class Explanation:
     """The table: `rows`, six a layer (two operands of three products), and the modules left in high precision.
 
-    `str()` shows the quantized operands; `missing` names the layers that the compiled program does not hold.
+    `str()` shows the quantized operands; `missing` names the layers that the compiled program does not hold. own_code:
+    modules that multiply in code of their own, or behind a bridge to Flax's other API, in whatever precision. others:
+    the products of the compiled forward program that belong to no layer of the table.
     no_gradient: why the gradient of the call could not be traced; the forward is then proved alone."""
 
     title: str
@@ -75,6 +79,8 @@ class Explanation:
     high_precision: tuple[str, ...] = ()
     proved: bool = False
     no_gradient: str = ""
+    own_code: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -106,6 +112,12 @@ class Explanation:
             lines.append(f"the forward alone was compiled, its gradient cannot be traced: {self.no_gradient}")
         if self.high_precision:
             lines.append("in high precision: " + ", ".join(self.high_precision))
+        if self.own_code:
+            lines.append("as their own code computes: " + ", ".join(self.own_code))
+        if self.others:
+            counted = collections.Counter(self.others)
+            told = ", ".join(f"{n} times {words}" if n > 1 else words for words, n in counted.items())
+            lines.append(f"other products in the forward program: {len(self.others)} ({told})")
         if self.missing:
             lines.append(f"NOT IN THE COMPILED PROGRAM: {', '.join(name or 'the module' for name in self.missing)}")
         return "\n".join(lines)
@@ -195,9 +207,13 @@ def explain_recipe(recipe: LinearRecipe) -> Explanation:
 def explain_layers(
     title: str,
     layers: Sequence[Layer],
-    high_precision: Sequence[str],
+    kept: Sequence[Node],
     evidence: Evidence | None = None,
     no_gradient: str = "",
 ) -> Explanation:
+    """The table of the quantized layers; `kept`: the other modules."""
     rows = [row for layer in layers for row in recipe_rows(layer.recipe, layer, evidence)]
-    return Explanation(title, tuple(rows), tuple(high_precision), evidence is not None, no_gradient)
+    high = tuple(node.called for node in kept if node.layer or node.opaque and not node.own_code)
+    own = tuple(node.called for node in kept if node.unknown)
+    others = tuple(ran.words for ran in evidence.others) if evidence is not None else ()
+    return Explanation(title, tuple(rows), high, evidence is not None, no_gradient, own, others)

@@ -107,6 +107,43 @@ def test_rotations_are_not_taken_for_products(key):
     assert text.count(" dot(") > 1
 
 
+class OwnCode(nnx.Module):
+    """A product by `lb.einsum` with a parameter of its own, attention, and a layer in high precision."""
+
+    def __init__(self, rngs):
+        self.own = nnx.Param(jax.random.normal(rngs.params(), (128, 64)))
+        self.attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=rngs)
+        self.head = nnx.Linear(64, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.attention(lb.einsum("btk,kn->btn", x, self.own[...], recipe=lb.quest(4))))
+
+
+def test_products_of_no_layer_are_counted():
+    """Two of the attention, one of the module's own, quantized code, and the head, which stays in high precision."""
+    explanation = lb.explain(
+        lb.quantize(OwnCode(nnx.Rngs(0)), lb.quest(4), rules=[("head", None)]), jnp.ones((2, 8, 128))
+    )
+    own = "dot s8 x s8 -> s32" if ON_INT8 else F32
+    assert sorted(explanation.others) == sorted([F32, F32, F32, own])
+    assert explanation.high_precision == ("head (Linear)",) and explanation.own_code == ("the module (OwnCode)",)
+    assert "as their own code computes: the module (OwnCode)" in str(explanation)
+    assert "other products in the forward program: 4 (" in str(explanation)
+
+
+class LinenOwnCode(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        own = self.param("own", linen.initializers.lecun_normal(), (x.shape[-1], 64))
+        return linen.Dense(8, name="head")(lb.einsum("bk,kn->bn", x, own, recipe=lb.quest(4)))
+
+
+def test_products_of_no_linen_layer_are_counted():
+    explanation = lb.explain(lb.quantize(LinenOwnCode(), lb.quest(4)), jnp.ones((4, 128)))
+    assert explanation.others == ("dot s8 x s8 -> s32" if ON_INT8 else F32,)
+    assert explanation.high_precision == () and explanation.own_code == ("the module (LinenOwnCode)",)
+
+
 def test_linen_models_are_explained_by_their_inputs():
     class Model(linen.Module):
         @linen.compact

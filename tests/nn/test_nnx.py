@@ -92,6 +92,28 @@ def test_attention_quantizes_its_four_projections(key):
     assert not np.allclose(quantized(x), attention(x), atol=1e-2)
 
 
+def test_attention_scores_by_an_attention_function(key):
+    """As in docs/flax.md: both products of the attention on quantized operands, here along its 16 and 8 elements."""
+    eight = lb.quest(8)
+
+    def low_bit(query, key, value, mask=None, **options):
+        scores = lb.einsum("...qhd,...khd->...hqk", query, key, recipe=eight)
+        return lb.einsum("...hqk,...khd->...qhd", jax.nn.softmax(scores), value, recipe=eight)
+
+    def by_quantizers(query, key, value, mask=None, **options):
+        q, k = eight.out.lhs(query), eight.out.rhs(key)
+        weights = jax.nn.softmax(jnp.einsum("...qhd,...khd->...hqk", q, k))
+        return jnp.einsum("...hqk,...khd->...qhd", eight.out.lhs(weights), eight.out.rhs(value, axis=-3))
+
+    x = jax.random.normal(key, (2, 8, 64))
+    ours, theirs, plain = (
+        nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0), **options)(x)
+        for options in ({"attention_fn": low_bit}, {"attention_fn": by_quantizers}, {})
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert jnp.abs(ours - plain).max() > 1e-3
+
+
 def test_the_view_keeps_parameters_paths_and_the_original(model):
     before = model(TOKENS)
     quantized = lb.quantize(model, rules=[("blocks", INT4)])
