@@ -31,10 +31,18 @@ class Product:
 
     def compute(self, args: tuple, kwargs: Mapping[str, Any], key: Any = None, scales: Any = None) -> Array:
         """`args` and `kwargs` as Flax passes them to `dot_general`, `einsum_op` or `conv_general_dilated`."""
-        args = tuple(a.values if isinstance(a, PreparedKernel) else a for a in args)
+        args = tuple(self._prepared(a) if isinstance(a, PreparedKernel) else a for a in args)
         given = {name: value for name, value in kwargs.items() if name != "out_sharding" or value is not None}
         with jax.named_scope(self.site.tag), naming(self.site.path):
             return _COMPUTE[self.site.kind](self.site, *args, **given, recipe=self.recipe, key=key, scales=scales)
+
+    def _prepared(self, kernel: PreparedKernel) -> Array:
+        if not self.recipe.rhs_ready:
+            raise ValueError(
+                f"the layer {self.site.path!r} got a weight from lb.nn.prepare, and is of a model that is not prepared."
+                " Use the model that prepare answers with, or the weights that it was given."
+            )
+        return kernel.values
 
 
 def _einsum(site: Site, spec: str, lhs: Array, rhs: Array | QTensor, *, recipe, out_sharding=None, **options) -> Array:

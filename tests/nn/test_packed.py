@@ -161,6 +161,8 @@ def test_the_gradient_of_a_prepared_model_is_none_of_the_model(transformation, x
     variables = dense.init(jax.random.key(0), x)
     ready, prepared = lb.nn.prepare(dense, variables, x)
     gradient = jax.grad(lambda v: jnp.mean(ready.apply(v, x) ** 2))(prepared)
+    with pytest.raises(ValueError, match="is of a model that is not prepared"):
+        dense.apply(prepared, x)
     state = transformation.init(variables)
     with pytest.raises((TypeError, ValueError), match="PreparedKernel|lb.nn.prepare: this gradient"):
         updates, _ = transformation.update(gradient, state, variables)
