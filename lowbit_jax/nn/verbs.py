@@ -156,8 +156,9 @@ def explain(model: Any, *args: Any, **kwargs: Any) -> Any:
     rotation (the block each layer really gets), estimator and bits; `str()` prints it, `.rows` holds it.
 
     With the inputs of a call, the call and its gradient are compiled, not run, and the column "ran" shows the operation
-    and dtypes of each product in the compiled programs; `.missing` names quantized layers that are not there. Linen
-    models show their layers only so: `lb.explain(model, *args)`, or `lb.explain(model, variables, *args)`.
+    and dtypes of each product in the compiled programs; `.missing` names quantized layers that are not there, `.others`
+    the products of the forward program that are no layer's of the table. Linen models show their layers only so:
+    `lb.explain(model, *args)`, or `lb.explain(model, variables, *args)`.
     Raises: TypeError for what is neither a recipe nor a module."""
     from lowbit_jax.nn import report
 
