@@ -1,6 +1,8 @@
 """The quantized array, packed: a pytree of storage words and scales that knows how to become an array again."""
 
 import dataclasses
+import functools
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,38 @@ if TYPE_CHECKING:
     from lowbit_jax.quantizer import Quantizer
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+def register_packed(kind: Any) -> Any:
+    """Makes a kind of packed tensor a pytree, as `jax.tree_util.register_dataclass` does, but for the seal: one that is
+    not there is no child, not even an empty one, so that checkpoints from before there were seals fit."""
+    fields = dataclasses.fields(kind)
+    static = tuple(f.name for f in fields if f.metadata.get("static"))
+    arrays = tuple(f.name for f in fields if not f.metadata.get("static"))
+    unsealed = tuple(name for name in arrays if name != "seal")
+    keys = {name: jax.tree_util.GetAttrKey(name) for name in arrays}
+
+    def flatten(packed: Any) -> tuple[list, tuple]:
+        names = unsealed if packed.seal is NO_SEAL else arrays
+        return [getattr(packed, name) for name in names], tuple(getattr(packed, name) for name in static)
+
+    def flatten_with_keys(packed: Any) -> tuple[list, tuple]:
+        children, data = flatten(packed)
+        names = unsealed if packed.seal is NO_SEAL else arrays
+        return [(keys[name], child) for name, child in zip(names, children, strict=True)], data
+
+    def unflatten(data: tuple, children: Any) -> Any:
+        children = tuple(children)
+        names = arrays if len(children) == len(arrays) else unsealed
+        return kind(**dict(zip(names, children, strict=True)), **dict(zip(static, data, strict=True)))
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
+    return kind
+
+
+NO_SEAL = ()
+
+
+@register_packed
+@dataclasses.dataclass(frozen=True, eq=False)  # equal and hashed by identity: arrays are neither in one bit
 class QTensor:
     """`dequantized = element * scale`, elements packed at `format.bits` bits each along the contraction axis.
 
@@ -28,7 +60,9 @@ class QTensor:
     scales: what the scale format stores, one a tile. marks: the support of a sparse quantizer, one bit a run of
     neighbors, packed likewise; only the kept elements have codes. axis: the contraction axis, counted from the end,
     so that leading axes may be added or sliced off (`vmap`, a `scan` over stacked layers). length: elements along
-    that axis. Values live in the rotated space of `quantizer`; `dequantize` answers in the original one."""
+    that axis. seal: an array whose SHAPE, a digest, says what the codes mean (`meaning`), so that a checkpoint, which
+    holds arrays alone, is not read as weights of another meaning; (), as `Quantizer.quantize` leaves it, is not
+    checked. Values live in the rotated space of `quantizer`; `dequantize` answers in the original one."""
 
     words: UInt8[Array, "*rows bytes"]
     scales: tuple[Array, ...]
@@ -38,6 +72,7 @@ class QTensor:
     length: int = dataclasses.field(metadata=dict(static=True))
     dtype: Any = dataclasses.field(metadata=dict(static=True))
     layout: str = dataclasses.field(default=packing.LAYOUT, metadata=dict(static=True))
+    seal: UInt8[Array, "*stack a b c d"] | tuple[()] = NO_SEAL
 
     @property
     def ndim(self) -> int:
@@ -70,10 +105,48 @@ class QTensor:
         support = self.quantizer.sparsity
         return self.length if support is None else self.length // support.group * support.kept
 
+    def meaning(self) -> dict[str, str]:
+        """What the arrays stand for, which they do not say themselves; files hold these words, or their digest."""
+        slots = self.quantizer.explain(self.length)
+        told = {name: slots[name] for name in ("format", "tiling", "scale_format", "rotation", "sparsity")}
+        return {"layout": self.layout, "axis": str(self.axis), **told}
+
+    def sealed(self) -> "QTensor":
+        """The same with a seal of its own meaning, which the readers check."""
+        return dataclasses.replace(self, seal=jnp.zeros(_seal_shape(self), jnp.uint8))
+
+    def unsealed(self) -> "QTensor":
+        """The same without a seal: for files from before there were seals, and not checked."""
+        return dataclasses.replace(self, seal=NO_SEAL)
+
+    def check_meaning(self, who: str = "QTensor") -> None:
+        """Looks at shapes and dtypes alone, so it works under `jit` and costs nothing there.
+
+        Raises: ValueError when the seal is that of another meaning, and for scales that were cast."""
+        found, own = tuple(getattr(self.seal, "shape", ()))[-_SEAL_AXES:], _seal_shape(self)
+        if self.seal is not NO_SEAL and found != own:
+            meaning = ", ".join(f"{name} {value}" for name, value in self.meaning().items())
+            raise ValueError(
+                f"{who}: its seal {found} is not that of what it is read as, {own}: {meaning}, length {self.length}."
+                " The arrays come from a weight of another recipe: restore the checkpoint into what lb.convert makes of"
+                " the recipe it was saved with. After a dataclasses.replace of your own, call .sealed()."
+            )
+        view = max((tuple(scale.shape) for scale in self.scales), key=len, default=())
+        wanted = _stored_dtypes(self.quantizer.scale_format, self.quantizer.format, view)
+        stored = tuple(jnp.dtype(scale.dtype).name for scale in self.scales)
+        if stored != wanted:
+            raise ValueError(
+                f"{who}: its scales are {', '.join(stored)}, and {self.quantizer.scale_format.describe()} stores"
+                f" {', '.join(wanted)}; cast, they are other scales. Leave packed weights out of a cast"
+                " (jax.tree.map(..., is_leaf=lambda x: isinstance(x, lb.QTensor))), or convert with a quantizer of"
+                " that scale_format."
+            )
+
     def elements(self) -> Float[Array, "*s"]:
         """The grid value of each element, float32, in the array's shape; 0 off the support.
 
-        Raises: ValueError for words of another layout than this class reads."""
+        Raises: ValueError for words of another layout than this class reads, and as `check_meaning` does."""
+        self.check_meaning()
         q, codes = self.quantizer, self._codes()
         if q.sparsity is None:
             rows = coding.decode(codes, q.format)
@@ -97,9 +170,11 @@ class QTensor:
         """Checks the values of arrays that came from elsewhere, as from a checkpoint; nothing else looks at them.
 
         `who` starts the message. Raises: ValueError for another layout, words, scales or marks of the wrong shape or
-        dtype, codes beyond the format, set bits behind the last code, scales that are NaN, infinite or negative, and
-        marks that do not keep as many elements as the support; TypeError inside `jit`, where values are not known."""
+        dtype, the seal of another meaning, codes beyond the format, set bits behind the last code, scales that are NaN,
+        infinite or negative, and marks that do not keep as many elements as the support; TypeError inside `jit`, where
+        values are not known."""
         check_concrete((self.words, self.scales, self.marks), who)
+        self.check_meaning(who)
         own_layout = type(self)._codes is QTensor._codes and type(self).elements is not QTensor.elements
         if own_layout:  # a class that reads its words in `elements` alone: judge them by what they mean
             _check_levels(self.elements(), self.quantizer.format, who)
@@ -124,6 +199,16 @@ class QTensor:
             return self.values(dtype)
         return self.quantizer.rotation.undo(self.values(jnp.float32), self.axis).astype(dtype)
 
+    def _no_array(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"{self!r} is packed, not an array. Use .dequantize() for the array, or"
+            " lb.dot_general(x, packed, dimension_numbers, recipe=...) for the product."
+        )
+
+    __array__ = __jax_array__ = __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_array
+    __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = _no_array
+    __array_ufunc__ = None  # or NumPy's operators take it for an object
+
     def __repr__(self) -> str:
         leaves = jax.tree.leaves((self.words, self.scales, self.marks))
         is_array = lambda leaf: hasattr(leaf, "shape") and hasattr(leaf, "dtype")
@@ -136,6 +221,26 @@ class QTensor:
             f"QTensor({jnp.dtype(self.dtype).name}{list(self.shape)}, {self.quantizer.format.name},"
             f" {self.nbytes} bytes, {self.bits_per_element:.2f} bits per element)"
         )
+
+
+_SEAL_AXES, _SEAL_LONGEST = 4, 8  # 4096 digests, in at most as many bytes; orbax keeps no arrays of size 0
+
+
+def _seal_shape(packed: QTensor) -> tuple[int, ...]:
+    return _digest((*packed.meaning().items(), ("length", str(packed.length))))
+
+
+@functools.cache
+def _digest(words: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
+    found = hashlib.sha256(repr(words).encode()).digest()
+    return tuple(byte % _SEAL_LONGEST + 1 for byte in found[:_SEAL_AXES])
+
+
+@functools.cache
+def _stored_dtypes(scale_format: Any, fmt: Format, view: tuple[int, ...]) -> tuple[str, ...]:
+    """What the scale format stores of float32 scales."""
+    store = lambda scale: scale_format.store(scale, fmt)
+    return tuple(s.dtype.name for s in jax.eval_shape(store, jax.ShapeDtypeStruct(view, jnp.float32)))
 
 
 def check_concrete(arrays: Any, who: str) -> None:

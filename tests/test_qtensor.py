@@ -58,6 +58,47 @@ def test_another_layout_is_not_read():
             read()
 
 
+def test_a_seal_tells_meanings_apart():
+    """By its shape alone: under jit, stacked and sliced."""
+    seals = {}
+    for name in KINDS:
+        for length in (64, 56):
+            tensor = dataclasses.replace(packed(name), length=length)
+            seals[name, length] = tensor.sealed().seal.shape
+    assert len(set(seals.values())) == len(seals)
+    sealed = packed("quest 3").sealed()
+    other = dataclasses.replace(packed("quest 3"), quantizer=lb.quest_quantizer(3, block=32)).sealed()
+    np.testing.assert_array_equal(jax.jit(lambda t: t.dequantize())(sealed), packed("quest 3").dequantize())
+    foreign = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(sealed))
+    for read in (foreign.elements, foreign.values, foreign.dequantize, foreign.validate):
+        with pytest.raises(ValueError, match=r"seal \(.*rotation hadamard 32.*lb.convert"):
+            jax.eval_shape(read) if read != foreign.validate else read()
+    with pytest.raises(ValueError, match="seal"):  # of which the axis is part, but not its counting from the end
+        dataclasses.replace(sealed, axis=-1).elements()
+    assert dataclasses.replace(sealed, axis=-1).unsealed().elements().shape == (12, 64)
+
+
+def test_a_seal_goes_along_with_stacks_and_slices():
+    q = KINDS["quest 3"]
+    stacked = jax.vmap(lambda x: q.quantize(x, axis=-2).sealed())(jax.random.normal(jax.random.key(0), (3, 64, 12)))
+    assert stacked.seal.shape == (3, *packed("quest 3").sealed().seal.shape)
+    stacked.validate()
+    whole = stacked.dequantize()
+    one_by_one = jax.lax.scan(lambda carry, layer: (carry, layer.dequantize()), 0, stacked)[1]
+    np.testing.assert_array_equal(jax.vmap(lambda layer: layer.dequantize())(stacked), whole)
+    np.testing.assert_array_equal(one_by_one, whole)
+    assert stacked.nbytes == stacked.unsealed().nbytes
+
+
+def test_seals_stay_those_of_files():
+    """A change of the digest, or of the words in it, makes older checkpoints of packed weights unreadable."""
+    assert {name: packed(name).sealed().seal.shape for name in ("quest 3", "nvfp4", "2:4")} == {
+        "quest 3": (1, 3, 4, 7), "nvfp4": (3, 6, 8, 5), "2:4": (3, 4, 6, 4)
+    }  # fmt: skip
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(packed("2:4"))]
+    assert names == [".words", ".scales[0]", ".marks"]  # and without a seal the tree is that of files without
+
+
 def changed(name, **fields):
     base = packed(name)
     return dataclasses.replace(base, **{n: make(getattr(base, n)) for n, make in fields.items()})
@@ -113,3 +154,31 @@ def test_one_whose_words_are_no_arrays_is_listed():
         == repr(jax.eval_shape(lambda: tensor))
         == "QTensor(float32[64, 12], midrise3, 336 bytes, 3.50 bits per element)"
     )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [np.asarray, jnp.asarray, lambda q: jnp.ones((2, 64)) @ q, lambda q: np.ones((2, 64)) @ q,
+     lambda q: q @ jnp.ones(12), lambda q: q * 2, lambda q: 2 * q, lambda q: q + q, lambda q: np.float32(1) - q,
+     lambda q: q / jnp.ones(12), jnp.sum, lambda q: jnp.multiply(q, 2)],
+)  # fmt: skip
+def test_a_packed_array_is_no_array(use):
+    """Neither by a bare error of Python, nor by being unpacked unasked, nor as NumPy's object array."""
+    with pytest.raises(TypeError, match=r"QTensor\(float32\[64, 12\].* is packed, not an array. Use .dequantize\(\)"):
+        use(packed("quest 3"))
+
+
+def test_packed_arrays_are_equal_by_identity():
+    a, b = packed("quest 3"), dataclasses.replace(packed("quest 3"))
+    assert a == a and a != b and len({a, b, a}) == 2
+
+
+def test_scales_that_were_cast_are_named():
+    """What casts the floats of a model to bfloat16 must not change packed weights by the way."""
+    cast = lambda t: jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, t)
+    for name in ("quest 3", "nvfp4", "learned"):
+        for read in (lambda t: t.values(), lambda t: t.dequantize(), jax.jit(lambda t: t.dequantize())):
+            with pytest.raises(ValueError, match="scales are .*bfloat16, and .* stores .*float32; cast.*Leave packed"):
+                read(cast(packed(name)))
+    for name in ("mxfp4", "e4m3, block"):  # which have none
+        np.testing.assert_array_equal(cast(packed(name)).dequantize(), packed(name).dequantize())

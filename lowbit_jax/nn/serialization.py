@@ -10,22 +10,19 @@ import numpy as np
 from flax import serialization
 
 from lowbit_jax.ops.plane_tensor import PlaneTensor
-from lowbit_jax.qtensor import QTensor
+from lowbit_jax.qtensor import NO_SEAL, QTensor
 
 _HOLDS = "holds"
 
 
 def _arrays(packed: QTensor) -> list[str]:
-    """Names of the fields that are arrays."""
-    return [f.name for f in dataclasses.fields(packed) if not f.metadata.get("static")]
+    """Names of the fields that are arrays of a file. The seal is none: the meaning is there in words."""
+    return [f.name for f in dataclasses.fields(packed) if not f.metadata.get("static") and f.name != "seal"]
 
 
 def _meaning(packed: QTensor) -> dict[str, str]:
     """What the arrays stand for, which they do not say themselves."""
-    slots = packed.quantizer.explain(packed.length)
-    told = {name: slots[name] for name in ("format", "tiling", "scale_format", "rotation", "sparsity")}
-    shape = f"{jnp.dtype(packed.dtype).name}{list(packed.shape)}"
-    return {"layout": packed.layout, "shape": shape, "axis": str(packed.axis), **told}
+    return {"shape": f"{jnp.dtype(packed.dtype).name}{list(packed.shape)}", **packed.meaning()}
 
 
 def _to_state(packed: QTensor) -> dict[str, Any]:
@@ -57,7 +54,8 @@ def _from_state(template: QTensor, state: Any) -> QTensor:
                 f"{who}: the file holds {name} of {', '.join(found) or 'nothing'}, the template has"
                 f" {', '.join(wanted) or 'nothing'}. The file is damaged, or of another version."
             )
-    return dataclasses.replace(template, **arrays)
+    seal = NO_SEAL if template.seal is NO_SEAL else np.zeros(template.seal.shape, np.uint8)
+    return dataclasses.replace(template, **arrays, seal=seal)
 
 
 for _kind in (QTensor, PlaneTensor):

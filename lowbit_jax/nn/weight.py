@@ -108,9 +108,13 @@ def packed_weight(
     scale: Array | None = None,
     storage: Storage = Storage(),  # noqa: B008  frozen
 ) -> QTensor:
-    """Packed codes and scales of the weight, its contraction axes merged into one.
+    """Packed codes and scales of the weight, its contraction axes merged into one; sealed.
 
     Raises: NotImplementedError when the storage asks for a kernel that cannot read this weight."""
+    return _packed_weight(kernel, recipe, site, scale, storage).sealed()
+
+
+def _packed_weight(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage) -> QTensor:
     if site.kind != "conv_general_dilated":
         packed = pack_rhs(kernel, site.numbers, recipe, scale=scale)
         if storage.layout != PLANES:

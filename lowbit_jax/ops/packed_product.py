@@ -40,6 +40,7 @@ class PackedProduct:
     def __call__(self, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:
         if isinstance(rhs, PlaneTensor):
             rhs.check_layout()
+        rhs.check_meaning("lb.dot_general: the packed rhs")
         return _through(self, lhs, rhs, key, scale)
 
     def why_not(self, lhs: Any, rhs: QTensor) -> str | None:

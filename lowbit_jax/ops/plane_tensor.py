@@ -15,15 +15,15 @@ from jaxtyping import Array, Float
 from lowbit_jax import coding, packing
 from lowbit_jax.formats.base import Format, IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend
-from lowbit_jax.qtensor import QTensor, check_concrete
+from lowbit_jax.qtensor import QTensor, check_concrete, register_packed
 from lowbit_jax.scaling import CastScale, Group, PerRow, PerTensor
 
 LAYOUT = "planes/1"
 _VERSION = 1
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@register_packed
+@dataclasses.dataclass(frozen=True, eq=False)
 class PlaneTensor(QTensor):
     """A `QTensor` whose words are arrays [blocks, rows, 32], one a field of its codes, for `pallas_kernels`.
 
@@ -109,6 +109,7 @@ class PlaneTensor(QTensor):
 
     def elements(self) -> Float[Array, "*s"]:
         self.check_layout()
+        self.check_meaning("PlaneTensor")
         unpack = lambda words: backend.unpack_planes(words, self.quantizer.format.bits, self.rows, self.length)
         for _ in self.stack:
             unpack = jax.vmap(unpack)

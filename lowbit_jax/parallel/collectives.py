@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from lowbit_jax import rounding
 from lowbit_jax.formats.catalogue import INT2, INT3, INT4, INT5, INT6, INT7, INT8
 from lowbit_jax.parallel.packed import axis_of_view
-from lowbit_jax.qtensor import QTensor
+from lowbit_jax.qtensor import NO_SEAL, QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import BFLOAT16, Group, TwoLevel, absmax
 
@@ -171,13 +171,14 @@ def gather_qtensor(packed: QTensor, axis_name: str, *, axis: int) -> QTensor:
     def gather(x: Array, axis: int) -> Array:
         return _as_before(lax.all_gather(_as_words(x), axis_name, axis=axis, tiled=True), x)
 
-    return dataclasses.replace(
+    whole = dataclasses.replace(
         packed,
         words=gather(packed.words, of_words),
         scales=packed.scales if of_scales is None else tuple(gather(s, of_scales) for s in packed.scales),
         marks=None if packed.marks is None else gather(packed.marks, of_words),
         length=packed.length * (count if at == contract else 1),
     )
+    return whole if packed.seal is NO_SEAL or whole.length == packed.length else whole.sealed()
 
 
 def reduce_scatter_packed(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from lowbit_jax.qtensor import QTensor
+from lowbit_jax.qtensor import NO_SEAL, QTensor
 
 
 def qtensor_specs(packed: QTensor, spec: PartitionSpec, mesh: Mesh, path: str = "") -> list[PartitionSpec]:
@@ -22,7 +22,8 @@ def qtensor_specs(packed: QTensor, spec: PartitionSpec, mesh: Mesh, path: str = 
     view, inside = _tiles(packed)
     on_tiles = _cuts_of_view(packed.shape, view, inside, cuts)
     scales = [_scale_spec(scale.shape, view, on_tiles) for scale in packed.scales]
-    return [words, *scales, *([] if packed.marks is None else [words])]
+    seal = [] if packed.seal is NO_SEAL else [PartitionSpec()]
+    return [words, *scales, *([] if packed.marks is None else [words]), *seal]
 
 
 def axis_of_view(packed: QTensor, axis: int) -> int | None:

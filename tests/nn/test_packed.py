@@ -180,6 +180,47 @@ def test_nnx_packed_checkpoint_round_trip(tmp_path, stack, x):
     np.testing.assert_array_equal(run(nnx.merge(graph, restored), x), run(packed, x))
 
 
+@pytest.mark.parametrize("layout", ["bitstream-le/1", "planes/1"])
+def test_packed_checkpoints_do_not_become_weights_of_another_meaning(tmp_path, layout):
+    """Their arrays have the same shapes, but for the seal."""
+    linear = nnx.Linear(256, 64, rngs=nnx.Rngs(0))
+    packed = lambda recipe: lb.convert(lb.quantize(linear, recipe), layout=layout)
+    written, x = packed(lb.quest(4)), jnp.ones((2, 256))
+    with ocp.StandardCheckpointer() as store:
+        store.save(tmp_path / "c", nnx.state(written))
+    others = {"signs": lb.quest(4, signs=0), "block": lb.quest(4, block=64),
+              "int4": lb.methods.get("absmax_integer", bits=4)}  # fmt: skip
+    shapes = lambda model: [a.shape for a in jax.tree.leaves(model.kernel.get_value().unsealed())]
+    for recipe in others.values():
+        graph, state = nnx.split(packed(recipe))
+        assert shapes(written) == shapes(nnx.merge(graph, state))
+        with ocp.StandardCheckpointer() as store, pytest.raises(ValueError, match="shape"):
+            store.restore(tmp_path / "c", state)
+        leaves = jax.tree.leaves(nnx.state(written))  # however they come into the other model
+        mixed = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+        for use in (lambda m=mixed: run(m, x), mixed.kernel.get_value().validate):
+            with pytest.raises(ValueError, match="is not that of what it is read as.*lb.convert makes of the recipe"):
+                use()
+
+
+def test_packed_checkpoints_from_before_there_were_seals(tmp_path):
+    packed = lb.convert(lb.quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), lb.quest(4)))
+    is_packed = lambda leaf: isinstance(leaf, lb.QTensor)
+    unsealed = lambda state: jax.tree.map(
+        lambda leaf: leaf.unsealed() if is_packed(leaf) else leaf, state, is_leaf=is_packed
+    )
+    graph, state = nnx.split(packed)
+    with ocp.StandardCheckpointer() as store:
+        kernel = packed.kernel.get_value()
+        arrays = {"value": {"words": kernel.words, "scales": list(kernel.scales), "marks": None}}
+        store.save(tmp_path / "old", {"kernel": arrays, "bias": {"value": packed.bias.get_value()}})
+    with ocp.StandardCheckpointer() as store:
+        restored = store.restore(tmp_path / "old", unsealed(state))
+        with pytest.raises(ValueError, match="seal"):
+            store.restore(tmp_path / "old", state)
+    np.testing.assert_array_equal(run(nnx.merge(graph, restored), jnp.ones((2, 64))), run(packed, jnp.ones((2, 64))))
+
+
 def test_linen_packed_checkpoint_round_trip(tmp_path, x, linen_variables):
     model = lb.quantize(LinenStack(), RECIPES["lsq W2A2"], rules=HEAD)
     packed, words = lb.convert(model, linen_variables("lsq W2A2"), x)
@@ -189,6 +230,28 @@ def test_linen_packed_checkpoint_round_trip(tmp_path, x, linen_variables):
         restored = checkpointer.restore(tmp_path / "packed", jax.tree.map(ocp.utils.to_shape_dtype_struct, words))
     apply = jax.jit(packed.apply)
     np.testing.assert_array_equal(apply(restored, x), apply(words, x))
+
+
+@pytest.mark.parametrize("layout", ["bitstream-le/1", "planes/1"])
+def test_a_packed_model_whose_floats_were_cast_says_so(layout):
+    linear = nnx.Linear(64, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    packed = lb.convert(lb.quantize(linear, lb.quest(4)), layout=layout)
+    graph, state = nnx.split(packed)
+    cast = lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a
+    with pytest.raises(ValueError, match="scales are bfloat16, and float32 stores float32"):
+        run(nnx.merge(graph, jax.tree.map(cast, state)), jnp.ones((2, 64)))
+    is_packed = lambda leaf: isinstance(leaf, lb.QTensor)
+    beside = jax.tree.map(lambda a: a if is_packed(a) else cast(a), state, is_leaf=is_packed)
+    assert nnx.merge(graph, beside).bias.dtype == jnp.bfloat16
+    run(nnx.merge(graph, beside), jnp.ones((2, 64)))
+
+
+def test_a_packed_kernel_in_plain_code_says_so():
+    packed, x = lb.convert(lb.quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), lb.quest(4))), jnp.ones((2, 64))
+    for use in (lambda: x @ packed.kernel, lambda: packed.kernel * 2, lambda: np.asarray(packed.kernel[...]),
+                lambda: jnp.linalg.norm(packed.kernel[...]), lambda: jnp.asarray(packed.kernel)):  # fmt: skip
+        with pytest.raises(TypeError, match="is packed, not an array"):
+            use()
 
 
 def test_packed_variables_in_flax_serialization(key):

@@ -161,3 +161,12 @@ class TestModels:
             before = nnx.get_partition_spec(nnx.state(layer))["kernel"].get_value()
             after = nnx.get_partition_spec(nnx.state(lb.quantize(layer, lb.quest(4))))["kernel"].get_value()
         assert before == after == P(None, "tensor")
+
+
+def test_a_seal_lies_on_every_device(key, mesh):
+    """`lb.convert` seals its weights; the seal is small, and no part of the array."""
+    packed = {"w": lb.quest_quantizer(4).quantize(jax.random.normal(key, (64, 32)), axis=0).sealed()}
+    placed = shardings(packed, mesh, Rules((("w", (None, "tensor")),)))
+    assert placed["w"].seal.spec == P() and placed["w"].words.spec[0] == "tensor"
+    moved = jax.device_put(packed, placed)["w"]
+    np.testing.assert_array_equal(moved.dequantize(), packed["w"].dequantize())
