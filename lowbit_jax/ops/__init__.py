@@ -1,5 +1,6 @@
 """Products of quantized operands: the recipe of a layer and the JAX products that follow it."""
 
+import lowbit_jax.ops.exported  # noqa: F401  # makes jax.export know packed weights
 from lowbit_jax.ops.conv import conv_general_dilated
 from lowbit_jax.ops.dot_general import dot_general, pack_rhs, quantize_rhs
 from lowbit_jax.ops.einsum import einsum

@@ -10,7 +10,7 @@ import platform
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float, Int8, Int32
 
 from lowbit_jax import rounding
@@ -72,6 +72,8 @@ def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format
         return False
     length = math.prod(lhs[a] for a in lhs_axes)
     columns = math.prod(n for a, n in enumerate(rhs) if a not in (*rhs_axes, *rhs_batch))
+    if export.is_symbolic_dim(length) or export.is_symbolic_dim(columns):
+        return False  # `jax.export` of a batch of any size: neither known to be long enough nor to stay inside int32
     turns = lhs_axes[-1] == len(lhs) - 1 or len(lhs_axes) > 1 or length % 2 == 0  # see `_dot`
     return columns > 1 and length >= _SHORTEST and turns and length * math.prod(map(_largest, formats)) <= _LARGEST_SUM
 

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Float, Int8
 
 from lowbit_jax import rounding
@@ -45,6 +46,8 @@ class PackedProduct:
 
     def why_not(self, lhs: Any, rhs: QTensor) -> str | None:
         """Why no kernel computes this product (lhs may be a shape and dtype); None when one does, on a GPU."""
+        if any(map(export.is_symbolic_dim, lhs.shape)):
+            return f"the activation's shape {tuple(lhs.shape)} is symbolic, and kernels are made for one size"
         if isinstance(rhs, PlaneTensor):
             return _why_not(self, lhs, rhs)
         if mx_product.mx_format(rhs.quantizer):
