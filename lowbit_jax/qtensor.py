@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from lowbit_jax.quantizer import Quantizer
 
 
-def register_packed(kind: Any) -> Any:
+Kind = TypeVar("Kind")
+NO_SEAL = ()
+
+
+def register_packed(kind: type[Kind]) -> type[Kind]:
     """Makes a kind of packed tensor a pytree, as `jax.tree_util.register_dataclass` does, but for the seal: one that is
     not there is no child, not even an empty one, so that checkpoints from before there were seals fit."""
-    fields = dataclasses.fields(kind)
+    fields = dataclasses.fields(cast(Any, kind))
     static = tuple(f.name for f in fields if f.metadata.get("static"))
     arrays = tuple(f.name for f in fields if not f.metadata.get("static"))
     unsealed = tuple(name for name in arrays if name != "seal")
@@ -46,9 +50,6 @@ def register_packed(kind: Any) -> Any:
 
     jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
     return kind
-
-
-NO_SEAL = ()
 
 
 @register_packed
@@ -123,14 +124,8 @@ class QTensor:
         """Looks at shapes and dtypes alone, so it works under `jit` and costs nothing there.
 
         Raises: ValueError when the seal is that of another meaning, and for scales that were cast."""
-        found, own = tuple(getattr(self.seal, "shape", ()))[-_SEAL_AXES:], _seal_shape(self)
-        if self.seal is not NO_SEAL and found != own:
-            meaning = ", ".join(f"{name} {value}" for name, value in self.meaning().items())
-            raise ValueError(
-                f"{who}: its seal {found} is not that of what it is read as, {own}: {meaning}, length {self.length}."
-                " The arrays come from a weight of another recipe: restore the checkpoint into what lb.convert makes of"
-                " the recipe it was saved with. After a dataclasses.replace of your own, call .sealed()."
-            )
+        if not isinstance(self.seal, tuple):
+            _check_seal(self, who)
         view = max((tuple(scale.shape) for scale in self.scales), key=len, default=())
         wanted = _stored_dtypes(self.quantizer.scale_format, self.quantizer.format, view)
         stored = tuple(jnp.dtype(scale.dtype).name for scale in self.scales)
@@ -228,6 +223,18 @@ _SEAL_AXES, _SEAL_LONGEST = 4, 8  # 4096 digests, in at most as many bytes; orba
 
 def _seal_shape(packed: QTensor) -> tuple[int, ...]:
     return _digest((*packed.meaning().items(), ("length", str(packed.length))))
+
+
+def _check_seal(packed: QTensor, who: str) -> None:
+    assert not isinstance(packed.seal, tuple)
+    found, own = tuple(packed.seal.shape[-_SEAL_AXES:]), _seal_shape(packed)
+    if found != own:
+        meaning = ", ".join(f"{name} {value}" for name, value in packed.meaning().items())
+        raise ValueError(
+            f"{who}: its seal {found} is not that of what it is read as, {own}: {meaning}, length {packed.length}. The"
+            " arrays come from a weight of another recipe: restore the checkpoint into what lb.convert makes of the"
+            " recipe it was saved with. After a dataclasses.replace of your own, call .sealed()."
+        )
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def _from_state(template: QTensor, state: Any) -> QTensor:
                 f"{who}: the file holds {name} of {', '.join(found) or 'nothing'}, the template has"
                 f" {', '.join(wanted) or 'nothing'}. The file is damaged, or of another version."
             )
-    seal = NO_SEAL if template.seal is NO_SEAL else np.zeros(template.seal.shape, np.uint8)
+    seal = NO_SEAL if isinstance(template.seal, tuple) else np.zeros(template.seal.shape, np.uint8)
     return dataclasses.replace(template, **arrays, seal=seal)
 
 
