@@ -231,8 +231,9 @@ def test_abstract_models_can_be_quantized():
     abstract = nnx.eval_shape(lambda: lb.convert(lb.quantize(nnx.Linear(64, 32, rngs=nnx.Rngs(0)))))
     assert abstract.kernel.get_value().shape == (64, 32)
     shapes = lb.convert(lb.quantize(nnx.eval_shape(lambda: nnx.Linear(64, 32, rngs=nnx.Rngs(0)))))
-    leaves = lambda model: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.state(model))
+    leaves = lambda model: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))]
     assert leaves(shapes) == leaves(abstract)
+    assert jax.tree.structure(nnx.state(shapes)) == jax.tree.structure(nnx.state(abstract))
 
 
 def test_subclasses_may_add_but_not_go_around(key):
