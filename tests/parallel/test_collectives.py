@@ -20,6 +20,7 @@ from lowbit_jax.parallel import (
     reduce_scatter_packed,
     wire_quantizer,
 )
+from lowbit_jax.parallel.collectives import gather_qtensor
 
 N = 4
 
@@ -262,3 +263,17 @@ def test_a_sum_over_a_cut_contraction_is_one_collective_of_the_size_of_the_scale
     np.testing.assert_allclose(function(weight), quantizer(weight, axis=0), rtol=256 * 2.0**-24)
     largest = jax.jit(functools.partial(lb.Quantizer(), axis=0), in_shardings=cut, out_shardings=cut)
     np.testing.assert_array_equal(largest(weight), jax.jit(functools.partial(lb.Quantizer(), axis=0))(weight))
+
+
+def test_a_gathered_weight_is_sealed_as_the_longer_one(key, mesh):
+    """Its length is part of what its seal says."""
+    q = lb.Quantizer(format=lb.formats.INT4, tiling=lb.scaling.Group(32))
+    x = jax.random.normal(key, (8, 32 * N))
+    seal = q.quantize(x).sealed().seal.shape
+
+    def whole(x):
+        gathered = gather_qtensor(q.quantize(x).sealed(), "fsdp", axis=1)
+        assert gathered.seal.shape == seal
+        return gathered.dequantize()
+
+    np.testing.assert_array_equal(on_devices(whole, mesh, P(None, "fsdp"), P())(x), q.quantize(x).dequantize())
