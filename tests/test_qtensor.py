@@ -71,7 +71,7 @@ def test_a_seal_tells_meanings_apart():
     np.testing.assert_array_equal(jax.jit(lambda t: t.dequantize())(sealed), packed("quest 3").dequantize())
     foreign = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(sealed))
     for read in (foreign.elements, foreign.values, foreign.dequantize, foreign.validate):
-        with pytest.raises(ValueError, match=r"seal \(.*rotation hadamard 32.*lb.convert"):
+        with pytest.raises(ValueError, match=r"seal is not.*rotation hadamard 32.*lb.convert"):
             jax.eval_shape(read) if read != foreign.validate else read()
     with pytest.raises(ValueError, match="seal"):  # of which the axis is part, but not its counting from the end
         dataclasses.replace(sealed, axis=-1).elements()
@@ -92,9 +92,8 @@ def test_a_seal_goes_along_with_stacks_and_slices():
 
 def test_seals_stay_those_of_files():
     """A change of the digest, or of the words in it, makes older checkpoints of packed weights unreadable."""
-    assert {name: packed(name).sealed().seal.shape for name in ("quest 3", "nvfp4", "2:4")} == {
-        "quest 3": (1, 3, 4, 7), "nvfp4": (3, 6, 8, 5), "2:4": (3, 4, 6, 4)
-    }  # fmt: skip
+    seals = {name: "".join(map(str, packed(name).sealed().seal.shape)) for name in ("quest 3", "nvfp4", "2:4")}
+    assert seals == {"quest 3": "2121121111121121", "nvfp4": "1121221211211111", "2:4": "1121111111221212"}
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(packed("2:4"))]
     assert names == [".words", ".scales[0]", ".marks"]  # and without a seal the tree is that of files without
 
