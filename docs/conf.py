@@ -6,6 +6,9 @@ html_theme = "furo"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
+suppress_warnings = [
+    "myst.xref_missing"
+]  # pages link to files of the repository beside them; tests/test_readme.py follows links
 autodoc_member_order = "bysource"
 
 
