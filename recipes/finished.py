@@ -18,7 +18,6 @@ import jax
 from flax import nnx
 
 import lowbit_jax as lb
-from lowbit_jax.nn.weight import default_layout
 from recipes import deliver, init_from, llama, schemes, text, tokenizers
 
 VERSION = 1
@@ -67,7 +66,7 @@ class Description:
         path = pathlib.Path(config.tokenizer).expanduser().absolute()
         return cls(
             preset=config.preset, data=config.data, model_config=size, vocab_size=corpus.vocab_size, scheme=scheme,
-            dtype=llama.activation_dtype(config.dtype), param_dtype=config.param_dtype, layout=default_layout(),
+            dtype=llama.activation_dtype(config.dtype), param_dtype=config.param_dtype, layout=lb.nn.default_layout(),
             tokenizer=config.tokenizer if built_in else str(path), tokenizer_sha256=None if built_in else _sha256(path),
             tokenizer_vocab_size=corpus.tokenizer.vocab_size,
         )  # fmt: skip

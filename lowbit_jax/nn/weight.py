@@ -96,7 +96,7 @@ class Storage:
 
 
 def default_layout() -> str:
-    """The layout for the backend that JAX runs on."""
+    """The layout that `lb.convert` packs into unless told, by the backend that JAX runs on."""
     return PLANES if sees_gpu() else packing.LAYOUT
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import lowbit_jax as lb
 from lowbit_jax.nn import weight
 from recipes import command, deliver, finished, pretrain, sample, token_files
 from recipes.pretrain import Pretrain
@@ -70,7 +71,7 @@ class TestTheSameText:
         token_files.write(tmp_path / "ids.bin", ids, vocab_size=300)
         with monkeypatch.context() as patch:
             patch.setattr(weight, "default_layout", lambda: weight.PLANES)
-            patch.setattr(finished, "default_layout", lambda: weight.PLANES)
+            patch.setattr(lb.nn, "default_layout", lambda: weight.PLANES)
             config = trained(tmp_path, data=str(tmp_path / "ids.bin"), tokenizer="ids", method="lsq", bits=2,
                              dtype="bfloat16", param_dtype="bfloat16", prompt="1 2 299", sample_tokens=8)  # fmt: skip
         assert json.loads((config.out / "run.json").read_text())["layout"] == weight.PLANES
