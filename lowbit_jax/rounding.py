@@ -5,6 +5,8 @@ saturate, infinities too; NaN stays NaN. Powers of two are taken from the expone
 inexact on XLA's CPU backend. XLA flushes float32 denormals (below 2**-126) to zero; only E8M0 has a value among them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,14 @@ def nearest(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = None)
     return y.astype(u.dtype)
 
 
+def check_key(who: str, key: Any) -> None:
+    """Raises: TypeError for what is no random key of JAX, of the new kind or the old."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        given, seed = (repr(int(key)),) * 2 if isinstance(key, int) else (f"a {type(key).__name__}", "0")
+        raise TypeError(f"{who} got {given} for a key; it draws by a random key: pass jax.random.key({seed}).")
+
+
 def stochastic(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = None) -> Float[Array, "*s"]:
     """One of the two grid values around `u`, the upper with probability `(u - lower) / (upper - lower)`.
 
@@ -52,13 +62,7 @@ def stochastic(u: Float[Array, "*s"], fmt: Format, key: PRNGKeyArray | None = No
             f"stochastic rounding to {fmt.name} got no key. Every draw needs one: pass key=jax.random.key(...), or use"
             f" rounding.nearest."
         )
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
-        given, seed = (repr(int(key)),) * 2 if isinstance(key, int) else (f"a {type(key).__name__}", "0")
-        raise TypeError(
-            f"stochastic rounding to {fmt.name} got {given} for a key; it draws by a random key: pass"
-            f" jax.random.key({seed})."
-        )
+    check_key(f"stochastic rounding to {fmt.name}", key)
     x = _working(u, fmt, "stochastic")
     noise = jax.random.uniform(key, x.shape, x.dtype)
     match fmt:

@@ -23,9 +23,8 @@ from typing import Any
 _dump = pathlib.Path(tempfile.mkdtemp(prefix="lowbit_kernels_"))
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "LLVM_DISABLE_SYMBOLIZATION", "1"
-)  # the dump takes stack traces: named, six times the compilation
+# The dump takes stack traces; an installed llvm-symbolizer, run for each of their frames, makes it six times as slow.
+os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
 os.environ["MOSAIC_GPU_DUMP_TO"] = str(_dump)
 os.environ["JAX_TRITON_DUMP_DIR"] = str(_dump)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={_dump} --xla_dump_emitter_re=.*"

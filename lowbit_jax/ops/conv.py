@@ -53,7 +53,7 @@ def conv_general_dilated(
     if recipe.implementation in ("kernel", "interpret"):
         raise NotImplementedError(
             f"lb.conv_general_dilated: implementation={recipe.implementation!r}, and no kernel convolves."
-            " Give them a recipe with implementation='auto' by a rule."
+            " Give convolutions a recipe with implementation='auto' by a rule."
         )
     if isinstance(rhs, QTensor):
         raise TypeError("lb.conv_general_dilated got a packed rhs; convolutions take arrays: pass rhs.dequantize().")

@@ -22,6 +22,7 @@ from lowbit_jax.ops.product import Dims, Forward, backward_operands, plain_produ
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.ops.varying import vary_alike
 from lowbit_jax.qtensor import QTensor
+from lowbit_jax.rounding import check_key
 
 DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 """((lhs contraction axes, rhs contraction axes), (lhs batch axes, rhs batch axes)), as `lax.dot_general` takes them."""
@@ -172,24 +173,24 @@ def check_operands(who: str, lhs: Any, rhs: Any, key: Any) -> None:
             raise TypeError(f"{who} got a {type(x).__name__} for {name}; it takes arrays: pass jnp.asarray(...).")
         elif not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{who} got {name} of {x.dtype}; it quantizes floating arrays. Cast it first.")
-    if key is not None and not (
-        hasattr(key, "dtype") and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32)
-    ):
-        raise TypeError(f"{who} got key={key!r}, which is no random key: pass jax.random.key(0), or none.")
+    if key is not None:
+        check_key(who, key)
 
 
-def _checked_axes(side: str, contract: Any, batch: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _checked_axes(
+    side: str, contract: Any, batch: Any, ndim: int, who: str = "lb.dot_general"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Non-negative contraction and batch axes of one operand."""
     try:
         axes = tuple(operator.index(a) for a in (*contract, *batch))
     except TypeError:
         raise TypeError(
-            f"lb.dot_general got dimension_numbers with {contract!r} to contract and {batch!r} as batch axes of {side}."
+            f"{who} got dimension_numbers with {contract!r} to contract and {batch!r} as batch axes of {side}."
             " They are ((lhs contraction, rhs contraction), (lhs batch, rhs batch)), each a sequence of integers."
         ) from None
     if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) != len(axes):
         raise ValueError(
-            f"lb.dot_general: {side} has {ndim} axes, and dimension_numbers name {tuple(contract)} to contract and"
+            f"{who}: {side} has {ndim} axes, and dimension_numbers name {tuple(contract)} to contract and"
             f" {tuple(batch)} as batch. Name each axis from {-ndim} to {ndim - 1} at most once."
         )
     return tuple(a % ndim for a in contract), tuple(a % ndim for a in batch)
@@ -198,7 +199,7 @@ def _checked_axes(side: str, contract: Any, batch: Any, ndim: int) -> tuple[tupl
 def _rhs_axes(who: str, dimension_numbers: DimensionNumbers, ndim: int) -> tuple[int, ...]:
     """Non-negative contraction axes of the weight; one at least."""
     (_, contract), (_, batch) = dimension_numbers
-    axes, _ = _checked_axes("rhs", contract, batch, ndim)
+    axes, _ = _checked_axes("rhs", contract, batch, ndim, who)
     if not axes:
         raise ValueError(f"{who}: no contraction axes, so there is no axis to quantize along.")
     return axes

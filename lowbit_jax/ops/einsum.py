@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from lowbit_jax.ops.dot_general import DimensionNumbers, check_operands, dot_general
@@ -59,13 +59,12 @@ def _contracted(spec: str) -> int:
 
 def _permuted(sharding: Any, permutation: tuple[int, ...]) -> Any:
     """The sharding of the product before its axes are permuted into those that `sharding` is of."""
-    if sharding is None:
-        return None
-    named = isinstance(sharding, NamedSharding)
-    spec = tuple(sharding.spec if named else sharding)
-    spec += (None,) * (len(permutation) - len(spec))
-    before = PartitionSpec(*(spec[permutation.index(axis)] for axis in range(len(permutation))))
-    return NamedSharding(sharding.mesh, before) if named else before
+    if sharding is None or permutation == tuple(range(len(permutation))):
+        return sharding
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    cuts = (*spec, *[None] * (len(permutation) - len(spec)))
+    before = spec.update(partitions=tuple(cuts[permutation.index(axis)] for axis in range(len(permutation))))
+    return NamedSharding(sharding.mesh, before) if isinstance(sharding, NamedSharding) else before
 
 
 def einsum(

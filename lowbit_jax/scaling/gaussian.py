@@ -38,7 +38,9 @@ def _cell_moments(levels: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndar
 
 
 def gaussian_mse(fmt: Format, scale: float) -> float:
-    """E[(Q(x) - x)^2] for x ~ N(0, 1), nearest rounding to `scale * fmt.levels`."""
+    """E[(Q(x) - x)^2] for x ~ N(0, 1), nearest rounding to `scale * fmt.levels`.
+
+    Raises: TypeError for a block format."""
     levels = _levels(fmt, "gaussian_mse")
     probability, moment = _cell_moments(levels, scale)
     return float(1 - 2 * scale * (levels @ moment) + scale**2 * (levels**2 @ probability))
@@ -49,16 +51,11 @@ def _slope(levels: np.ndarray, scale: float) -> float:
     return float(scale * (levels**2 @ probability) - levels @ moment)
 
 
-def _farther(magnitudes: np.ndarray) -> int:
-    """Candidates between the largest magnitude and the smallest: 65 a decade."""
-    return round(65 * math.log10(magnitudes.max() / magnitudes.min()))
-
-
 @functools.cache
 def optimal_scale(fmt: Format) -> float:
     """Scale, in units of the standard deviation per grid unit, of least squared error on a Gaussian.
 
-    Raises: ValueError for a grid whose only level is 0."""
+    Raises: TypeError for a block format; ValueError for a grid whose only level is 0."""
     levels = _levels(fmt, "optimal_scale")
     magnitudes = np.abs(levels[levels != 0])
     if magnitudes.size == 0:
@@ -69,7 +66,8 @@ def optimal_scale(fmt: Format) -> float:
     errors = [gaussian_mse(fmt, s) for s in candidates]
     # A grid with levels far out for single outliers (posits) has the Gaussian among its inner ones. Floats fit about
     # equally well at every factor of 2, so the scale moves there only for a gain.
-    outer = np.geomspace(40 / magnitudes.max(), 40 / magnitudes.min(), 2 + _farther(magnitudes))
+    decades = math.log10(magnitudes.max() / magnitudes.min())
+    outer = 40 / np.geomspace(magnitudes.max(), magnitudes.min(), 2 + round(65 * decades))
     outer_errors = [gaussian_mse(fmt, s) for s in outer]
     if min(outer_errors) < 0.99 * min(errors):
         candidates, errors = outer, outer_errors

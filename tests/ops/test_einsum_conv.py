@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lowbit_jax as lb
 from lowbit_jax.ops import pack_rhs
@@ -60,13 +60,15 @@ def test_einsum_of_packed_weights(key, spec, lhs, rhs, numbers):
     )
 
 
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("spec", ["mk,kn->mn", "mk,kn->nm"])
-def test_einsum_puts_its_output_where_it_is_asked_to(key, spec):
+def test_einsum_puts_its_output_where_it_is_asked_to(key, spec, named):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x = jax.device_put(jax.random.normal(key, (8, 32)), PartitionSpec(None, "d"))
         w = jax.device_put(jax.random.normal(key, (32, 4)), PartitionSpec("d", None))
-        y = jax.jit(lambda x, w: lb.einsum(spec, x, w, recipe=lb.quest(8), out_sharding=PartitionSpec("d", None)))(x, w)
+        out = NamedSharding(mesh, PartitionSpec("d")) if named else PartitionSpec("d")
+        y = jax.jit(lambda x, w: lb.einsum(spec, x, w, recipe=lb.quest(8), out_sharding=out))(x, w)
     assert y.sharding.spec == PartitionSpec("d", None)
     expected = np.einsum(spec, *map(np.asarray, (x, w)))
     assert np.abs(y - expected).max() < 0.1 * np.abs(expected).max()
