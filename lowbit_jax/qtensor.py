@@ -14,7 +14,8 @@ from jax import core
 from jaxtyping import Array, Float, UInt8
 
 from lowbit_jax import coding, packing, rounding
-from lowbit_jax.formats.base import FloatFormat, Format
+from lowbit_jax.formats.base import FloatFormat, Format, IntFormat
+from lowbit_jax.scaling import zero_point
 from lowbit_jax.scaling.tiling import join
 from lowbit_jax.sparsity import expand
 
@@ -27,28 +28,36 @@ NO_SEAL = ()
 
 
 def register_packed(kind: type[Kind]) -> type[Kind]:
-    """Makes a kind of packed tensor a pytree, as `jax.tree_util.register_dataclass` does, but for the seal: one that is
-    not there is no child, not even an empty one, so that checkpoints from before there were seals fit."""
+    """Makes a kind of packed tensor a pytree, as `jax.tree_util.register_dataclass` does, but for zero points and the
+    seal: those that are not there are no child, not even an empty one, so that checkpoints from before there were any
+    fit."""
     fields = dataclasses.fields(cast(Any, kind))
     static = tuple(f.name for f in fields if f.metadata.get("static"))
     arrays = tuple(f.name for f in fields if not f.metadata.get("static"))
-    unsealed = tuple(name for name in arrays if name != "seal")
     keys = {name: jax.tree_util.GetAttrKey(name) for name in arrays}
+    leaving_out = lambda *left_out: tuple(name for name in arrays if name not in left_out)
+    children_of = {  # by whether there are zero points, and a seal
+        (True, True): arrays,
+        (True, False): leaving_out("seal"),
+        (False, True): leaving_out("zeros"),
+        (False, False): leaving_out("zeros", "seal"),
+    }
     # A jitted function flattens every weight at every call, and attrgetter takes a third of a comprehension's time.
-    with_seal, without, data = (operator.attrgetter(*names) for names in (arrays, unsealed, static))
+    getters, data = {k: operator.attrgetter(*n) for k, n in children_of.items()}, operator.attrgetter(*static)
 
     def flatten(packed: Any) -> tuple[tuple, tuple]:
-        return (without if packed.seal is NO_SEAL else with_seal)(packed), data(packed)
+        return getters[packed.quantizer.zero_point, packed.seal is not NO_SEAL](packed), data(packed)
 
     def flatten_with_keys(packed: Any) -> tuple[list, tuple]:
         children, told = flatten(packed)
-        names = unsealed if packed.seal is NO_SEAL else arrays
+        names = children_of[packed.quantizer.zero_point, packed.seal is not NO_SEAL]
         return [(keys[name], child) for name, child in zip(names, children, strict=True)], told
 
     def unflatten(told: tuple, children: Any) -> Any:
-        children = tuple(children)
-        names = arrays if len(children) == len(arrays) else unsealed
-        return kind(**dict(zip(names, children, strict=True)), **dict(zip(static, told, strict=True)))
+        children, fixed = tuple(children), dict(zip(static, told, strict=True))
+        zeros = fixed["quantizer"].zero_point
+        names = children_of[zeros, len(children) == len(children_of[zeros, True])]
+        return kind(**dict(zip(names, children, strict=True)), **fixed)
 
     jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
     return kind
@@ -57,15 +66,17 @@ def register_packed(kind: type[Kind]) -> type[Kind]:
 @register_packed
 @dataclasses.dataclass(frozen=True, eq=False)  # equal and hashed by identity: arrays are neither in one bit
 class QTensor:
-    """`dequantized = element * scale`, elements packed at `format.bits` bits each along the contraction axis.
+    """`dequantized = element * scale`, elements packed at `format.bits` bits each along the contraction axis; each
+    is a level of the format, or its distance to the zero point of its tile.
 
     words: uint8 [..., bytes], the array with its contraction axis moved last, each row a little-endian bit stream.
     scales: what the scale format stores, one a tile. marks: the support of a sparse quantizer, one bit a run of
     neighbors, packed likewise; only the kept elements have codes. axis: the contraction axis, counted from the end,
     so that leading axes may be added or sliced off (`vmap`, a `scan` over stacked layers). length: elements along
-    that axis. seal: an array whose SHAPE, a digest, says what the codes mean (`meaning`), so that a checkpoint, which
-    holds arrays alone, is not read as weights of another meaning; (), as `Quantizer.quantize` leaves it, is not
-    checked. Values live in the rotated space of `quantizer`; `dequantize` answers in the original one."""
+    that axis. zeros: codes of the zero points, one a tile, where the quantizer has any. seal: an array whose SHAPE, a
+    digest, says what the codes mean (`meaning`), so that a checkpoint, which holds arrays alone, is not read as weights
+    of another meaning; (), as `Quantizer.quantize` leaves it, is not checked. Values live in the rotated space of
+    `quantizer`; `dequantize` answers in the original one."""
 
     words: UInt8[Array, "*rows bytes"]
     scales: tuple[Array, ...]
@@ -75,6 +86,7 @@ class QTensor:
     length: int = dataclasses.field(metadata=dict(static=True))
     dtype: Any = dataclasses.field(metadata=dict(static=True))
     layout: str = dataclasses.field(default=packing.LAYOUT, metadata=dict(static=True))
+    zeros: UInt8[Array, "*#tiles"] | None = None
     seal: UInt8[Array, "*stack"] | tuple[()] = NO_SEAL
 
     @property
@@ -94,8 +106,8 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed words, the stored scales and the marks."""
-        leaves = jax.tree.leaves((self.words, self.scales, self.marks))
+        """Bytes of the packed words, the stored scales, the marks and the zero points."""
+        leaves = jax.tree.leaves((self.words, self.scales, self.marks, self.zeros))
         return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
     @property
@@ -111,7 +123,8 @@ class QTensor:
     def meaning(self) -> dict[str, str]:
         """What the arrays stand for, which they do not say themselves; files hold these words, or their digest."""
         slots = self.quantizer.explain(self.length)
-        told = {name: slots[name] for name in ("format", "tiling", "scale_format", "rotation", "sparsity")}
+        names = ("format", "tiling", "scale_format", "rotation", "sparsity", "zero_point")
+        told = {name: slots[name] for name in names if name in slots}
         return {"layout": self.layout, "axis": str(self.axis), **told}
 
     def sealed(self) -> "QTensor":
@@ -140,10 +153,11 @@ class QTensor:
             )
 
     def elements(self) -> Float[Array, "*s"]:
-        """The grid value of each element, float32, in the array's shape; 0 off the support.
+        """The grid value of each element, float32, in the array's shape, from its zero point; 0 off the support.
 
         Raises: ValueError for words of another layout than this class reads, and as `check_meaning` does."""
-        self.check_meaning()
+        self.check_layout()
+        self.check_meaning(type(self).__name__)
         q, codes = self.quantizer, self._codes()
         if q.sparsity is None:
             rows = coding.decode(codes, q.format)
@@ -152,34 +166,44 @@ class QTensor:
             marks = packing.unpack(self.marks, 1, self.length // q.sparsity.run)
             codes, mask = expand(codes, marks, q.sparsity)
             rows = jnp.where(mask, coding.decode(codes, q.format), 0.0)
-        return jnp.moveaxis(rows, -1, self.axis)
+        return self._from_zero(jnp.moveaxis(rows, -1, self.axis))
 
-    def _codes(self) -> UInt8[Array, "*rows kept"]:
-        """The code of each kept element, the contraction axis last. A class of another layout has its own."""
+    def _from_zero(self, levels: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        """Levels of the format, each less the zero point of its tile."""
+        if self.zeros is None:
+            return levels
+        tiles, _ = self.quantizer.tiling.split(levels, self.axis)
+        assert isinstance(self.quantizer.format, IntFormat), "only these take zero points"
+        return join(tiles - zero_point.loaded(self.zeros, self.quantizer.format), levels.shape)
+
+    def check_layout(self) -> None:
+        """Raises: ValueError when the words are of another layout than is read here."""
         if self.layout != packing.LAYOUT:
             raise ValueError(
                 f"{type(self).__name__} got words of the layout {self.layout!r}; it reads {packing.LAYOUT!r}. They come"
                 " from another version or class: read them there, or quantize the array again."
             )
+
+    def _codes(self) -> UInt8[Array, "*rows kept"]:
+        """The code of each kept element, the contraction axis last. A class of another layout has its own."""
         return packing.unpack(self.words, self.quantizer.format.bits, self.kept)
 
     def validate(self, who: str = "QTensor.validate") -> None:
         """Checks the values of arrays that came from elsewhere, as from a checkpoint; nothing else looks at them.
 
-        `who` starts the message. Raises: ValueError for another layout, words, scales or marks of the wrong shape or
-        dtype, the seal of another meaning, codes beyond the format, set bits behind the last code, scales that are NaN,
-        infinite or negative, and marks that do not keep as many elements as the support; TypeError inside `jit`, where
-        values are not known."""
-        check_concrete((self.words, self.scales, self.marks), who)
+        `who` starts the message. Raises: ValueError for another layout, words, scales, zero points or marks of the
+        wrong shape or dtype, the seal of another meaning, codes and zero points beyond the format, set bits behind the
+        last code, scales that are NaN, infinite or negative, and marks that do not keep as many elements as the
+        support; TypeError inside `jit`, where values are not known."""
+        check_concrete((self.words, self.scales, self.marks, self.zeros), who)
+        self.check_layout()
         self.check_meaning(who)
-        own_layout = type(self)._codes is QTensor._codes and type(self).elements is not QTensor.elements
-        if own_layout:  # a class that reads its words in `elements` alone: judge them by what they mean
-            _check_levels(self.elements(), self.quantizer.format, who)
-        else:
-            if type(self)._codes is QTensor._codes:
-                _check_words(self, who)
-            _check_codes(self._codes(), self.quantizer.format, who)
+        if type(self)._codes is QTensor._codes:
+            _check_words(self, who)
+        _check_codes(self._codes(), self.quantizer.format, who)
         _check_scales(self, who)
+        if self.quantizer.zero_point:
+            _check_zeros(self, who)
         if self.quantizer.sparsity is not None:
             _check_marks(self, who)
 
@@ -262,8 +286,6 @@ def check_concrete(arrays: Any, who: str) -> None:
 
 
 def _check_words(packed: QTensor, who: str) -> None:
-    if packed.layout != packing.LAYOUT:
-        packed._codes()  # raises
     bits, words = packed.quantizer.format.bits, packed.words
     size = packing.packed_size(packed.kept, bits)
     if words.dtype != jnp.uint8 or words.ndim == 0 or words.shape[-1] != size:
@@ -315,6 +337,20 @@ def _check_scales(packed: QTensor, who: str) -> None:
         raise ValueError(
             f"{who}: the scale at {index} is {scales[index]}; scales are finite and not negative. The file is damaged,"
             " or the array held a NaN or infinity when it was quantized."
+        )
+
+
+def _check_zeros(packed: QTensor, who: str) -> None:
+    zeros, wanted = packed.zeros, tuple(packed.scales[0].shape)
+    told = "there are none" if zeros is None else f"{zeros.dtype}{list(zeros.shape)}"
+    if zeros is None or zeros.dtype != jnp.uint8 or tuple(zeros.shape) != wanted:
+        raise ValueError(f"{who}: zero points are uint8{list(wanted)}, one for each scale; got {told}. The file or its"
+                         " template belongs to another format or shape.")  # fmt: skip
+    levels = len(packed.quantizer.format.levels)
+    if (index := _first(np.asarray(zeros) >= levels)) is not None:
+        raise ValueError(
+            f"{who}: the zero point at {index} has the code {int(zeros[index])}, and {packed.quantizer.format.name} has"
+            f" {levels} codes. The file is damaged."
         )
 
 

@@ -1,6 +1,7 @@
 """A quantizer is a format, a tiling, a fit and a rounding, seen through a rotation and answered by an estimator.
 
-    x_hat = T^-1( scale * round(x T / scale) on the support )
+    x_hat = T^-1( scale * round(x T / scale) on the support )      or, with zero points z,
+    x_hat = T^-1( scale * (round(x T / scale + z) - z) )
 
 The record is frozen and hashable: it can be a static argument of a jitted function, and equal quantizers never retrace.
 """
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float
 
 from lowbit_jax import coding, packing, rounding
 from lowbit_jax.estimators import ClippedStraightThrough, Estimator, quantize_through
-from lowbit_jax.formats.base import BlockFormat, Format
+from lowbit_jax.estimators.base import at_the_edge
+from lowbit_jax.formats.base import BlockFormat, Format, IntFormat
 from lowbit_jax.formats.catalogue import INT8
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.rotation import Hadamard
@@ -35,7 +37,9 @@ from lowbit_jax.scaling import (
     Tiling,
     TwoLevel,
     absmax,
+    mean_abs,
     rms_optimal,
+    zero_point,
 )
 from lowbit_jax.scaling.fit import carries_nan, positive, reciprocal, rms_scales
 from lowbit_jax.scaling.report import TileReport, tile_report
@@ -56,8 +60,11 @@ class Quantizer:
 
     A scale that is not finite is NaN, and so is then its whole tile, packed or not. A learned scale acts by its
     magnitude, at least 2^-126. `key` feeds a stochastic rounding; the others do not read it (`uses_key`).
+    `zero_point=True` moves each tile by a level of its own (`scaling.zero_point`), for data that lies unevenly about 0;
+    the fit then sees the tile about its middle, and absmax spans it from end to end.
     Raises: TypeError for slots of the wrong kind and for arrays that are not floating; ValueError for an estimator
-    that learns the scale beside a fit that reads it off the data, and for a Learned fit beside one that does not."""
+    that learns the scale beside a fit that reads it off the data, for a Learned fit beside one that does not, and for
+    zero points beside what has no place for them (`_check_zero_point`)."""
 
     format: Format = INT8
     tiling: Tiling = PerRow()
@@ -67,6 +74,7 @@ class Quantizer:
     rotation: Hadamard | None = None
     sparsity: Support | None = None
     estimator: Estimator = ClippedStraightThrough()
+    zero_point: bool = False
 
     def __post_init__(self):
         if isinstance(self.format, BlockFormat):
@@ -87,6 +95,7 @@ class Quantizer:
                 f"Quantizer(fit=Learned(), estimator={self.estimator!r}): this estimator gives the scale no gradient,"
                 " so nothing would be learned. Use LSQ() or PACT(), or a fit that reads the data, such as absmax."
             )
+        _check_zero_point(self)
 
     @property
     def learned(self) -> bool:
@@ -111,19 +120,21 @@ class Quantizer:
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
     ) -> Float[Array, "*s"]:
         """Fake quantization without the way back: float32, for a product whose other operand is rotated alike."""
-        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale)
-        out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale)
+        out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale, zero)
         return join(cast(Array, out), h.shape)  # `jax.custom_vjp` hides the type
 
     def elements(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
     ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"]]:
-        """The grid value of each element in the rotated space, and the scales in the view of the tiling.
+        """The grid value of each element, from its zero point, in the rotated space, and the scales in the view of the
+        tiling.
 
         Their product (where the tiling leaves the shape as it is) is `in_rotated_space(x)`, but for a NaN in a tile of
         a learned scale, which makes all of it NaN; no gradient passes."""
-        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale)
-        _, values = self._on_grid(tiles, inv_scale, support, key)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale)
+        _, values = self._on_grid(tiles, inv_scale, support, key, zero)
+        values = values if zero is None else values - zero
         if self.learned:
             scale = _nan_of(tiles, axes, scale)
         return lax.stop_gradient((join(values, h.shape), scale))
@@ -134,9 +145,12 @@ class Quantizer:
         """`elements`, and what `pull_back` needs, for a product with a gradient rule of its own
         (`ops.coded_product`): one scale a row or a tensor, and none learned."""
         assert isinstance(self.tiling, PerRow | PerTensor), self.tiling
-        _, tiles, _, scale, inv_scale, support = self._fitted(x, axis, None, with_gradient=False)
-        u, values = self._on_grid(tiles, inv_scale, support, key)
-        return values, scale, self.estimator.residuals(u, values, self.format, support)
+        _, tiles, _, scale, inv_scale, support, zero = self._fitted(x, axis, None, with_gradient=False)
+        u, values = self._on_grid(tiles, inv_scale, support, key, zero)
+        if zero is None:
+            return values, scale, self.estimator.residuals(u, values, self.format, support)
+        kept = self.estimator.residuals(at_the_edge(u, values, self.format), values, self.format, support)
+        return values - zero, scale, kept
 
     def pull_back(self, residuals: Any, g: Float[Array, "*s"], *, axis: Axis = -1) -> Float[Array, "*s"]:
         """The cotangent of x, float32, for the cotangent g of the product of both `factors`."""
@@ -157,14 +171,15 @@ class Quantizer:
             raise ValueError(
                 f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself."
             )
-        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale, rounded=False)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale, rounded=False)
         if self.learned:  # other fits have seen it
             scale = _nan_of(tiles, axes, scale)
         (at,) = normalized_axes(axis, x.ndim, "Quantizer")
         stored = self.scale_format.store(scale, self.format)
         if self.scale_format != FLOAT32 or self.learned:
             inv_scale = reciprocal(self.scale_format.load(stored))
-        rounded = self.rounding(tiles * inv_scale, self.format, key)
+        u = tiles * inv_scale if zero is None else tiles * inv_scale + zero
+        rounded = self.rounding(u, self.format, key)
         codes = jnp.moveaxis(coding.encode(join(rounded, h.shape), self.format), at, -1)
         marks = None
         if support is not None:
@@ -180,6 +195,7 @@ class Quantizer:
             axis=at - x.ndim,
             length=x.shape[at],
             dtype=canonicalize_dtype(x.dtype),
+            zeros=None if zero is None else zero_point.stored(zero, self._integers),
         )
 
     def initial_scale(self, x: Float[Array, "*s"], *, axis: Axis = -1) -> Float[Array, "*tiles"]:
@@ -200,8 +216,8 @@ class Quantizer:
         """How well each tile of `x` is kept and how far its largest element stands out: a `scaling.TileReport`.
 
         Tiles are looked at as they are quantized, so behind the rotation."""
-        h, tiles, axes, scale, inv_scale, support = self._fitted(x, axis, scale)
-        near = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale)
+        near = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale, zero)
         return tile_report(tiles, jnp.asarray(near), axes)
 
     def _tiles(self, x, axis, with_gradient=True):
@@ -223,15 +239,22 @@ class Quantizer:
             h = self.rotation.apply(x, axes[-1], **({} if with_gradient else {"with_gradient": False}))
         return h, *self.tiling.split(h, axes)
 
-    def _on_grid(self, tiles, inv_scale, support, key):
-        """x / scale, and the grid values, zero off the support."""
+    @property
+    def _integers(self) -> IntFormat:
+        assert isinstance(self.format, IntFormat), "only these take zero points"
+        return self.format
+
+    def _on_grid(self, tiles, inv_scale, support, key, zero):
+        """x / scale, from the zero point, and the grid values, zero off the support."""
         u = lax.mul(tiles, lax.broadcast_in_dim(inv_scale, tiles.shape, range(tiles.ndim)))
+        u = u if zero is None else u + zero
         values = self.rounding(u, self.format, key)
         return u, values if support is None else jnp.where(support, values, jnp.zeros_like(values))
 
     def _fitted(self, x, axis, scale, rounded=True, with_gradient=True):
         h, tiles, axes = self._tiles(x, axis, with_gradient)
         tile_scale_shape = tuple(1 if a in axes else n for a, n in enumerate(tiles.shape))
+        center = lax.stop_gradient(zero_point.centers(tiles, axes)) if self.zero_point else None
         if isinstance(self.fit, Learned):
             if scale is None:
                 self.fit(tiles, self.format, axes)
@@ -251,7 +274,10 @@ class Quantizer:
             if self.fit is rms_optimal:
                 scale, inv_scale = rms_scales(seen, self.format, axes)
             else:
-                scale = lax.stop_gradient(self.fit(seen, self.format, axes))
+                if center is None:
+                    scale = lax.stop_gradient(self.fit(seen, self.format, axes))
+                else:
+                    scale = lax.stop_gradient(zero_point.fitted(self.fit, seen, center, self._integers, axes))
                 _check_fitted(self.fit, scale, tile_scale_shape)
                 if not carries_nan(self.fit):
                     scale = lax.stop_gradient(_nan_of(tiles, axes, scale))
@@ -268,7 +294,11 @@ class Quantizer:
         if self.sparsity is not None:
             mask = self.sparsity.mask(lax.stop_gradient(h), normalized_axes(axis, x.ndim, "Quantizer")[-1])
             support = mask.reshape(tiles.shape)
-        return h, tiles, axes, scale, inv_scale, support
+        zero = None
+        if center is not None:  # of the scale as it is stored
+            kept = scale if rounded else self.scale_format.load(self.scale_format.store(scale, self.format))
+            zero = zero_point.zero_points(center, kept, self._integers)
+        return h, tiles, axes, scale, inv_scale, support, zero
 
     def explain(self, length: int | None = None) -> dict[str, str]:
         """The slots in words; `length`, the contraction size, settles the rotation's block."""
@@ -281,6 +311,7 @@ class Quantizer:
             "rotation": "none" if self.rotation is None else self.rotation.describe(length),
             "sparsity": "dense" if self.sparsity is None else self.sparsity.describe(),
             "estimator": self.estimator.describe(),
+            **({"zero_point": f"{self.format.bits} bits"} if self.zero_point else {}),
             "bits_per_element": f"{self.element_bits():g}",
         }
 
@@ -358,6 +389,28 @@ _SLOTS = {
         "an estimator", ("residuals", "gradients", "describe"), example="lb.estimators.StraightThrough()"
     ),
 }  # fmt: skip
+
+
+def _check_zero_point(quantizer: Quantizer) -> None:
+    """Raises: TypeError for a slot that is not a bool; ValueError for zero points of a grid that is not of integers,
+    beside a fit that looks at magnitudes about 0, a support, or a scale format that is not a cast."""
+    q = quantizer
+    if not isinstance(q.zero_point, bool):
+        raise TypeError(f"Quantizer(zero_point={q.zero_point!r}): give True, for one level a tile that stands for 0.")
+    if not q.zero_point:
+        return
+    way_out = None
+    if not isinstance(q.format, IntFormat):
+        way_out = f"format={q.format.name}): its levels are not integers. Use lb.formats.UINT1 to UINT8 or INT1 to INT8"
+    elif q.learned or q.fit in (rms_optimal, mean_abs):
+        way_out = f"fit={_name(q.fit)}): it scales what lies about 0. Use absmax, Percentile() or CandidateSearch()"
+    elif q.sparsity is not None:
+        way_out = "sparsity=): what is off a support is 0 on the grid. Leave out one of them"
+    elif not isinstance(q.scale_format, CastScale):
+        told = q.scale_format.describe()
+        way_out = f"scale_format={told}): it reckons with a grid about 0. Use FLOAT32, BFLOAT16 or another CastScale"
+    if way_out is not None:
+        raise ValueError(f"Quantizer(zero_point=True, {way_out}.")
 
 
 def _check_fitted(fit: Any, scale: Any, shape: tuple[int, ...]) -> None:

@@ -37,6 +37,10 @@ def _a16(x, scales, *words, bits, group, tile=None):
     return matmul_a16(x, words, scales, bits=bits, group=group, tile=tile)
 
 
+def _zeros_a16(x, scales, zeros, *words, bits, group):
+    return matmul_a16(x, words, scales, zeros, bits=bits, group=group)
+
+
 def _a8(x, x_scales, w_scales, *words, bits):
     tile = default_tile(x.shape[0], N, K, bits)  # of the kernel itself: on Hopper many rows unpack first without one
     return matmul_a8(x, x_scales, words, w_scales, bits=bits, tile=tile)
@@ -53,6 +57,11 @@ def a16_case(bits: int, m: int = 16, group: int | None = 128, dtype=jnp.bfloat16
     arguments = (_shape((m, K), dtype), _shape((groups, N), jnp.float32), *_words(bits, 16))
     small = m <= 8 or m <= 16 and bits in (4, 8)  # those run in two warps
     return name, functools.partial(_a16, bits=bits, group=group), arguments, SMALL if small else FLOAT
+
+
+def zeros_case(bits: int, m: int, group: int = 128) -> Case:
+    name, _, (x, scales, *words), expected = a16_case(bits, m, group)
+    return f"{name} zeros", functools.partial(_zeros_a16, bits=bits, group=group), (x, scales, scales, *words), expected
 
 
 def a8_case(bits: int, m: int = 16) -> Case:
@@ -96,6 +105,11 @@ def all_cases() -> list[Case]:
         a16_case(3, m=1, group=32),
         side_by_side_case(3),
         side_by_side_case(4),
+        zeros_case(3, 1),
+        zeros_case(4, 1),
+        zeros_case(4, 16),
+        zeros_case(8, 16),
+        zeros_case(4, 64),
     ]
     rows = [(bits, 64 if bits % 2 else 256) for bits in range(1, 9)] + [(7, 256)]
     found += [a16_case(bits, m, *MANY_ROWS[(bits + m // 256) % 4]) for bits, m in rows]

@@ -24,6 +24,8 @@ SLOTS = {
     "two-level": dict(scale_format=scaling.TwoLevel(), tiling=scaling.Group(16), format=formats.E2M1),
     "2:4 mid-rise": dict(sparsity=sparsity.NofM(2, 4), format=formats.MIDRISE4, fit=scaling.rms_optimal),
     "4:8 rotated": dict(sparsity=sparsity.PairsNofM(2, 4), format=formats.MIDRISE4, rotation=lb.Hadamard(64)),
+    "zero points": dict(zero_point=True, format=formats.UINT4, tiling=scaling.Group(16), scale_format=scaling.BFLOAT16),
+    "rotated zero points": dict(zero_point=True, format=formats.INT3, rotation=lb.Hadamard(32)),
     "signs": dict(rotation=lb.Hadamard(32, signs=3), format=formats.INT8),
     "ternary": dict(format=formats.TERNARY, fit=scaling.mean_abs, tiling=scaling.PerTensor()),
 }
@@ -55,7 +57,7 @@ def test_packed_codes_equal_fake_quantization(key, name, axis):
     np.testing.assert_allclose(unpack(packed), fake, rtol=2e-6, atol=2e-6 * np.abs(fake).max())
     assert packed.shape == x.shape and packed.dtype == x.dtype
     assert packed.words.dtype == jnp.uint8
-    scale_bits = 8 * sum(leaf.nbytes for leaf in packed.scales) / x.size
+    scale_bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves((packed.scales, packed.zeros))) / x.size
     assert packed.bits_per_element == pytest.approx(quantizer.element_bits() + scale_bits)
 
 
@@ -69,6 +71,7 @@ def test_requantizing_is_idempotent(key, name):
         fit=scaling.Learned(),
         tiling=scaling.PerTensor(),
         estimator=estimators.LSQ(),
+        zero_point=False,
     )
     packed = pack(quantizer, spread_rows(key), scale=jnp.float32(0.37))
     again = pack(quantizer, unpack(packed), scale=jnp.float32(0.37))

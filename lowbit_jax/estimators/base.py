@@ -49,27 +49,38 @@ def quantize_through(
     support: Bool[Array, "*s"] | None,
     key: Array | None,
     inv_scale: Float[Array, "*#s"] | None = None,
+    zero: Float[Array, "*#s"] | None = None,
 ) -> Float[Array, "*s"]:
     """`scale * rounding(x / scale)` on the support, zero off it; gradients of every order by `estimator`. A scale of 0
     gives 0.
 
-    inv_scale: the reciprocal of `scale`, where it is at hand; it gets no gradient."""
-    return _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale)[0]
+    inv_scale: the reciprocal of `scale`, where it is at hand. zero: zero points z, of `scale * (rounding(x / scale + z)
+    - z)`. Neither gets a gradient."""
+    return _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale, zero)[0]
 
 
-def _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale=None):
+def _forward(estimator, fmt, rounding, x, scale, support, key, inv_scale=None, zero=None):
     u = x * (reciprocal(scale) if inv_scale is None else inv_scale)
+    if zero is not None:
+        u = u + zero
     q = rounding(u, fmt, key)
     if support is not None:
         q = jnp.where(support, q, jnp.zeros_like(q))
-    residuals = estimator.residuals(u, q, fmt, support)
-    return _with_gradients(estimator, fmt, x, scale, q * scale, residuals), (residuals, scale, support, key)
+    residuals = estimator.residuals(u if zero is None else at_the_edge(u, q, fmt), q, fmt, support)
+    x_hat = q * scale if zero is None else (q - zero) * scale
+    return _with_gradients(estimator, fmt, x, scale, x_hat, residuals), (residuals, scale, support, key)
+
+
+def at_the_edge(u: Float[Array, "*s"], q: Float[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
+    """u, and the edge of the grid for what lies up to half a step outside, as it does at the end of a tile that is
+    moved by a whole zero point: it is rounded there, not clipped."""
+    return jnp.where(jnp.abs(u - q) <= 0.5, jnp.clip(u, fmt.min_finite, fmt.max_finite), u)
 
 
 def _backward(estimator, fmt, rounding, saved, g):
     residuals, scale, support, key = saved
     dx, dscale = _cotangents(estimator, fmt, residuals, scale, g)
-    return dx, dscale, no_cotangent(support), no_cotangent(key), None
+    return dx, dscale, no_cotangent(support), no_cotangent(key), None, None
 
 
 quantize_through.defvjp(_forward, _backward)

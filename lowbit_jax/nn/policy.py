@@ -124,10 +124,10 @@ def check_recipe(recipe: Any, who: str) -> None:
                 f"{who} got a recipe that quantizes no operand. Use lb.quest(4), or None for high precision."
             )
         weight = recipe.forward_quantizers[1]
-        if weight is not None and weight.format.min_finite >= 0:
+        if weight is not None and weight.format.min_finite >= 0 and not weight.zero_point:
             raise ValueError(
-                f"{who} has {weight.format.name} for weights, which holds no negative value (there are no zero points),"
-                f" so half of them would be 0. Use a signed format, such as lb.formats.INT{weight.format.bits}."
+                f"{who} has {weight.format.name} for weights, which holds no negative value, so half of them would"
+                f" be 0. Use a signed format, such as lb.formats.INT{weight.format.bits}, or zero_point=True."
             )
         return
     if isinstance(recipe, bool) or not isinstance(recipe, int | str):

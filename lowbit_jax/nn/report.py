@@ -157,7 +157,7 @@ def _slots(quantizer: Any, product: str, operand: str, recipe: LinearRecipe, lay
     yield from (
         (name, words[name]) for name in ("format", "tiling", "fit", "rounding", "rotation", "sparsity", "estimator")
     )
-    yield "scale", words["scale_format"]
+    yield "scale", words["scale_format"] + (" and zero point" if quantizer.zero_point else "")
     yield "bits", _bits(quantizer, product, operand, recipe, layer)
     if layer is not None and product == "out":
         which = kernels.of_product if operand == "weight" else kernels.of_activation

@@ -17,7 +17,8 @@ _HOLDS = "holds"
 
 def _arrays(packed: QTensor) -> list[str]:
     """Names of the fields that are arrays of a file. The seal is none: the meaning is there in words."""
-    return [f.name for f in dataclasses.fields(packed) if not f.metadata.get("static") and f.name != "seal"]
+    absent = {"seal"} if packed.quantizer.zero_point else {"seal", "zeros"}
+    return [f.name for f in dataclasses.fields(packed) if not f.metadata.get("static") and f.name not in absent]
 
 
 def _meaning(packed: QTensor) -> dict[str, str]:

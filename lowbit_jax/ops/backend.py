@@ -148,13 +148,14 @@ def _planes() -> Any:
 
 
 def matmul_a16(
-    impl: str, x: Array, words: tuple[Array, ...], scales: Array, zero: float, bits: int, out_dtype: Any
+    impl: str, x: Array, words: tuple[Array, ...], scales: Array, zeros: Any, bits: int, out_dtype: Any
 ) -> Array:
-    """x [M, K] in bfloat16 or float16 times packed [N, K], transposed; scales [groups, N]."""
+    """x [M, K] in bfloat16 or float16 times packed [N, K], transposed; scales [groups, N]. zeros: the code of
+    value 0, or an array like the scales."""
     from pallas_kernels.matmul_a16 import matmul_a16 as run
 
     group = None if scales.shape[0] == 1 else x.shape[1] // scales.shape[0]
-    return run(x, words, scales, zero, bits=bits, group=group, out_dtype=out_dtype, impl=impl)
+    return run(x, words, scales, zeros, bits=bits, group=group, out_dtype=out_dtype, impl=impl)
 
 
 def matmul_a8(

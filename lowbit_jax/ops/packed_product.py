@@ -80,6 +80,7 @@ def uses_int8(quantizer: Any) -> TypeGuard[Quantizer]:
         and affine_zero(quantizer.format) is not None
         and isinstance(quantizer.tiling, PerRow | PerTensor)
         and quantizer.sparsity is None
+        and not quantizer.zero_point
     )
 
 
@@ -119,6 +120,8 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
             return f"int32 sums of {rhs.length} products can overflow ({longest} cannot)"
         if not product.rotated and (quantizer.rotation or rhs.quantizer.rotation):
             return "only one operand is rotated"
+        if rhs.quantizer.zero_point:
+            return "int8 products take one zero point for the whole weight, and this one has one a scale"
         if rhs.groups != 1:
             return "int8 products take one scale an output channel, and this weight has groups"
         return None if rhs.words[0].dtype == jnp.int8 else "the weight is packed for 16-bit activations"
@@ -170,7 +173,7 @@ def _kernel(
 ) -> Float[Array, "*out"]:
     dims, quantizer = product.forward.dims, product.recipe.forward_quantizers[0]
     zero, bits = affine_zero(rhs.quantizer.format), rhs.quantizer.format.bits
-    assert zero is not None
+    assert zero is not None, "`why_not` says so of other grids"
     free = [lhs.shape[a] for a in dims.free("lhs", lhs.ndim)]
     out_dtype = product.forward.out_dtype
     if uses_int8(quantizer):
@@ -182,7 +185,8 @@ def _kernel(
         if rhs.quantizer.rotation is not None:
             x = rhs.quantizer.rotation.apply(x, dims.lhs)
         rows = jnp.moveaxis(x.astype(lhs.dtype), dims.lhs, -1).reshape(-1, lhs.shape[dims.lhs])
-        y = backend.matmul_a16(impl, rows, rhs.words, rhs.scale_table(), zero, bits, out_dtype)
+        zeros = zero if rhs.zeros is None else rhs.zero_table()
+        y = backend.matmul_a16(impl, rows, rhs.words, rhs.scale_table(), zeros, bits, out_dtype)
     return y.reshape(*free, *rhs.free)
 
 
@@ -207,7 +211,7 @@ def fused_options(quantizer: Quantizer, length: int) -> dict[str, Any] | None:
     rotation, fmt = quantizer.rotation, quantizer.format
     block = None if rotation is None else rotation.block_for(length)
     plain = quantizer.fit is rms_optimal and quantizer.rounding is rounding.nearest and quantizer.sparsity is None
-    plain &= isinstance(quantizer.tiling, PerRow) and quantizer.scale_format == FLOAT32
+    plain &= isinstance(quantizer.tiling, PerRow) and quantizer.scale_format == FLOAT32 and not quantizer.zero_point
     plain &= isinstance(fmt, MidRiseFormat) or (isinstance(fmt, IntFormat) and fmt.low == -(1 << (fmt.bits - 1)))
     plain &= rotation is None or rotation.signs is None
     if not plain or length % 128 or block not in (None, 32, 64, 128):

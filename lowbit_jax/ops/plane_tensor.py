@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
-from lowbit_jax import coding, packing
+from lowbit_jax import packing
 from lowbit_jax.formats.base import Format, IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend
 from lowbit_jax.qtensor import QTensor, check_concrete, register_packed
@@ -66,8 +66,8 @@ class PlaneTensor(QTensor):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed words, the stored scales, the code sums and the stamp."""
-        leaves = jax.tree.leaves((self.words, self.scales, self.sums, self.stamp))
+        """Bytes of the packed words, the stored scales and zero points, the code sums and the stamp."""
+        leaves = jax.tree.leaves((self.words, self.scales, self.zeros, self.sums, self.stamp))
         return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
     def check_layout(self) -> None:
@@ -107,24 +107,29 @@ class PlaneTensor(QTensor):
             )
         super().validate(who)
 
-    def elements(self) -> Float[Array, "*s"]:
-        self.check_layout()
-        self.check_meaning("PlaneTensor")
+    def _codes(self) -> UInt8[Array, "*rows length"]:
         unpack = lambda words: backend.unpack_planes(words, self.quantizer.format.bits, self.rows, self.length)
         for _ in self.stack:
             unpack = jax.vmap(unpack)
-        values = coding.decode(unpack(self.words), self.quantizer.format)
-        return jnp.moveaxis(values.reshape(*self.stack, *self.free, self.length), -1, self.axis)
+        return unpack(self.words).reshape(*self.stack, *self.free, self.length)
 
     def scale_table(self) -> Float[Array, "groups rows"]:
         """The scales of one layer, [groups along the contraction, rows]: float32, or bfloat16 or float16 where they are
         stored so, which the kernels read too."""
-        at, scale_format = self.ndim + self.axis, self.quantizer.scale_format
+        scale_format = self.quantizer.scale_format
         kept = isinstance(scale_format, CastScale) and scale_format.dtype in ("bfloat16", "float16")
-        loaded = self.scales[0] if kept else scale_format.load(self.scales).astype(jnp.float32)
+        return self._table(self.scales[0] if kept else scale_format.load(self.scales).astype(jnp.float32))
+
+    def zero_table(self) -> Float[Array, "groups rows"]:
+        """The codes that stand for 0 in one layer, [groups along the contraction, rows], float32."""
+        assert self.zeros is not None, "only a quantizer with zero points has them"
+        return self._table(self.zeros.astype(jnp.float32))
+
+    def _table(self, tiles: Array) -> Array:
+        at = self.ndim + self.axis
         if isinstance(self.quantizer.tiling, Group):
-            loaded = jnp.squeeze(loaded, at + 1)
-        table = jnp.moveaxis(loaded, at, 0).reshape(loaded.shape[at], -1)
+            tiles = jnp.squeeze(tiles, at + 1)
+        table = jnp.moveaxis(tiles, at, 0).reshape(tiles.shape[at], -1)
         return jnp.broadcast_to(table, (table.shape[0], self.rows))
 
 
@@ -172,6 +177,7 @@ def to_planes(packed: QTensor, word_bits: int, implementation: str = "auto") -> 
         length=packed.length,
         dtype=packed.dtype,
         layout=LAYOUT,
+        zeros=packed.zeros,
         sums=codes.astype(jnp.int32).sum(-1, dtype=jnp.int32),
         stamp=jnp.zeros((_VERSION, bits, word_bits // 8), jnp.uint8),
         free=free,

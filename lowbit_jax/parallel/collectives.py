@@ -171,10 +171,12 @@ def gather_qtensor(packed: QTensor, axis_name: str, *, axis: int) -> QTensor:
     def gather(x: Array, axis: int) -> Array:
         return _as_before(lax.all_gather(_as_words(x), axis_name, axis=axis, tiled=True), x)
 
+    of_tiles = lambda x: x if of_scales is None else gather(x, of_scales)
     whole = dataclasses.replace(
         packed,
         words=gather(packed.words, of_words),
-        scales=packed.scales if of_scales is None else tuple(gather(s, of_scales) for s in packed.scales),
+        scales=tuple(map(of_tiles, packed.scales)),
+        zeros=None if packed.zeros is None else of_tiles(packed.zeros),
         marks=None if packed.marks is None else gather(packed.marks, of_words),
         length=packed.length * (count if at == contract else 1),
     )

@@ -23,7 +23,8 @@ def qtensor_specs(packed: QTensor, spec: PartitionSpec, mesh: Mesh, path: str = 
     on_tiles = _cuts_of_view(packed.shape, view, inside, cuts)
     scales = [_scale_spec(scale.shape, view, on_tiles) for scale in packed.scales]
     seal = [] if packed.seal is NO_SEAL else [PartitionSpec()]
-    return [words, *scales, *([] if packed.marks is None else [words]), *seal]
+    zeros = [] if packed.zeros is None else [_scale_spec(packed.zeros.shape, view, on_tiles)]
+    return [words, *scales, *([] if packed.marks is None else [words]), *zeros, *seal]
 
 
 def axis_of_view(packed: QTensor, axis: int) -> int | None:

@@ -1,0 +1,60 @@
+"""Zero points: x ~ scale (q - z) on a grid of integers, z the level that stands for 0, one a tile.
+
+A tile that lies unevenly about 0 uses all levels then, and 0 is a value of every tile. Source: Jacob et al. 2017,
+arXiv:1712.05877, eq. 1.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from lowbit_jax.formats.base import Codebook, IntFormat
+from lowbit_jax.scaling.fit import Fit
+
+
+def centers(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:
+    """The middle of what a tile spans, 0 included."""
+    low = jnp.min(tiles, axis=axes, keepdims=True, initial=0)
+    high = jnp.max(tiles, axis=axes, keepdims=True, initial=0)
+    return low / 2 + high / 2
+
+
+@functools.cache
+def about_its_middle(fmt: IntFormat) -> Codebook:
+    """As many levels, as far apart, evenly about 0."""
+    values = tuple(level - _middle(fmt) for level in fmt.levels)
+    return Codebook(name=f"{fmt.name}_centered", values=values, source="levels of a tile about its middle")
+
+
+def _middle(fmt: IntFormat) -> float:
+    return (fmt.low + fmt.high) / 2
+
+
+def fitted(
+    fit: Fit, tiles: Float[Array, "*tiles"], center: Float[Array, "*scales"], fmt: IntFormat, axes: tuple[int, ...]
+) -> Float[Array, "*scales"]:
+    """The scale that `fit` finds for the tiles moved evenly about 0; 1 for a tile of zeros."""
+    scale = fit(tiles - center, about_its_middle(fmt), axes)
+    span = fmt.high - fmt.low
+    most = np.nextafter(np.finfo(np.float32).max / np.float32(span), np.float32(0))  # times span, it is finite
+    return jnp.where(scale == 0, jnp.ones_like(scale), jnp.minimum(scale, most))
+
+
+def zero_points(
+    center: Float[Array, "*scales"], scale: Float[Array, "*scales"], fmt: IntFormat
+) -> Float[Array, "*scales"]:
+    """The level that stands for 0, where the middle of the grid lies near `center`; `low` where the scale is NaN."""
+    level = jnp.clip(jnp.round(_middle(fmt) - center / scale), fmt.low, fmt.high)
+    return jnp.where(jnp.isnan(level), jnp.float32(fmt.low), level)
+
+
+def stored(zero: Float[Array, "*scales"], fmt: IntFormat) -> UInt8[Array, "*scales"]:
+    """The code of a zero point."""
+    return (zero - fmt.low).astype(jnp.uint8)
+
+
+def loaded(codes: UInt8[Array, "*scales"], fmt: IntFormat) -> Float[Array, "*scales"]:
+    """The level of a stored zero point."""
+    return codes.astype(jnp.float32) + fmt.low
