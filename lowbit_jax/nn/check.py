@@ -40,12 +40,13 @@ def _quantize_all(kernel: Array, recipe: LinearRecipe, site: Site):
 
 
 def check_subclass(layer: Any, base: type, where: str) -> None:
-    """Raises where a subclass reads the kernel in code of its own, a product that the quantizer would not see."""
+    """Raises where a subclass reads the weight in code of its own, a product that the quantizer would not see."""
+    weight = "embedding" if base.__name__ == "Embed" else "kernel"
     for klass in type(layer).__mro__[: type(layer).__mro__.index(base)]:
         for name, member in vars(klass).items():
-            if name != "__init__" and "kernel" in _names_used(member):
+            if name != "__init__" and weight in _names_used(member):
                 raise ValueError(
-                    f"{where}: {klass.__name__}.{name} uses `kernel` itself, and that product would stay in high"
+                    f"{where}: {klass.__name__}.{name} uses `{weight}` itself, and that product would stay in high"
                     " precision."
                     f" Let it call super().__call__, or leave the layer out by a rule and use lb.dot_general in {name}."
                 )

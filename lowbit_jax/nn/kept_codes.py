@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from lowbit_jax.estimators.base import no_cotangent
-from lowbit_jax.nn.nnx import PackedWeight, edited, hook, layer_type, modules
+from lowbit_jax.nn.nnx import PackedWeight, edited, hook, layer_type, modules, weight_of
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.verbs import CODES
 from lowbit_jax.ops import LinearRecipe
@@ -68,14 +68,14 @@ def keep_codes(model: Any) -> Any:
     found = {
         path: layer
         for layer, paths in modules(model)
-        if layer_type(layer) is not None and not isinstance(getattr(layer, "kernel", None), PackedWeight)
+        if layer_type(layer) is not None and not isinstance(weight_of(layer), PackedWeight)
         for path in paths
     }
 
     def change(layer: Any, _: Any) -> None:
         kind = layer_type(layer)
         assert kind is not None
-        held = getattr(layer, kind[1].attribute)
+        held: Any = getattr(layer, kind[1].attribute, None)
         if isinstance(held, Product):
             setattr(layer, kind[1].attribute, dataclasses.replace(held, recipe=kept_recipe(held.recipe)))
         elif hook(layer) is not None:  # beside its scales and keys

@@ -22,7 +22,14 @@ from flax import linen
 
 from lowbit_jax.nn.bridge import way_inside
 from lowbit_jax.nn.check import check_owner, check_subclass
-from lowbit_jax.nn.linen_layers import layer_base, own_call, quantized_call
+from lowbit_jax.nn.linen_layers import (
+    adopt_packed_table,
+    layer_base,
+    own_call,
+    quantized_call,
+    quantized_embed,
+    uses_weight,
+)
 from lowbit_jax.nn.policy import Node, Policy, bridges_told, check_rule, parents, unmatched
 from lowbit_jax.nn.site import called, naming
 from lowbit_jax.ops import LinearRecipe
@@ -37,8 +44,8 @@ class Quantization:
     policy: Policy
     form: Literal["training", "ready"] = "training"
 
-    def recipe(self, path: str) -> LinearRecipe | None:
-        recipe = self.policy.recipe(path)
+    def recipe(self, path: str, by_name: bool = False) -> LinearRecipe | None:
+        recipe = self.policy.recipe(path, by_name)
         if recipe is None or recipe.out.rhs is None or self.form == "training":
             return recipe
         return recipe.with_rhs_ready()
@@ -244,10 +251,12 @@ def _running(module: linen.Module, root: tuple[str, ...] | None, method: str) ->
 
 def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     module, path = context.module, run.path(context.module)
-    if _active.runs[-1] is not run or path is None or context.method_name == "setup":
+    if _active.runs[-1] is not run or path is None:
         return call(*args, **kwargs)
-    base = layer_base(module)
-    if base is None or context.method_name != "__call__":
+    if context.method_name == "setup":
+        return None if adopt_packed_table(module) else call(*args, **kwargs)
+    base, method = layer_base(module), context.method_name
+    if base is None or not uses_weight(base, method):
         norm = isinstance(module, linen.WeightNorm | linen.SpectralNorm)
         run.norms += norm
         try:
@@ -260,11 +269,11 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
             if base is None and any(run.quantization.recipe(p) is not None for p in inside):
                 check_owner(type(module), f"{WHO}: {called(path, type(module))}")
         return result
-    recipe = run.quantization.recipe(path)
-    run.nodes[path] = Node((path,), type(module).__name__, layer=True)
+    node = run.nodes[path] = _node(module, path)
+    recipe = run.quantization.recipe(path, node.by_name)
     if recipe is None:
         return call(*args, **kwargs)
-    if context.orig_method.func is not own_call(base):
+    if context.orig_method.func is not own_call(base, method):
         # A subclass or a lifted class: the layer's own call comes through here later.
         check_subclass(module, base, f"{WHO}: {called(path, type(module))}")
         run.entered.setdefault(path, type(module))
@@ -272,6 +281,9 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
     if path in run.entered:
         _reached.add((run.entered.pop(path), run.quantization))
     with naming(path):
+        if base is linen.Embed:
+            bound = inspect.signature(own_call(base, method)).bind(module, *args, **kwargs)
+            return quantized_embed(module, path, recipe, method, list(bound.arguments.values())[1], _active.watchers)
         return quantized_call(module, base, path, recipe, call, args, kwargs, _active.watchers)
 
 
@@ -282,7 +294,7 @@ def _node(module: Any, path: str) -> Node:
     """The module as the rules see it."""
     kind, way = type(module), way_inside(module)
     if way or layer_base(module) is not None:
-        return Node((path,), kind.__name__, layer=not way, bridge=way)
+        return Node((path,), kind.__name__, layer=not way, by_name=layer_base(module) is linen.Embed, bridge=way)
     own_code = not kind.__module__.startswith("flax.")
     return Node((path,), kind.__name__, opaque=_opaque(module), own_code=own_code)
 
@@ -313,7 +325,7 @@ def _check(run: Run, module: linen.Module) -> None:
     everything = [*nodes, *(Node((p,), "module") for p in sorted(unseen))]
     taken: dict[int, int] = {}
     for node in nodes:
-        if node.layer and (index := policy.deciding(node.paths[0])) is not None:
+        if node.layer and (index := policy.deciding(node.paths[0], node.by_name)) is not None:
             taken[index] = taken.get(index, 0) + 1
     for index, (pattern, _) in enumerate(policy.rules):
         if not any(policy.names(index, node.paths[0]) for node in everything):
@@ -321,11 +333,11 @@ def _check(run: Run, module: linen.Module) -> None:
         if not any(policy.deciding(path) == index for path in unseen):
             check_rule(policy, index, nodes, taken.get(index, 0), WHO)
     told = module.is_initializing() or bool(module.variables.get("params"))  # or a method that needs no parameters
-    if told and not unseen and not any(n.layer and policy.recipe(n.paths[0]) is not None for n in nodes):
+    if told and not unseen and not any(n.layer and policy.recipe(n.paths[0], n.by_name) for n in nodes):
         raise ValueError(
             f"{WHO}: this {type(module).__name__} has no layer left to quantize. It quantizes Dense, DenseGeneral,"
-            " Einsum, Conv"
-            f" and the models and attention made of them; in code of your own call lb.dot_general.{bridges_told(nodes)}"
+            " Einsum, Conv, Embed where a rule names it, and the models and attention made of them; in code of your own"
+            f" call lb.dot_general.{bridges_told(nodes)}"
         )
 
 

@@ -27,7 +27,8 @@ def convert(
             return kept
         if "rhs" in recipe.learned and scale is None:
             raise ValueError(missing_scale("lb.convert", site.path, "rhs"))
-        return kept | {"kernel": packed_stack(linen.meta.unbox(layer["kernel"]), recipe, site, scale, storage)}
+        weight = linen.meta.unbox(layer[site.weight])
+        return kept | {site.weight: packed_stack(weight, recipe, site, scale, storage)}
 
     return model, with_layers(variables, sites, pack)
 
@@ -35,6 +36,7 @@ def convert(
 def prepare(model: linen.Module, variables: Any = None, *args: Any, **kwargs: Any) -> tuple[linen.Module, Any]:
     """The model and its variables with weights quantized once; see `lb.nn.prepare`."""
     sites = packable_sites(model, variables, args, kwargs, "lb.nn.prepare")
+    sites = {path: found for path, found in sites.items() if found[0].kind != "embedding"}  # rounded where looked up
     keys = iter(())
     if any(needs_key(recipe) for _, recipe in sites.values()):
         if "quantize" not in (kwargs.get("rngs") or {}):

@@ -30,7 +30,7 @@ def explain(model: linen.Module, *args: Any, **kwargs: Any) -> Explanation:
     runs: list[Run] = []
 
     def met(site: Any, recipe: Any, layer: Any) -> None:
-        stored = layer.get_variable("params", "kernel") if layer.has_variable("params", "kernel") else None
+        stored = layer.get_variable("params", site.weight) if layer.has_variable("params", site.weight) else None
         packed = stored if isinstance(stored, QTensor) else None
         layers.setdefault(site.path, Layer(site, recipe, packed, (), layer.param_dtype, layer.dtype))
 

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from lowbit_jax.nn.check import check_site
+from lowbit_jax.nn.embedding import attend, check_recipe, lookup, table_site
 from lowbit_jax.nn.product import KeepMaster, Product
 from lowbit_jax.nn.site import (
     Site,
@@ -57,6 +58,10 @@ def _conv(layer: linen.Conv, path: str, x: Array, *_: Any) -> Site:
     return Site(path, "conv_general_dilated", shape, tuple(range(len(shape) - 1)))
 
 
+def _embed(layer: linen.Embed, path: str, *_: Any) -> Site:
+    return table_site(path, layer.num_embeddings, layer.features)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerType:
     """Fields that hold the product (the second takes a class and wins over the first), and the site."""
@@ -70,7 +75,13 @@ LAYERS: dict[type, LayerType] = {
     linen.DenseGeneral: LayerType(("dot_general", "dot_general_cls"), _dense_general),
     linen.Einsum: LayerType((), _einsum),
     linen.Conv: LayerType(("conv_general_dilated", "conv_general_dilated_cls"), _conv),
+    linen.Embed: LayerType((), _embed),
 }
+
+
+def weight_name(base: type) -> str:
+    """The parameter of a Flax layer that enters its product."""
+    return "embedding" if base is linen.Embed else "kernel"
 
 
 def layer_base(module: Any) -> type | None:
@@ -80,9 +91,45 @@ def layer_base(module: Any) -> type | None:
 
 
 @functools.cache
-def own_call(base: type) -> Callable:
-    """The function that Flax runs for the layer's own `__call__`."""
-    return inspect.unwrap(base.__call__, stop=lambda f: not hasattr(f, "method_handler_wrapped"))
+def own_call(base: type, method: str = "__call__") -> Callable:
+    """The function that Flax runs for the layer's own `__call__`, or another method."""
+    return inspect.unwrap(getattr(base, method), stop=lambda f: not hasattr(f, "method_handler_wrapped"))
+
+
+def uses_weight(base: type | None, method: str) -> bool:
+    """Whether the method of a Flax layer is one that takes its product."""
+    return base is not None and (method == "__call__" or (base is linen.Embed and method == "attend"))
+
+
+def quantized_embed(layer: linen.Embed, path: str, recipe: LinearRecipe, method: str, x: Array, watchers: Any) -> Array:
+    """`layer(ids)`, or `layer.attend(query)`, with its table quantized; raises where it cannot be."""
+    where = f"lb.quantize: {called(path, linen.Embed)}"
+    _check_layer(layer, linen.Embed, where)
+    check_recipe(recipe, where)
+    site, table = _embed(layer, path), linen.meta.unbox(layer.embedding)
+    if isinstance(table, QTensor):
+        recipe = to_nearest(recipe)
+    else:
+        check_site(site, recipe, jax.ShapeDtypeStruct(site.shape, layer.param_dtype), where)
+    recipe = dataclasses.replace(recipe, rhs_ready=False)  # `lb.nn.prepare` leaves tables as they are
+    for watcher in watchers:
+        watcher(site, recipe, layer)
+    if method == "__call__":
+        return lookup(table, x, recipe, site, layer.dtype or table.dtype)
+    query, _ = layer.promote_dtype(x, jnp.zeros((), table.dtype), dtype=layer.dtype)
+    assert query is not None, "it was given"
+    return attend(query, table, recipe, site)
+
+
+def adopt_packed_table(layer: Any) -> bool:
+    """Whether the table of an Embed is packed, which its own `setup` would take for one of the wrong shape; then it is
+    set here."""
+    if layer_base(layer) is not linen.Embed or not layer.has_variable("params", "embedding"):
+        return False
+    table = linen.meta.unbox(layer.get_variable("params", "embedding"))
+    if isinstance(table, QTensor):
+        object.__setattr__(layer, "embedding", table)
+    return isinstance(table, QTensor)
 
 
 def quantized_call(

@@ -38,7 +38,7 @@ def packable_sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str,
             " there is nothing to keep. Leave its layer out by a rule, or fold the norm into it first."
         )
     for path, (site, _) in traced.sites.items():
-        kernel = linen.meta.unbox(inside(variables["params"], path)["kernel"])
+        kernel = linen.meta.unbox(inside(variables["params"], path)[site.weight])
         check_stack(kernel, site, f"{who}: {called(path, traced.nodes[path].kind)}")
     return traced.sites
 
@@ -62,17 +62,16 @@ def checked_trace(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, 
             " one, or jax.ShapeDtypeStruct of their shapes."
         )
     traced = trace(Call.of(model, args, kwargs), variables)
-    for path in traced.sites:
-        if isinstance(inside(variables["params"], path)["kernel"], QTensor):
+    for path, (site, _) in traced.sites.items():
+        if isinstance(linen.meta.unbox(inside(variables["params"], path)[site.weight]), QTensor):
             raise ValueError(f"{who}: the layer {path!r} is packed already. Use the variables of the training form.")
     others = {path for path, node in traced.nodes.items() if not node.layer}  # such as ConvTranspose
     bridges = {path for path, node in traced.nodes.items() if node.bridge}
     known = traced.sites.keys() | others
-    unseen = [
-        p
-        for p in _kernels(variables["params"])
-        if p not in known and not bridges & {*parents(p)} and quantization_of(model).recipe(p) is not None
-    ]
+    wanted = quantization_of(model).recipe
+    holders = [(p, wanted(p)) for p in _holders(variables["params"], "kernel")]
+    holders += [(p, wanted(p, by_name=True)) for p in _holders(variables["params"], "embedding")]
+    unseen = [p for p, recipe in holders if p not in known and not bridges & {*parents(p)} and recipe is not None]
     if unseen:
         raise ValueError(
             f"{who}: this call does not reach {', '.join(map(repr, unseen[:4]))}. Pass inputs (and `method=`) that"
@@ -138,11 +137,12 @@ def array_call(transform: Callable[..., Any], function: Callable[..., Any], vari
     return transform(lambda v, given: function(v, rebuild(given)))(variables, arrays)
 
 
-def _kernels(tree: Any, path: tuple[str, ...] = ()) -> list[str]:
+def _holders(tree: Any, weight: str, path: tuple[str, ...] = ()) -> list[str]:
+    """Paths of the modules that own a parameter of this name."""
     if not isinstance(tree, Mapping):
         return []
-    own = ["/".join(path)] if "kernel" in tree and not isinstance(tree["kernel"], Mapping) else []
-    return own + [p for name, value in tree.items() for p in _kernels(value, (*path, str(name)))]
+    own = ["/".join(path)] if weight in tree and not isinstance(tree[weight], Mapping) else []
+    return own + [p for name, value in tree.items() for p in _holders(value, weight, (*path, str(name)))]
 
 
 def _names(tree: Any) -> list[str]:

@@ -20,6 +20,8 @@ from jaxtyping import Array
 
 from lowbit_jax.nn.bridge import way_inside
 from lowbit_jax.nn.check import check_owner, check_site, check_subclass
+from lowbit_jax.nn.embedding import check_recipe, table_site
+from lowbit_jax.nn.nnx_embed import QuantizedEmbed
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
 from lowbit_jax.nn.site import Site, called, einsum_contraction, fitted_scale, initial_scales, needs_key
@@ -58,11 +60,13 @@ class PreparedWeight(nnx.Param):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerType:
-    """Where a Flax layer keeps its product: attribute, what Flax puts there by default, and the site that it is."""
+    """Where a Flax layer keeps its product: attribute, what Flax puts there by default, and the site that it is.
+    view: the class of the quantized layer, where its own has no place for a product."""
 
     attribute: str
     default: Any
     site: Callable[[Any, str], Site]
+    view: type | None = None
 
 
 def _linear(layer: nnx.Linear, path: str) -> Site:
@@ -85,11 +89,16 @@ def _conv(layer: nnx.Conv, path: str) -> Site:
     return Site(path, "conv_general_dilated", shape, tuple(range(len(shape) - 1)))
 
 
+def _embed(layer: nnx.Embed, path: str) -> Site:
+    return table_site(path, layer.num_embeddings, layer.features)
+
+
 LAYERS: dict[type, LayerType] = {
     nnx.Linear: LayerType("dot_general", lax.dot_general, _linear),
     nnx.LinearGeneral: LayerType("dot_general", None, _linear_general),
     nnx.Einsum: LayerType("einsum_op", jnp.einsum, _einsum),
     nnx.Conv: LayerType("conv_general_dilated", lax.conv_general_dilated, _conv),
+    nnx.Embed: LayerType("product", None, _embed, QuantizedEmbed),
 }
 
 
@@ -98,6 +107,15 @@ def attribute_of(layer: Any) -> str:
     found = layer_type(layer)
     assert found is not None
     return found[1].attribute
+
+
+def weight_of(layer: Any) -> nnx.Variable:
+    """The parameter that enters the product of a layer, known to be one."""
+    return getattr(layer, weight_name(layer))
+
+
+def weight_name(layer: Any) -> str:
+    return "embedding" if isinstance(layer, nnx.Embed) else "kernel"
 
 
 def layer_type(module: Any) -> tuple[type, LayerType] | None:
@@ -134,7 +152,7 @@ class StatefulProduct(nnx.Module):
 def hook(module: Any) -> Product | None:
     """The product that `quantize` put into a layer, or None."""
     found = layer_type(module)
-    held = getattr(module, found[1].attribute) if found else None
+    held = getattr(module, found[1].attribute, None) if found else None
     held = held.product if isinstance(held, StatefulProduct) else held
     return held if isinstance(held, Product) else None
 
@@ -163,6 +181,12 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
         )
 
     def change(layer: Any, product: Product) -> None:
+        found = layer_type(layer)
+        assert found is not None
+        if (view := found[1].view) is not None:
+            layer.__class__ = view
+            layer.product = nnx.static(product)
+            return
         attribute = attribute_of(layer)
         keep = KeepMaster(layer.promote_dtype)
         scales = initial_scales(product.recipe, product.site, layer.kernel.get_value())
@@ -234,7 +258,7 @@ def describe(module: nnx.Module, paths: tuple[str, ...]) -> Node:
     """The module as the rules see it."""
     kind = type(module).__name__
     if layer_type(module) is not None:
-        return Node(paths, kind, layer=True)
+        return Node(paths, kind, layer=True, by_name=isinstance(module, nnx.Embed))
     if way := way_inside(module):
         return Node(paths, kind, bridge=way)
     own = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
@@ -248,7 +272,7 @@ def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
     assert found is not None
     base, kind = found
     where = f"{who}: {called(path, type(layer))}"
-    if hook(layer) is not None or isinstance(layer.kernel, PackedWeight):
+    if hook(layer) is not None or isinstance(weight_of(layer), PackedWeight):
         raise ValueError(
             f"{where} is quantized already. Quantize the original model, or leave this layer out by a rule."
         )
@@ -270,8 +294,14 @@ def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
         )
     if base is nnx.Einsum and layer.einsum_str is None:
         raise ValueError(f"{where} gets its einsum_str in the call. Give it when you build the layer.")
+    if base is nnx.Embed:
+        check_recipe(recipe, where)
+        if type(layer) is not nnx.Embed:
+            raise NotImplementedError(
+                f"{where} is of a class of its own, which its quantized form would drop. Leave it out by a rule."
+            )
     site = kind.site(layer, path)
-    check_site(site, recipe, layer.kernel.get_value(), where)
+    check_site(site, recipe, weight_of(layer).get_value(), where)
     return Product(recipe, site)
 
 

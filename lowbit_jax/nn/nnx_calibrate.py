@@ -44,7 +44,7 @@ def _held(model: nnx.Module) -> dict[str, tuple[StatefulProduct, tuple[str, ...]
     """Products that hold a scale to fit, with its sides, by path of the layer."""
     normed, held = normed_layers(model), {}
     for layer, paths in modules(model):
-        product = getattr(layer, attribute_of(layer)) if layer_type(layer) else None
+        product = getattr(layer, attribute_of(layer), None) if layer_type(layer) else None
         if isinstance(product, StatefulProduct):
             wanted = ("lhs", "rhs") if paths[0] in normed else ("lhs",)
             if sides := tuple(side for side in wanted if hasattr(product, f"{side}_scale")):

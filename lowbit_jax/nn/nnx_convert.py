@@ -19,6 +19,8 @@ from lowbit_jax.nn.nnx import (
     layer_type,
     modules,
     normed_layers,
+    weight_name,
+    weight_of,
 )
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import called, check_stack, needs_key, stacked
@@ -33,18 +35,19 @@ def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
 
     def change(layer: Any, product: Product) -> None:
         name = called(product.site.path, type(layer))
-        if isinstance(layer.kernel, PackedWeight):
+        held = weight_of(layer)
+        if isinstance(held, PackedWeight):
             raise ValueError(f"lb.convert: {name} is packed already. Convert the training form once.")
         if product.recipe.rhs_ready:
             raise ValueError(f"lb.convert: {name} is prepared. Convert the model that you prepared.")
         recipe = to_nearest(product.recipe)
         if recipe.out.rhs is not None:
-            check_stack(layer.kernel.get_value(), product.site, f"lb.convert: {name}")
-            as_used = id(layer.kernel), recipe, dataclasses.replace(product.site, path=""), id(_weight_scale(layer))
+            check_stack(held.get_value(), product.site, f"lb.convert: {name}")
+            as_used = id(held), recipe, dataclasses.replace(product.site, path=""), id(_weight_scale(layer))
             if as_used not in packed:
-                kernel = packed_stack(layer.kernel.get_value(), recipe, product.site, _weight_scale(layer), storage)
-                packed[as_used] = layer.kernel, PackedWeight(kernel)
-            layer.kernel = packed[as_used][1]
+                kernel = packed_stack(held.get_value(), recipe, product.site, _weight_scale(layer), storage)
+                packed[as_used] = held, PackedWeight(kernel)
+            setattr(layer, weight_name(layer), packed[as_used][1])
         _replace(layer, dataclasses.replace(product, recipe=recipe), drop=("rhs_scale", "rngs"))
 
     return edited(model, products, change)
@@ -56,6 +59,8 @@ def prepare(model: nnx.Module) -> nnx.Module:
     _check_plain(model, "lb.nn.prepare")
 
     def change(layer: Any, product: Product) -> None:
+        if product.site.kind == "embedding":  # its rows are rounded where they are looked up
+            return
         if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
             return
         check_stack(layer.kernel.get_value(), product.site, f"lb.nn.prepare: {called(product.site.path, type(layer))}")

@@ -8,7 +8,7 @@ from flax import nnx
 
 from lowbit_jax.nn.bridge import quantized_inside
 from lowbit_jax.nn.compiled import evidence
-from lowbit_jax.nn.nnx import PackedWeight, describe, hook, layer_type, modules
+from lowbit_jax.nn.nnx import PackedWeight, describe, hook, layer_type, modules, weight_of
 from lowbit_jax.nn.report import Explanation, Layer, explain_layers
 from lowbit_jax.nn.tracing import programs
 
@@ -20,8 +20,8 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
         node = describe(module, paths)
         product = hook(module) if layer_type(module) else None
         if product is not None:
-            value = module.kernel.get_value()
-            packed = value if isinstance(module.kernel, PackedWeight) else None
+            value = weight_of(module).get_value()
+            packed = value if isinstance(weight_of(module), PackedWeight) else None
             stack = () if packed is not None else value.shape[: value.ndim - len(product.site.shape)]
             layers.append(Layer(product.site, product.recipe, packed, tuple(stack), value.dtype, module.dtype))
         elif node.bridge and quantized_inside(module):

@@ -29,17 +29,21 @@ class Policy:
         """Whether rule `index` matches exactly this path."""
         return re.fullmatch(self.rules[index][0], path) is not None
 
-    def deciding(self, path: str) -> int | None:
-        """The first rule that matches `path` or a module around it; None when it is left to the default."""
+    def deciding(self, path: str, by_name: bool = False) -> int | None:
+        """The first rule that matches `path` or a module around it; None when it is left to the default. by_name: a
+        recipe has to name `path` itself (`Node.by_name`)."""
         around = parents(path)
         for index in range(len(self.rules)):
-            if any(self.names(index, p) for p in around):
+            seen = around if not by_name or self.rules[index][1] is None else around[-1:]
+            if any(self.names(index, p) for p in seen):
                 return index
         return None
 
-    def recipe(self, path: str) -> LinearRecipe | None:
-        index = self.deciding(path)
-        return self.default if index is None else self.rules[index][1]
+    def recipe(self, path: str, by_name: bool = False) -> LinearRecipe | None:
+        index = self.deciding(path, by_name)
+        if index is None:
+            return None if by_name and path else self.default
+        return self.rules[index][1]
 
 
 def parents(path: str) -> list[str]:
@@ -51,12 +55,14 @@ def parents(path: str) -> list[str]:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Node:
     """One module as the rules see it. `paths`: more than one where a module is shared. `layer`: it can be quantized.
+    `by_name`: only where a rule names it itself, or it is the whole model, as an embedding, which methods leave alone.
     `opaque`: names of the parameters of its own that enter products which cannot be quantized. `own_code`: its class is
     none of Flax's. `bridge`: how to quantize what it holds, where it is a bridge to the other API."""
 
     paths: tuple[str, ...]
     kind: str
     layer: bool = False
+    by_name: bool = False
     opaque: tuple[str, ...] = ()
     own_code: bool = False
     bridge: str = ""
@@ -153,14 +159,14 @@ def assign(policy: Policy, nodes: Sequence[Node], who: str = "lb.quantize") -> d
     assigned: dict[str, LinearRecipe] = {}
     deciding: dict[int, int] = {}
     for node in layers:
-        choices = {policy.recipe(path) for path in node.paths}
+        choices = {policy.recipe(path, node.by_name) for path in node.paths}
         if len(choices) > 1:
             raise ValueError(
                 f"{who}: {' and '.join(node.paths)} are one shared layer, and the rules give it different recipes."
                 " Name both paths in one rule."
             )
         for path in node.paths:
-            index = policy.deciding(path)
+            index = policy.deciding(path, node.by_name)
             if index is not None:
                 deciding[index] = deciding.get(index, 0) + 1
         (recipe,) = choices
@@ -172,14 +178,13 @@ def assign(policy: Policy, nodes: Sequence[Node], who: str = "lb.quantize") -> d
         kinds = sorted({node.kind for node in nodes})
         raise ValueError(
             f"{who} found no layer that it can quantize among {', '.join(kinds)}. It quantizes Flax's Linear,"
-            " LinearGeneral,"
-            " Einsum and Conv (Dense, DenseGeneral in Linen) and the models and attention made of them; in code of"
-            " your own"
-            f" call lb.dot_general.{bridges_told(nodes)}"
+            " LinearGeneral, Einsum and Conv (Dense, DenseGeneral in Linen), Embed where a rule names it, and the"
+            f" models and attention made of them; in code of your own call lb.dot_general.{bridges_told(nodes)}"
         )
     if not assigned:
+        only = "" if not all(node.by_name for node in layers) else f" (embeddings: name {layers[0].paths[0]!r} in one)"
         raise ValueError(
-            f"{who}: the rules leave all {len(layers)} layers in high precision. Pass a recipe or drop a rule."
+            f"{who}: the rules leave all {len(layers)} layers in high precision. Pass a recipe or drop a rule{only}."
         )
     return assigned
 
@@ -190,7 +195,8 @@ def check_rule(policy: Policy, index: int, nodes: Sequence[Node], taken: int, wh
     named = [node for node in nodes if any(policy.names(index, p) for p in node.paths)]
     if not named:
         raise ValueError(unmatched(pattern, [p for node in nodes for p in node.paths], who))
-    inside = [n for n in nodes if n.layer and any(policy.names(index, q) for p in n.paths for q in parents(p))]
+    seen = lambda node, path: [path] if node.by_name else parents(path)
+    inside = [n for n in nodes if n.layer and any(policy.names(index, q) for p in n.paths for q in seen(n, p))]
     if not taken and inside:
         raise ValueError(
             f"{who}: the rule {pattern!r} has no effect: rules before it decide all it names ({_listed(inside)})."

@@ -196,7 +196,7 @@ def _ran(evidence: Evidence, product: str, layer: Layer) -> str:
     if found:
         return ", ".join(dict.fromkeys(ran.words for ran in found))
     if product == "out":
-        return NOT_RUN
+        return "rows" if layer.site.kind == "embedding" else NOT_RUN
     return "none" if evidence.gradients and layer.packed is None else ""
 
 

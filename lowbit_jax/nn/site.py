@@ -15,7 +15,7 @@ from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.ops.einsum import parse
 from lowbit_jax.quantizer import Quantizer
 
-Kind = Literal["dot_general", "einsum", "conv_general_dilated"]
+Kind = Literal["dot_general", "einsum", "conv_general_dilated", "embedding"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +34,11 @@ class Site:
     def tag(self) -> str:
         """Name scope of the product, found again in the compiled program by `lb.explain`."""
         return f"lowbit[{self.path.replace('/', '.')}]"
+
+    @property
+    def weight(self) -> str:
+        """Name of the layer's parameter."""
+        return "embedding" if self.kind == "embedding" else "kernel"
 
     @property
     def length(self) -> int:

@@ -119,7 +119,7 @@ def _packed_weight(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array
         packed = pack_rhs(kernel, site.numbers, recipe, scale=scale)
         if storage.layout != PLANES:
             return packed
-        reason = why_not(packed)
+        reason = "its rows are read one by one" if site.kind == "embedding" else why_not(packed)
         if reason is None:
             asked = storage.implementation
             implementation = recipe.inherited_implementation if asked == "auto" else asked

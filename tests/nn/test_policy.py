@@ -8,7 +8,8 @@ from lowbit_jax.nn.policy import Node, assign, make_policy
 TWO, FOUR = lb.quest(2), lb.quest(4)
 NODES = [
     Node(("",), "Model"),
-    Node(("embed",), "Embed", opaque=("embedding",)),
+    Node(("positions",), "Positions", opaque=("table",)),
+    Node(("embed",), "Embed", layer=True, by_name=True),
     Node(("blocks",), "List"),
     Node(("blocks/0",), "Block"),
     Node(("blocks/0/mlp",), "Linear", layer=True),
@@ -44,6 +45,20 @@ def test_the_default_recipe_is_left_out_when_rules_bring_one():
     assert assigned((".*/mlp", TWO), recipe=FOUR)["head"] == FOUR
 
 
+def test_an_embedding_takes_a_recipe_by_its_own_name_alone():
+    assert assigned(("embed", TWO)) == {"embed": TWO}
+    assert assigned(("embed", TWO), recipe=FOUR)["embed"] == TWO
+    inside = [Node(("decoder",), "Decoder"), Node(("decoder/embed",), "Embed", layer=True, by_name=True)]
+    inside += [Node(("decoder/mlp",), "Linear", layer=True)]
+    take = lambda *rules: assign(make_policy(None, list(rules)), inside)
+    assert take(("decoder", TWO)) == {"decoder/mlp": TWO}
+    assert take(("decoder", TWO), ("decoder/embed", FOUR)) == {"decoder/mlp": TWO, "decoder/embed": FOUR}
+    with pytest.raises(ValueError, match="has no effect"):
+        take(("decoder", None), ("decoder/embed", FOUR))
+    whole = [Node(("",), "Embed", layer=True, by_name=True)]
+    assert assign(make_policy(TWO, None), whole) == {"": TWO}
+
+
 def test_patterns_match_whole_paths():
     with pytest.raises(ValueError, match=r"'mlp' matches nothing.*did you mean '\.\*mlp\.\*'"):
         assigned(("mlp", TWO))
@@ -56,12 +71,12 @@ def test_patterns_match_whole_paths():
         ([("blocks/*/mlp", TWO)], r"matches nothing.*for this glob write 'blocks/\.\*/mlp'"),
         ([("*mlp", TWO)], "not a regular expression"),
         ([("(?!head).*", TWO)], "lookaround.*earlier rule with None"),
-        ([("embed", TWO)], "cannot be quantized: embed is an Embed with its own embedding"),
+        ([("positions", TWO)], "cannot be quantized: positions is a Positions with its own table"),
         ([(".*norm", TWO)], "cannot be quantized: blocks/0/norm is a LayerNorm"),
-        ([(".*", TWO)], r"embed is an Embed.*\('embed', None\)"),
+        ([(".*", TWO)], r"positions is a Positions.*\('positions', None\)"),
         ([("blocks", TWO), ("blocks/0", None)], "'blocks/0' has no effect.*put special cases first"),
         ([("head", TWO)], "head and tied are one shared layer"),
-        ([(".*", None)], "leave all 3 layers in high precision"),
+        ([(".*", None)], "leave all 4 layers in high precision"),
     ],
 )
 def test_rules_that_cannot_take_effect_raise(rules, words):
@@ -98,7 +113,7 @@ def test_a_recipe_that_quantizes_nothing_raises():
 
 
 def test_a_model_without_layers_raises():
-    with pytest.raises(ValueError, match="found no layer that it can quantize among Embed"):
+    with pytest.raises(ValueError, match="found no layer that it can quantize among Positions"):
         assign(make_policy(None, None), NODES[1:2])
 
 
