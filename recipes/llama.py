@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 import lowbit_jax as lb
 from lowbit_jax.ops import backend
+from recipes import kv_cache
+from recipes.kv_cache import KVCache
 
 PRODUCT = "product"  # name of what the layers' products answer, for rematerialization
 ATTENTION = ("auto", "cudnn", "xla")
@@ -148,6 +150,26 @@ class Llama(nnx.Module):
         )
         return self._placed("lm_head", self.lm_head)(self.norm(self._cut(x))).astype(jnp.float32)
 
+    def empty(self, batch: int, positions: int, bits: int | None = None) -> KVCache:
+        """Room for the keys and values of so many positions, with a leading axis of layers; bits: 2 to 8, or floats."""
+        config, dtype = self.config, self.norm.dtype or jnp.float32
+        rounded = kv_cache.quantizer(bits, config.head_dim)
+        one = kv_cache.empty((batch, positions, config.kv_heads, config.head_dim), dtype, rounded)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (config.layers, *leaf.shape)), one)
+
+    def extend(
+        self, tokens: Int[Array, "batch time"], cache: KVCache, at: Int[Array, ""]
+    ) -> tuple[Float[Array, "batch time vocab"], KVCache]:
+        """The logits of `tokens`, which stand at the positions from `at` on, and the cache with them; on one device. It
+        holds the positions before `at`, and room for these."""
+        table = rotary_table(jax.tree.leaves(cache)[0].shape[2], self.config.head_dim, self.config.rope_theta)
+        rotary = jax.lax.dynamic_slice_in_dim(table, at, tokens.shape[1], axis=1)
+        layer = lambda x, block, cache: block.extend(x, rotary, cache, at)
+        x, cache = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))(
+            self.embed(tokens), self.blocks, cache
+        )
+        return self.lm_head(self.norm(x)).astype(jnp.float32), cache
+
     def _unrolls(self, tokens: Array) -> bool:
         if self.unroll is not None:
             return self.unroll
@@ -189,6 +211,13 @@ class Block(nnx.Module):
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.mlp(self.mlp_norm(x))
 
+    def extend(
+        self, x: Float[Array, "batch time width"], rotary, cache: KVCache, at: Int[Array, ""]
+    ) -> tuple[Array, KVCache]:
+        mixed, cache = self.attention.extend(self.attention_norm(x), rotary, cache, at)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
 
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, implementation: str = "auto", rngs: nnx.Rngs):
@@ -200,14 +229,25 @@ class Attention(nnx.Module):
         self.out = linear(self.heads * self.head_dim, config.width, config, dtype, rngs)
 
     def __call__(self, x: Float[Array, "batch time width"], rotary) -> Float[Array, "batch time width"]:
-        batch, time, _ = x.shape
+        return self._out(attend(*self._heads(x, rotary), self.implementation))
+
+    def extend(
+        self, x: Float[Array, "batch time width"], rotary, cache: KVCache, at: Int[Array, ""]
+    ) -> tuple[Array, KVCache]:
+        q, k, v = self._heads(x, rotary)
+        cache = kv_cache.written(cache, k, v, at)
+        return self._out(kv_cache.attended(q, cache, at)), cache
+
+    def _heads(self, x: Float[Array, "batch time width"], rotary) -> tuple[Array, Array, Array]:
+        """Query, key and value, the first two turned by their positions."""
         heads = checkpoint_name(self.qkv(x), PRODUCT).reshape(
-            batch, time, self.heads + 2 * self.kv_heads, self.head_dim
+            *x.shape[:2], self.heads + 2 * self.kv_heads, self.head_dim
         )
         q, k, v = jnp.split(heads, [self.heads, self.heads + self.kv_heads], axis=2)
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        mixed = attend(q, k, v, self.implementation)
-        return checkpoint_name(self.out(mixed.reshape(batch, time, self.heads * self.head_dim)), PRODUCT)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def _out(self, mixed: Float[Array, "batch time heads dim"]) -> Float[Array, "batch time width"]:
+        return checkpoint_name(self.out(mixed.reshape(*mixed.shape[:2], -1)), PRODUCT)
 
 
 def attend(

@@ -28,6 +28,8 @@ class Sample:
     seed: int = 0
     weights: Literal["packed", "float"] = "packed"
     """float: those that were trained; a run with --method none has no others."""
+    cache_bits: int | None = None
+    """Of the keys and values that the model keeps, 2 to 8; its own dtype unless told."""
     tokenizer: pathlib.Path | None = None
     """Where the run's tokenizer.json lies now, if it has moved; for a run on ids, the one that they were made with."""
 
@@ -41,7 +43,7 @@ def main(config: Sample) -> str:
     sampling.check(prompt, config.tokens, config.temperature, codec.vocab_size)
     ids = sampling.generate(model, prompt, tokens=config.tokens, context=model.config.context,
                             temperature=config.temperature, vocab_size=codec.vocab_size,
-                            key=jax.random.key(config.seed))  # fmt: skip
+                            key=jax.random.key(config.seed), cache_bits=config.cache_bits)  # fmt: skip
     text = codec.decode(ids)
     print(display.printable(text))
     return text

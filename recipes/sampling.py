@@ -8,20 +8,26 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from recipes.llama import Llama
+
 
 def generate(
-    model: nnx.Module, prompt: np.ndarray, *, tokens: int, context: int, temperature: float, vocab_size: int, key: Array
-) -> np.ndarray:
+    model: nnx.Module, prompt: np.ndarray, *, tokens: int, context: int, temperature: float, vocab_size: int,
+    key: Array, cache_bits: int | None = None,
+) -> np.ndarray:  # fmt: skip
     """The prompt and `tokens` more ids below `vocab_size` (a model may have logits for more), drawn from
     softmax(logits / temperature); 0 takes the most likely.
 
-    Every token is a full forward pass over a window of `context` ids: no cache, so any ids-to-logits model will do."""
+    A `Llama` caches keys and values, in `cache_bits` (2 to 8; None: its own dtype), and reads each token once; where
+    `context` positions are full it reads the later half of them again and goes on. Other models, and one that is laid
+    out over a mesh, read a window of the last `context` ids for every token."""
     prompt = np.asarray(prompt, np.int32)[-context:]
-    window = np.zeros((1, context), np.int32)
-    window[0, : len(prompt)] = prompt
+    window = np.zeros((context,), np.int32)
+    window[: len(prompt)] = prompt
     graph, state = nnx.split(model)
-    drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(prompt)), key, jnp.float32(temperature),
-                  vocab_size, tokens)  # fmt: skip
+    caches = isinstance(model, Llama) and model.placement is None
+    drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(prompt)), key, jnp.float32(temperature), caches,
+                  cache_bits, vocab_size, tokens)  # fmt: skip
     return np.concatenate([prompt, np.asarray(drawn)])
 
 
@@ -34,20 +40,40 @@ def check(prompt: np.ndarray, tokens: int, temperature: float, vocab_size: int) 
         )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "vocab_size", "tokens"))
+@functools.partial(jax.jit, static_argnames=("graph", "caches", "cache_bits", "vocab_size", "tokens"))
 def _draw(
-    graph, state, window: Int[Array, "1 context"], length, key, temperature, vocab_size: int, tokens: int
-) -> Int[Array, "tokens"]:
-    context = window.shape[1]
+    graph, state, window: Int[Array, "context"], length, key, temperature, caches: bool, cache_bits: int | None,
+    vocab_size: int, tokens: int,
+) -> Int[Array, "tokens"]:  # fmt: skip
+    context = window.shape[0]
+    left_out = context - context // 2 if caches else 1  # ids, when the window is full
+    model = lambda: nnx.merge(graph, state, copy=True)  # NNX ties variables to a trace
+
+    def read(window, length, cache, anew):
+        """Logits after the last id, and the cache; `anew`: it holds none of the window yet."""
+        if not caches:
+            return model()(window[None])[0, length - 1], cache
+
+        def whole(cache):
+            logits, cache = model().extend(window[None], cache, jnp.int32(0))
+            return logits[0, length - 1], cache
+
+        def last(cache):
+            logits, cache = model().extend(window[None, length - 1][:, None], cache, length - 1)
+            return logits[0, 0], cache
+
+        return jax.lax.cond(anew, whole, last, cache)
 
     def step(carry, key):
-        window, length = carry
-        logits = nnx.merge(graph, state, copy=True)(window)[0, length - 1, :vocab_size]  # NNX ties variables to a trace
+        window, length, cache, anew = carry
+        logits, cache = read(window, length, cache, anew)
+        logits = logits[:vocab_size]
         drawn = jax.random.categorical(key, logits / jnp.where(temperature > 0, temperature, 1))
         token = jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(jnp.int32)
-        full = length == context  # then the window moves on by one
-        window = jnp.where(full, jnp.roll(window, -1, axis=1), window)
-        length = jnp.where(full, length, length + 1)
-        return (window.at[0, length - 1].set(token), length), token
+        full = length == context
+        window = jnp.where(full, jnp.roll(window, -left_out), window)
+        length = jnp.where(full, length - left_out, length)
+        return (window.at[length].set(token), length + 1, cache, full), token
 
-    return jax.lax.scan(step, (window, length), jax.random.split(key, tokens))[1]
+    cache = model().empty(1, context, cache_bits) if caches else ()
+    return jax.lax.scan(step, (window, length, cache, jnp.asarray(True)), jax.random.split(key, tokens))[1]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lowbit_jax as lb
+from benchmarks import kv_cache
 from lowbit_jax.nn import weight
 from recipes import command, deliver, finished, pretrain, sample, token_files
 from recipes.pretrain import Pretrain
@@ -65,6 +66,17 @@ class TestTheSameText:
     def test_from_packed_weights(self, words, copy):
         assert sample.main(same_again(words)) == printed_by(words)
         assert sample.main(same_again(words, run=copy, seed=8)) != printed_by(words)
+        assert sample.main(same_again(words, cache_bits=8)).startswith("the square of ")
+        with pytest.raises(ValueError, match="kv_cache: 9 bits"):
+            sample.main(same_again(words, cache_bits=9))
+
+    def test_what_few_bits_of_keys_and_values_cost_is_measured(self, words, tmp_path, capsys):
+        config = kv_cache.Config(run=words.out, bits=(8, 2), windows=8, rounds=1, output=tmp_path)
+        report = json.loads(kv_cache.main(config).read_text())
+        exact, eight, two = report["rows"]
+        assert abs(exact["above"]) < 1e-4 and abs(eight["above"]) < abs(two["above"]) + 0.01
+        assert two["bytes"] < eight["bytes"] < exact["bytes"] and report["ratio"]["median"] > 0
+        assert "| 2 bits |" in capsys.readouterr().out
 
     def test_learned_steps_bfloat16_bare_ids_and_the_layout_of_another_machine(self, tmp_path, monkeypatch):
         ids = np.random.default_rng(0).integers(0, 300, 4000).astype(np.uint32)
