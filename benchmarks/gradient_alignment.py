@@ -13,7 +13,6 @@ here: .660, .482, .295, .219 after 60, 125, 190, 250 steps of a schedule that en
 that ends at 400, at the same training loss (1.86). Hence a checkpoint in the middle of the schedule."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ import tyro
 from flax import nnx
 
 import lowbit_jax as lb
+from benchmarks.report import write
 from benchmarks.timing import environment
 from lowbit_jax.estimators import StraightThrough
 from recipes import llama, text, train_loop
@@ -162,10 +162,7 @@ def main(config: Config) -> list[str]:
     report = measure(config)
     page = markdown(report)
     print(page)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"gradient_alignment_{report['environment']['backend']}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page)
+    write(config.output, "gradient_alignment", report, page)
     return too_small(report["rows"])
 
 

@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -16,6 +15,7 @@ import tyro
 from jax import lax
 
 import lowbit_jax as lb
+from benchmarks.report import write
 from benchmarks.timing import Call, environment, interleaved_seconds
 from lowbit_jax.ops import int8
 
@@ -64,13 +64,10 @@ def markdown_row(row: dict) -> str:
 def main(config: Config) -> None:
     """Measures and writes the JSON file and the table."""
     report = {"environment": environment(), "rows": measure(config)}
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"int8_products_{jax.default_backend()}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
     told = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
     head = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|\n"
     text = f"# int8 products by XLA\n\nMade by `python -m benchmarks.int8_products`. {told}.\n\n{head}"
-    path.with_suffix(".md").write_text(text + "\n".join(map(markdown_row, report["rows"])) + "\n")
+    write(config.output, "int8_products", report, text + "\n".join(map(markdown_row, report["rows"])) + "\n")
 
 
 if __name__ == "__main__":

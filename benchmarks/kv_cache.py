@@ -9,7 +9,6 @@ cache and by whole windows, interleaved.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 
@@ -21,6 +20,7 @@ import tyro
 from flax import nnx
 from jaxtyping import Array, Float
 
+from benchmarks.report import write
 from benchmarks.timing import environment, interleaved_seconds, ratio
 from recipes import finished, sampling, text
 from recipes.llama import Llama
@@ -130,11 +130,7 @@ def main(config: Config) -> pathlib.Path:
     report = measure(config)
     page = markdown(report)
     print(page)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"kv_cache_{report['environment']['backend']}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page)
-    return path
+    return write(config.output, "kv_cache", report, page)
 
 
 if __name__ == "__main__":

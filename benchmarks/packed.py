@@ -7,7 +7,6 @@ packed bytes only. Times are medians of interleaved rounds (`benchmarks/timing.p
 """
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -17,6 +16,7 @@ import tyro
 from flax import nnx
 
 import lowbit_jax as lb
+from benchmarks.report import write
 from benchmarks.timing import Call, environment, interleaved_seconds
 
 RECIPES = {
@@ -96,10 +96,7 @@ def main(config: Config) -> None:
     """Measures and writes the JSON file and the table."""
     report = {"environment": environment(), "config": dataclasses.asdict(config) | {"output": None}}
     report["rows"] = measure(config)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"packed_{jax.default_backend()}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(report))
+    write(config.output, "packed", report, markdown(report))
 
 
 def markdown(report: dict) -> str:

@@ -9,7 +9,6 @@ activations in the forward products. How it is timed: `benchmarks/timing.py`.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +17,7 @@ import tyro
 from benchmarks import breakdown
 from benchmarks.contenders import Quantize, contenders
 from benchmarks.models import WORKLOADS
+from benchmarks.report import write
 from benchmarks.timing import Program, compile_program, environment, interleaved_seconds, ratio
 
 REFERENCE = "float32"
@@ -187,10 +187,7 @@ def main(config: Config) -> pathlib.Path:
     else:
         name, report = "train_step", measure(config)
         page = markdown(report)
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{name}_{report['environment']['backend']}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page)
+    path = write(config.output, name, report, page)
     print(f"\n{path} and {path.with_suffix('.md')}")
     return path
 

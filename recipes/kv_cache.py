@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 import lowbit_jax as lb
 
 INTEGERS = (
-    lb.formats.INT2, lb.formats.INT3, lb.formats.INT4, lb.formats.INT5, lb.formats.INT6, lb.formats.INT7, lb.formats.INT8
+    lb.formats.INT2, lb.formats.INT3, lb.formats.INT4, lb.formats.INT5, lb.formats.INT6, lb.formats.INT7,
+    lb.formats.INT8,
 )  # fmt: skip
 Positions = Any
 """An array [batch, positions, heads, dim], or a `QTensor` of that shape whose rows are heads."""
