@@ -103,6 +103,12 @@ class Quantizer:
         return isinstance(self.fit, Learned)
 
     @property
+    def element_format(self) -> Format | None:
+        """The grid of `elements`: the format, or distances on it from a zero point; None for those of 8 bits, which are
+        more values than a code has."""
+        return zero_point.distances(self._integers) if self.zero_point else self.format
+
+    @property
     def uses_key(self) -> bool:
         """Whether the rounding may read a `key`: not for `nearest` and `toward_zero`."""
         return self.rounding not in (rounding.nearest, rounding.toward_zero)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import platform
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,22 @@ def test_products_and_their_gradients(bits, which):
     expected = x_hat @ w_hat, g @ w_hat.T, x_hat.T @ g
     for got, wanted in zip(run(x, w, jnp.asarray(g, jnp.float32)), expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="int8 products are for x86")
+@pytest.mark.parametrize("which", ["weights", "activations", "both"])
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_distances_of_up_to_seven_bits_are_multiplied_as_int8(bits, which):
+    recipe = lb.methods.get("absmax_integer", bits=bits, zero_points=which)
+    x, w = operands()
+    packed = pack_rhs(w, NUMBERS, recipe)
+    for rhs in (w, packed):
+        run = lambda x, rhs: lb.dot_general(x, rhs, NUMBERS, recipe=recipe)
+        text = jax.jit(run).lower(x, rhs).as_text()
+        assert ("xi8>" in text.split("dot_general", 1)[1].split("\n", 1)[0]) == (bits < 8)
+        by_reference = recipe.with_implementation("reference")
+        wanted = lb.dot_general(x, rhs, NUMBERS, recipe=by_reference)
+        np.testing.assert_allclose(jax.jit(run)(x, rhs), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

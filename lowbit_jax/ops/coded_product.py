@@ -42,20 +42,26 @@ def serves_packed(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTens
 
 def packed_product(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, key: Any) -> Array:
     """The product with a packed weight that `serves_packed` accepts, without gradients."""
-    quantizer, fmt, dims = recipe.forward_quantizers[0], rhs.quantizer.format, forward.dims
+    (x_format, fmt), dims = _formats(recipe.forward_quantizers[0], rhs.quantizer), forward.dims
+    quantizer = recipe.forward_quantizers[0]
     assert quantizer is not None
     a, a_scale, _ = quantizer.factors(lhs, axis=dims.lhs, key=key)
     last = lambda x: jnp.moveaxis(x, dims.rhs, -1)  # as the codes lie
     b, b_scale = int8.to_int8(last(rhs.elements()), fmt), last(rhs.quantizer.scale_format.load(rhs.scales))
     turned = Dims(dims.lhs, rhs.ndim - 1, dims.lhs_batch, tuple(axis - (axis > dims.rhs) for axis in dims.rhs_batch))
     rows = dataclasses.replace(forward, dims=turned)
-    return scaled_product(rows, (int8.to_int8(a, quantizer.format), a_scale, quantizer.format), (b, b_scale, fmt))
+    return scaled_product(rows, (int8.to_int8(a, x_format), a_scale, x_format), (b, b_scale, fmt))
+
+
+def _formats(*quantizers: Quantizer | None) -> tuple[Format, Format]:
+    """The grids of what `factors` answers, of operands that int8 holds."""
+    lhs, rhs = (q.element_format if q is not None else None for q in quantizers)
+    assert lhs is not None and rhs is not None, "`int8.makes_int8` says so of others"
+    return lhs, rhs
 
 
 def _fits(forward: Forward, lhs: Array, rhs: Any, quantizers: tuple[Quantizer | None, Quantizer | None]) -> bool:
-    lhs_quantizer, rhs_quantizer = quantizers
-    assert lhs_quantizer is not None and rhs_quantizer is not None
-    formats = lhs_quantizer.format, rhs_quantizer.format
+    formats = _formats(*quantizers)
     return forward.out_sharding is None and int8.multiplies(lhs.shape, rhs.shape, formats, forward.dims.numbers)
 
 
@@ -109,7 +115,7 @@ def _forward(forward, recipe, dtype, a, b, key):
 
 
 def _kept_forward(forward, recipe, a, b, key):
-    formats = [q.format for q in recipe.forward_quantizers]
+    formats = _formats(*recipe.forward_quantizers)
     (a, a_scale), (b, b_scale) = ((int8.to_int8(x, fmt), s) for (x, s), fmt in zip((a, b), formats, strict=True))
     y = scaled_product(forward, (a, a_scale, formats[0]), (b, b_scale, formats[1]))
     return y, ((a, a_scale), (b, b_scale), key)
@@ -117,7 +123,7 @@ def _kept_forward(forward, recipe, a, b, key):
 
 def _backward(forward, recipe, dtype, saved, g):
     a, b, key = saved
-    formats = [q.format for q in recipe.forward_quantizers]
+    formats = _formats(*recipe.forward_quantizers)
     a_hat, b_hat = (_value(x, scale, fmt, dtype) for (x, scale), fmt in zip((a, b), formats, strict=True))
     if recipe.plain_backward:
         found = plain_gradients(forward, a_hat, b_hat, g)

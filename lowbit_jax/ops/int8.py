@@ -46,11 +46,10 @@ def known_grid(fmt: Format) -> tuple[float, float]:
 
 def makes_int8(quantizer: Quantizer | None, rotated: bool) -> bool:
     """Whether what this quantizer makes is int8 times a scale that leaves the sum. A learned scale stays finite where
-    an element is NaN, which int8 cannot say; the distance to a zero point takes a bit more than a code; a rounding or a
-    rotation of the user's own may leave the grid."""
-    if quantizer is None or quantizer.learned or quantizer.zero_point:
+    an element is NaN, which int8 cannot say; a rounding or a rotation of the user's own may leave the grid."""
+    if quantizer is None or quantizer.learned or (fmt := quantizer.element_format) is None:
         return False
-    if (found := grid(quantizer.format)) is None:
+    if (found := grid(fmt)) is None:
         return False
     own = type(quantizer).in_rotated_space is Quantizer.in_rotated_space  # `lb.nn.keep_codes` has another one
     own &= quantizer.rounding in (rounding.nearest, rounding.stochastic, rounding.toward_zero)

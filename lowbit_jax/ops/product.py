@@ -239,7 +239,8 @@ def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, d
     else:
         codes, own = quantizer(weighted, axis=contracted, key=key), None
     pair = (codes, values) if side == 0 else (values, codes)
-    formats = (quantizer.format, kept.format) if side == 0 else (kept.format, quantizer.format)
+    grids = [q.element_format or q.format for q in (quantizer, kept)]  # the latter is not read where it is no int8
+    formats = (grids[0], grids[1]) if side == 0 else (grids[1], grids[0])
     coded = values.dtype == jnp.int8 and own is not None and int8.makes_int8(quantizer, rotated=False)
     out = _grid_product(pair, formats, numbers, precision, dtype if whole_rows else jnp.float32, coded)
     if own is None:

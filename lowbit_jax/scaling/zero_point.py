@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lowbit_jax.formats.base import Codebook, IntFormat
+from lowbit_jax.formats.base import MAX_CODE_BITS, Codebook, IntFormat
 from lowbit_jax.scaling.fit import Fit
 
 
@@ -40,6 +40,17 @@ def fitted(
     span = fmt.high - fmt.low
     most = np.nextafter(np.finfo(np.float32).max / np.float32(span), np.float32(0))  # times span, it is finite
     return jnp.where(scale == 0, jnp.ones_like(scale), jnp.minimum(scale, most))
+
+
+@functools.cache
+def distances(fmt: IntFormat) -> IntFormat | None:
+    """The grid of q - z; None where it has more than 256 values."""
+    span = fmt.high - fmt.low
+    if (2 * span).bit_length() > MAX_CODE_BITS:
+        return None
+    return IntFormat(
+        name=f"{fmt.name}_from_zero", low=-span, high=span, source=f"distances of the levels of {fmt.name}"
+    )
 
 
 def zero_points(
