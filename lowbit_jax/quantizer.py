@@ -173,6 +173,14 @@ class Quantizer:
 
         But for one case: a NaN in a tile whose scale is learned has no code, so that it makes the whole tile NaN.
         Raises: ValueError when `axis` names several axes (a packed row lies along one)."""
+        return self.quantize_by(lambda u, _: self.rounding(u, self.format, key), x, axis=axis, scale=scale)
+
+    def quantize_by(
+        self, choose: Callable[[Array, Array], Array], x: Float[Array, "*s"], *, axis: int = -1,
+        scale: Array | None = None,
+    ) -> QTensor:  # fmt: skip
+        """`quantize` with other levels of the format: those of `choose(u, scale)`, in the view of the tiling as u and
+        the scales are; u is x, rotated, over its scale, from its zero point. Levels off a support are left out."""
         if isinstance(axis, tuple | list):
             raise ValueError(
                 f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself."
@@ -185,7 +193,7 @@ class Quantizer:
         if self.scale_format != FLOAT32 or self.learned:
             inv_scale = reciprocal(self.scale_format.load(stored))
         u = tiles * inv_scale if zero is None else tiles * inv_scale + zero
-        rounded = self.rounding(u, self.format, key)
+        rounded = choose(u, self.scale_format.load(stored))
         codes = jnp.moveaxis(coding.encode(join(rounded, h.shape), self.format), at, -1)
         marks = None
         if support is not None:

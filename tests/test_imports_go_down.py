@@ -12,6 +12,7 @@ FLOORS = (
     {"rotation", "sparsity"},
     {"estimators", "qtensor"},
     {"quantizer"},
+    {"gptq"},
     {"ops"},
     {"methods"},
     {"nn", "optim"},

@@ -1,6 +1,8 @@
 """NNX: the same model with its weights packed (`convert`) or quantized once for many microbatches (`prepare`)."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,8 +29,8 @@ from lowbit_jax.nn.site import called, check_stack, needs_key, stacked
 from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
 
 
-def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
-    """The packed view; see `lb.convert`."""
+def convert(model: nnx.Module, storage: Storage, grams: Mapping[str, Array] = MappingProxyType({})) -> nnx.Module:
+    """The packed view; see `lb.convert`. grams: of the inputs of layers, by path, for levels by GPTQ."""
     products = _quantized(model, "lb.convert", "nothing to pack")
     _check_plain(model, "lb.convert")
     packed: dict[Any, tuple[Any, PackedWeight]] = {}  # weights that layers share stay one
@@ -45,7 +47,8 @@ def convert(model: nnx.Module, storage: Storage) -> nnx.Module:
             check_stack(held.get_value(), product.site, f"lb.convert: {name}")
             as_used = id(held), recipe, dataclasses.replace(product.site, path=""), id(_weight_scale(layer))
             if as_used not in packed:
-                kernel = packed_stack(held.get_value(), recipe, product.site, _weight_scale(layer), storage)
+                kernel = packed_stack(held.get_value(), recipe, product.site, _weight_scale(layer), storage,
+                                      grams.get(product.site.path))  # fmt: skip
                 packed[as_used] = held, PackedWeight(kernel)
             setattr(layer, weight_name(layer), packed[as_used][1])
         _replace(layer, dataclasses.replace(product, recipe=recipe), drop=("rhs_scale", "rngs"))

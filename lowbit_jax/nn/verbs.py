@@ -1,6 +1,7 @@
 """The verbs on whole modules, for both of Flax's APIs; Flax itself is imported when the first one is called."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from lowbit_jax.nn.policy import Rules, make_policy
@@ -115,6 +116,34 @@ def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
     from lowbit_jax.nn import linen_convert
 
     return linen_convert.prepare(model, *args, **kwargs)
+
+
+def gptq(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    damping: float = 0.01,
+    layout: str | None = None,
+    implementation: str = "auto",
+) -> Any:
+    """`lb.convert` with the levels of each weight chosen for small errors of its layer's outputs (GPTQ), from the
+    inputs that the layer meets when the quantized model runs `batches`.
+
+        packed = lb.nn.gptq(lb.quantize(model, lb.quest(3, activations=False)), [tokens_1, tokens_2])
+
+    For models that were trained in full precision; one that was trained with its quantizer has moved its weights
+    itself. batches: each an array, or a tuple of the arguments of one call. Scales are those of `lb.convert`, and so is
+    all that is no product of one weight with one input: convolutions, embeddings, batched products.
+    Source: Frantar et al. 2022, arXiv:2210.17323; see `lowbit_jax.gptq`.
+    Raises: TypeError for what is no NNX module; ValueError without batches, when they do not reach a layer, for inputs
+    that are not finite, and as `lb.convert`."""
+    if framework(model, "lb.nn.gptq") != "nnx":
+        raise TypeError("lb.nn.gptq takes an nnx module. In Linen pack weights by lowbit_jax.gptq.gptq.")
+    from lowbit_jax.nn import nnx_gptq
+    from lowbit_jax.nn.weight import Storage, default_layout
+
+    storage = Storage(default_layout() if layout is None else layout, implementation)
+    return nnx_gptq.gptq(model, batches, storage, damping)
 
 
 def keep_codes(model: Any) -> Any:

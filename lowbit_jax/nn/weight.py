@@ -107,16 +107,19 @@ def packed_weight(
     *,
     scale: Array | None = None,
     storage: Storage = Storage(),  # noqa: B008  frozen
+    gram: Array | None = None,
 ) -> QTensor:
-    """Packed codes and scales of the weight, its contraction axes merged into one; sealed.
+    """Packed codes and scales of the weight, its contraction axes merged into one; sealed. gram: as in `pack_rhs`.
 
     Raises: NotImplementedError when the storage asks for a kernel that cannot read this weight."""
-    return _packed_weight(kernel, recipe, site, scale, storage).sealed()
+    return _packed_weight(kernel, recipe, site, scale, storage, gram).sealed()
 
 
-def _packed_weight(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage) -> QTensor:
+def _packed_weight(
+    kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage, gram: Array | None
+) -> QTensor:
     if site.kind != "conv_general_dilated":
-        packed = pack_rhs(kernel, site.numbers, recipe, scale=scale)
+        packed = pack_rhs(kernel, site.numbers, recipe, scale=scale, gram=gram)
         if storage.layout != PLANES:
             return packed
         reason = "its rows are read one by one" if site.kind == "embedding" else why_not(packed)
@@ -142,18 +145,22 @@ def _packed_weight(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "site", "storage"))
-def _packed_stack(kernel: Array, scale: Array | None, recipe: LinearRecipe, site: Site, storage: Storage) -> QTensor:
-    pack = lambda kernel, scale: packed_weight(kernel, recipe, site, scale=scale, storage=storage)
-    return stacked(pack, kernel, site)(kernel, scale)
+def _packed_stack(
+    kernel: Array, scale: Array | None, gram: Array | None, recipe: LinearRecipe, site: Site, storage: Storage
+) -> QTensor:
+    pack = lambda kernel, scale, gram: packed_weight(kernel, recipe, site, scale=scale, storage=storage, gram=gram)
+    return stacked(pack, kernel, site)(kernel, scale, gram)
 
 
-def packed_stack(kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage) -> QTensor:
+def packed_stack(
+    kernel: Array, recipe: LinearRecipe, site: Site, scale: Array | None, storage: Storage, gram: Array | None = None
+) -> QTensor:
     """`packed_weight` over the leading axes of stacked layers, compiled once for layers alike; shapes for the shape of
     a kernel (`nnx.eval_shape`)."""
-    pack = lambda kernel, scale: _packed_stack(kernel, scale, recipe, dataclasses.replace(site, path=""), storage)
+    pack = lambda *arrays: _packed_stack(*arrays, recipe, dataclasses.replace(site, path=""), storage)
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        return jax.eval_shape(pack, kernel, scale)
-    return pack(kernel, scale)
+        return jax.eval_shape(pack, kernel, scale, gram)
+    return pack(kernel, scale, gram)
 
 
 def convolution_weight(packed: QTensor, recipe: LinearRecipe, site: Site, dtype: Any) -> Float[Array, "*s"]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowbit_jax.gptq import gptq
 from lowbit_jax.ops import backend, coded_product, integer_product
 from lowbit_jax.ops.packed_product import PackedProduct, has_kernel
 from lowbit_jax.ops.plane_tensor import PlaneTensor
@@ -118,9 +119,11 @@ def pack_rhs(
     *,
     key: Array | None = None,
     scale: Array | None = None,
+    gram: Array | None = None,
 ) -> QTensor:
     """The weight as packed codes and scales; several contraction axes are merged into one.
 
+    gram: the sum of x^T x over inputs, the contraction axes merged alike, for levels by `gptq`; nearest without it.
     Raises: ValueError when the recipe keeps the weight in high precision, and for axes that it has not."""
     _check_recipe("pack_rhs", recipe)
     quantizer = recipe.forward_quantizers[1]
@@ -129,6 +132,8 @@ def pack_rhs(
             "pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack."
         )
     merged, axis, _ = _merge(rhs, _rhs_axes("pack_rhs", dimension_numbers, rhs.ndim))
+    if gram is not None:
+        return gptq(quantizer, merged, gram, axis=axis, scale=scale)
     return quantizer.quantize(merged, axis=axis, key=key, scale=scale)
 
 

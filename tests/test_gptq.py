@@ -1,0 +1,201 @@
+"""GPTQ against a transcription in float64, and what it spares in outputs of layers and models."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lowbit_jax as lb
+from lowbit_jax import formats, scaling
+from lowbit_jax.gptq import damped, gptq
+from lowbit_jax.ops.plane_tensor import PlaneTensor
+
+K, N = 96, 24
+QUANTIZERS = {
+    "int3": lb.Quantizer(format=formats.INT3),
+    "int4 groups": lb.Quantizer(format=formats.INT4, tiling=scaling.Group(32), scale_format=scaling.BFLOAT16),
+    "uint3 zero points": lb.Quantizer(format=formats.UINT3, tiling=scaling.Group(48), zero_point=True),
+    "nf4 tensor": lb.Quantizer(format=formats.NF4, tiling=scaling.PerTensor()),
+    "quest 2": lb.quest_quantizer(2),
+    "quest 4": lb.quest_quantizer(4),
+    "mxfp4": lb.block_quantizer(formats.MXFP4),
+}
+
+
+def operands(seed=0):
+    """A weight [K, N] and inputs whose features are of unlike sizes and go together."""
+    random = np.random.default_rng(seed)
+    mixing = random.standard_normal((K, K)) * np.geomspace(1, 0.05, K)
+    x = random.standard_normal((400, K)) @ mixing
+    return x, random.standard_normal((K, N)).astype(np.float32)
+
+
+def gram_of(x):
+    return damped(jnp.asarray(x.T @ x, jnp.float32))
+
+
+def transcribed(quantizer, w, x):
+    """Frantar et al. 2022, algorithm 1 with a block of one, for each output by itself, in float64; in rotated space."""
+    turned = lambda a: a if quantizer.rotation is None else np.asarray(quantizer.rotation.apply(jnp.asarray(a), 0))
+    gram = np.asarray(gram_of(x), np.float64)
+    gram = turned(turned(gram).T)
+    factor = np.linalg.cholesky(np.linalg.inv(gram)).T
+    packed = quantizer.quantize(jnp.asarray(w), axis=0)
+    tiles, _ = quantizer.tiling.split(jnp.zeros(w.shape), 0)
+    scale = jnp.broadcast_to(quantizer.scale_format.load(packed.scales), tiles.shape).reshape(w.shape)
+    zero = 0.0
+    if packed.zeros is not None:
+        zero = jnp.broadcast_to(packed.zeros.astype(jnp.float32), tiles.shape).reshape(w.shape)
+    scale, zero, left = (np.asarray(a, np.float64) * np.ones(w.shape) for a in (scale, zero, turned(w)))
+    levels = np.asarray(quantizer.format.levels)
+    out = np.zeros(w.shape)
+    for k in range(K):
+        u = left[k] / scale[k] + zero[k]
+        level = levels[np.argmin(np.abs(u[:, None] - levels[None, :]), axis=1)]
+        out[k] = (level - zero[k]) * scale[k]
+        left[k:] -= np.outer(factor[k, k:], (left[k] - out[k]) / factor[k, k])
+    return out
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_equals_the_transcription(name):
+    quantizer, (x, w) = QUANTIZERS[name], operands()
+    packed = gptq(quantizer, jnp.asarray(w), gram_of(x), axis=0)
+    packed.validate()
+    got, wanted = np.asarray(packed.values(jnp.float32)), transcribed(quantizer, w, x)
+    step = np.abs(wanted).max() / 4
+    # Where float32 and float64 round a tie to different levels, that output's later levels may differ.
+    same = (np.abs(got - wanted) < 1e-3 * step).all(axis=0)
+    assert same.mean() > 0.8
+    off = lambda w_hat: np.sum((x @ (w_hat - w)) ** 2)
+    nearest = np.asarray(quantizer.quantize(jnp.asarray(w), axis=0).dequantize())
+    assert off(np.asarray(packed.dequantize())) < 0.75 * off(nearest)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_inputs_that_do_not_go_together_leave_nearest_levels(name):
+    _, w = operands()
+    w, quantizer = jnp.asarray(w), QUANTIZERS[name]
+    alike = gptq(quantizer, w, 3 * jnp.eye(K), axis=0)
+    np.testing.assert_array_equal(alike.dequantize(), quantizer.quantize(w, axis=0).dequantize())
+
+
+def test_axes_and_learned_scales():
+    x, w = operands()
+    quantizer = lb.Quantizer(format=formats.INT4, fit=scaling.Learned(), estimator=lb.estimators.LSQ())
+    scale = quantizer.initial_scale(jnp.asarray(w), axis=0)
+    first = gptq(quantizer, jnp.asarray(w), gram_of(x), axis=0, scale=scale)
+    last = gptq(quantizer, jnp.asarray(w.T.reshape(4, 6, K)), gram_of(x), axis=-1, scale=scale.reshape(4, 6))
+    np.testing.assert_array_equal(last.dequantize().reshape(N, K).T, first.dequantize())
+
+
+def test_a_row_of_zeros_and_dead_inputs():
+    x, w = operands()
+    w[:, 3] = 0
+    x[:, 5] = 0
+    for quantizer in (lb.Quantizer(format=formats.INT4), dataclasses.replace(lb.quest_quantizer(4), rotation=None)):
+        found = np.asarray(gptq(quantizer, jnp.asarray(w), gram_of(x), axis=0).dequantize())
+        assert np.all(found[:, 3] == 0) and np.all(np.isfinite(found))
+
+
+def test_refusals():
+    x, w = operands()
+    with pytest.raises(ValueError, match=r"96 elements, and the gram the shape \(95, 95\)"):
+        gptq(QUANTIZERS["int3"], jnp.asarray(w), jnp.eye(95), axis=0)
+    with pytest.raises(ValueError, match="leaves elements out"):
+        gptq(lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4)), jnp.asarray(w), gram_of(x), axis=0)
+    with pytest.raises(ValueError, match="damping=0"):
+        damped(gram_of(x), 0.0)
+
+
+W3 = lb.methods.get("absmax_integer", bits=3, activations=False)
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(K, 64, rngs=rngs)
+        self.mix = nnx.Einsum("...hd,hdo->...o", (4, 16, K), rngs=rngs)
+
+    def __call__(self, x):
+        h = nnx.silu(self.up(x))
+        return self.mix(h.reshape(*h.shape[:-1], 4, 16))
+
+
+def stacked(rngs, layers=3):
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs):
+        return Mlp(rngs)
+
+    return make(rngs)
+
+
+class Deep(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = stacked(rngs)
+
+    def __call__(self, x):
+        body = lambda x, block: x + block(x)
+        return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+
+
+call = nnx.jit(lambda model, x: model(x))
+
+
+@pytest.mark.parametrize("build", [Mlp, Deep])
+@pytest.mark.parametrize("layout", ["bitstream-le/1", "planes/1"])
+def test_models_err_less_than_packed_to_the_nearest(build, layout):
+    model = build(nnx.Rngs(0))
+    quantized = lb.quantize(model, W3)
+    x = jnp.asarray(operands()[0], jnp.float32).reshape(4, 100, K)
+    expected = call(model, x[3])
+    off = lambda packed: float(jnp.mean((call(packed, x[3]) - expected) ** 2))
+    packed = lb.nn.gptq(quantized, [x[0], (x[1],), x[2]], layout=layout)
+    assert off(packed) < 0.7 * off(lb.convert(quantized))
+    kernel = (packed.blocks if build is Deep else packed).up.kernel.get_value()
+    assert isinstance(kernel, PlaneTensor) == (layout == "planes/1")
+    np.testing.assert_array_equal(call(quantized, x[3]), call(lb.quantize(model, W3), x[3]))  # left as it was
+
+
+def test_what_has_no_gram_is_packed_as_convert_packs_it():
+    class Both(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+            self.heads = nnx.LinearGeneral((4,), (6,), batch_axis={0: 2}, rngs=rngs)
+            self.out = nnx.Linear(12, 5, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.heads(jnp.moveaxis(self.conv(x).reshape(-1, 2, 4), 1, 0))
+            return self.out(jnp.moveaxis(x, 0, 1).reshape(-1, 12))
+
+    model = lb.quantize(Both(nnx.Rngs(0)), W3)
+    x = jax.random.normal(jax.random.key(0), (2, 10, 8))
+    packed, plain = lb.nn.gptq(model, [x]), lb.convert(model)
+    for name in ("conv", "heads"):
+        a, b = (getattr(m, name).kernel.get_value() for m in (packed, plain))
+        np.testing.assert_array_equal(a.words, b.words)
+    assert np.any(packed.out.kernel.get_value().words != plain.out.kernel.get_value().words)
+    assert call(packed, x).shape == (20, 5)
+
+
+class TestRefused:
+    def test_no_batches_none_that_reach_and_not_finite_ones(self):
+        model = lb.quantize(Mlp(nnx.Rngs(0)), W3)
+        with pytest.raises(ValueError, match="got no batches"):
+            lb.nn.gptq(model, [])
+        with pytest.raises(ValueError, match="'mix' met no input but zeros"):
+            lb.nn.gptq(model, [jnp.zeros((2, K))])
+        with pytest.raises(ValueError, match="is not finite"):
+            lb.nn.gptq(model, [jnp.full((2, K), jnp.inf)])
+
+    def test_models_that_are_not_quantized_or_packed(self):
+        x = jnp.ones((2, K))
+        with pytest.raises(ValueError, match="no quantized layer"):
+            lb.nn.gptq(Mlp(nnx.Rngs(0)), [x])
+        with pytest.raises(ValueError, match="packed already"):
+            lb.nn.gptq(lb.convert(lb.quantize(Mlp(nnx.Rngs(0)), W3)), [x])
+        with pytest.raises(TypeError, match="no Flax module"):
+            lb.nn.gptq(lambda x: x, [x])
