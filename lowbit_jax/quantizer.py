@@ -30,6 +30,7 @@ from lowbit_jax.scaling import (
     Fit,
     Group,
     Learned,
+    Percentile,
     PerRow,
     PerTensor,
     PowerOfTwo,
@@ -416,8 +417,10 @@ def _check_zero_point(quantizer: Quantizer) -> None:
     way_out = None
     if not isinstance(q.format, IntFormat):
         way_out = f"format={q.format.name}): its levels are not integers. Use lb.formats.UINT1 to UINT8 or INT1 to INT8"
-    elif q.learned or q.fit in (rms_optimal, mean_abs):
-        way_out = f"fit={_name(q.fit)}): it scales what lies about 0. Use absmax, Percentile() or CandidateSearch()"
+    elif q.learned or q.fit in (rms_optimal, mean_abs) or isinstance(q.fit, Percentile):
+        way_out = f"fit={_name(q.fit)}): it scales what lies about 0. Use absmax, or CandidateSearch() to clip"
+    elif q.rounding is rounding.toward_zero:
+        way_out = "rounding=toward_zero): that is toward the lowest levels here. Use nearest or stochastic"
     elif q.sparsity is not None:
         way_out = "sparsity=): what is off a support is 0 on the grid. Leave out one of them"
     elif not isinstance(q.scale_format, CastScale):

@@ -40,7 +40,7 @@ def lookup(
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"the embedding {site.path!r} got ids of {ids.dtype}; they are integers.")
     count = site.shape[0]
-    ids = jnp.zeros_like(ids) if count == 1 else ids  # as Flax has it
+    ids = jnp.zeros_like(ids) if count == 1 else _signed(ids, count)  # one row for all ids, as Flax has it
     with jax.named_scope(site.tag), naming(site.path):
         if isinstance(table, QTensor):
             table.check_layout()
@@ -51,9 +51,16 @@ def lookup(
         if recipe.out.rhs is None:
             return jnp.take(table, ids, axis=0).astype(dtype)
         quantizer = operand(recipe, "rhs")
-        if _apart(quantizer) and not isinstance(quantizer.tiling, PerTensor):
+        if isinstance(quantizer.tiling, PerRow | Group) and not isinstance(quantizer.scale_format, TwoLevel):
             return quantizer(jnp.take(table, ids, axis=0)).astype(dtype)
         return jnp.take(quantizer(table), ids, axis=0).astype(dtype)
+
+
+def _signed(ids: Int[Array, "*batch"], count: int) -> Int[Array, "*batch"]:
+    """Ids of 32 bits or more, which hold -count and count; those beyond the table stay beyond it."""
+    if jnp.issubdtype(ids.dtype, jnp.unsignedinteger):
+        ids = jnp.minimum(ids, min(count, jnp.iinfo(ids.dtype).max))
+    return ids if ids.dtype == jnp.int64 else ids.astype(jnp.int32)
 
 
 def attend(

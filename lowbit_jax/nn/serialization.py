@@ -37,8 +37,9 @@ def _from_state(template: QTensor, state: Any) -> QTensor:
     if not isinstance(state, Mapping) or _HOLDS not in state:
         raise ValueError(f"{who}: the file holds no packed weight there. Restore it into the variables it was saved"
                          " from, and convert those.")  # fmt: skip
-    for name, wanted in _meaning(template).items():
-        if (found := state[_HOLDS].get(name)) != wanted:
+    told, meant = state[_HOLDS], _meaning(template)
+    for name in {**meant, **told}:
+        if (found := told.get(name)) != (wanted := meant.get(name)):
             raise ValueError(
                 f"{who}: the file holds the {name} {found}, the template has {wanted}. Restore into what lb.convert"
                 " makes of the same model, recipe and layout."

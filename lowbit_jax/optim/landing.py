@@ -112,6 +112,22 @@ def packed_elements(leaf: QTensor, who: str) -> OnGrid:
     return OnGrid(leaf.elements(), leaf.scales)
 
 
+def packed_anew(leaf: QTensor, target: Float[Array, "*s"], who: str) -> QTensor:
+    """`target` to the nearest, by the quantizer of `leaf`; the same static data.
+
+    Raises: ValueError for a learned scale, which no optimizer's master copy holds, and for another layout."""
+    quantizer = leaf.quantizer
+    if quantizer.learned or leaf.layout != packing.LAYOUT:
+        seen = "a learned scale" if quantizer.learned else f"the layout {leaf.layout!r}"
+        raise ValueError(
+            f"{who}: a packed parameter has {seen}, and is packed anew by scales that are read off it, in the layout"
+            f" {packing.LAYOUT!r}. Train it unpacked, by lb.quantize, and convert at the end."
+        )
+    fresh = dataclasses.replace(quantizer, rounding=rounding.nearest).quantize(target, axis=leaf.axis)
+    arrays = dict(words=fresh.words, scales=fresh.scales, marks=fresh.marks, zeros=fresh.zeros)
+    return dataclasses.replace(leaf, **arrays)
+
+
 def repacked(leaf: QTensor, new: OnGrid) -> QTensor:
     """`leaf` with other contents; the same static data, so that it fits into loops and donated buffers."""
     codes = coding.encode(jnp.moveaxis(new.elements, leaf.axis, -1), leaf.quantizer.format)

@@ -118,9 +118,7 @@ def _landings(master: Any, params: Any, quantizer: Quantizer | None, mask: Any, 
 
     def land(param, target, on_grid):
         if trees.is_packed(param):
-            fitted = landing.fit_scales(param.quantizer, target, param.axis)
-            elements = landing.nearest_elements(param.quantizer, target, fitted, param.axis)
-            new = landing.repacked(param, landing.OnGrid(elements, fitted))
+            new = landing.packed_anew(param, target, _WHO)
             return trees.PackedUpdate(new) if as_updates else new
         if on_grid and quantizer is not None:
             target = quantizer(target, axis=axis if param.ndim > 1 else -1)

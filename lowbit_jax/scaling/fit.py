@@ -156,11 +156,18 @@ class CandidateSearch:
             raise ValueError(f"CandidateSearch(fractions={self.fractions}): give one or more positive multiples.")
 
     def __call__(self, tiles, fmt, axes):
-        start = self.base(tiles, fmt, axes)
+        rounded = lambda scale: rounding.nearest(tiles * reciprocal(scale), fmt) * scale
+        return self.best(self.base(tiles, fmt, axes), rounded, tiles, fmt, axes)
+
+    def best(
+        self, start: Float[Array, "*scales"], rounded: Callable[[Array], Array], tiles: Float[Array, "*tiles"],
+        fmt: Format, axes: tuple[int, ...],
+    ) -> Float[Array, "*scales"]:  # fmt: skip
+        """Of the multiples of `start` the one for which `rounded(scale)` is nearest to the tiles."""
         best, least = start, jnp.full_like(start, jnp.inf)
         for fraction in self.fractions:
             scale = jnp.minimum(start * fraction, largest_scale(fmt))
-            error = rounding.nearest(tiles * reciprocal(scale), fmt) * scale - tiles
+            error = rounded(scale) - tiles
             loss = jnp.sum(error * error, axis=axes, keepdims=True)
             best, least = jnp.where(loss < least, scale, best), jnp.minimum(loss, least)
         return best

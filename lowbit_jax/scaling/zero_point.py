@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from lowbit_jax import rounding
 from lowbit_jax.formats.base import MAX_CODE_BITS, Codebook, IntFormat
-from lowbit_jax.scaling.fit import Fit
+from lowbit_jax.scaling.fit import CandidateSearch, Fit
 
 
 def centers(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:
@@ -35,11 +36,20 @@ def _middle(fmt: IntFormat) -> float:
 def fitted(
     fit: Fit, tiles: Float[Array, "*tiles"], center: Float[Array, "*scales"], fmt: IntFormat, axes: tuple[int, ...]
 ) -> Float[Array, "*scales"]:
-    """The scale that `fit` finds for the tiles moved evenly about 0; 1 for a tile of zeros."""
-    scale = fit(tiles - center, about_its_middle(fmt), axes)
+    """The scale that `fit` finds for the tiles moved evenly about 0; 1 for a tile of zeros. `CandidateSearch` judges
+    each candidate with the zero point that goes with it."""
+    evenly = about_its_middle(fmt)
     span = fmt.high - fmt.low
     most = np.nextafter(np.finfo(np.float32).max / np.float32(span), np.float32(0))  # times span, it is finite
-    return jnp.where(scale == 0, jnp.ones_like(scale), jnp.minimum(scale, most))
+    usable = lambda scale: jnp.where(scale == 0, jnp.ones_like(scale), jnp.minimum(scale, most))
+    if not isinstance(fit, CandidateSearch):
+        return usable(fit(tiles - center, evenly, axes))
+
+    def rounded(scale: Array) -> Array:
+        zero = zero_points(center, scale, fmt)
+        return (rounding.nearest(tiles / scale + zero, fmt) - zero) * scale
+
+    return fit.best(usable(fit.base(tiles - center, evenly, axes)), rounded, tiles, evenly, axes)
 
 
 @functools.cache

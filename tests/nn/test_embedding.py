@@ -99,6 +99,27 @@ def test_the_head_multiplies_by_the_same_table(name, key):
         np.testing.assert_allclose(attend(form, query), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.uint16, jnp.int16, jnp.uint32])
+def test_ids_of_any_integer_dtype(dtype):
+    for embed in (nnx.Embed(300, D, rngs=nnx.Rngs(0)), layer(W8)):
+        form = lb.convert(lb.quantize(embed, W8)) if type(embed) is nnx.Embed else embed
+        ids = jnp.asarray([0, 5, 39])
+        np.testing.assert_array_equal(call(form, ids.astype(dtype)), call(form, ids))
+    beyond = jnp.full((2,), jnp.iinfo(dtype).max, dtype)
+    assert jnp.all(jnp.isnan(call(lb.convert(layer(W8)), beyond))) and jnp.all(jnp.isnan(call(layer(W8), beyond)))
+
+
+def test_a_row_does_not_depend_on_its_neighbors():
+    """NVFP4 has a scale for the whole table."""
+    recipe = WEIGHTS["nvfp4"]
+    embed = layer(recipe)
+    table = embed.embedding.get_value() * jnp.exp(2 * jax.random.normal(jax.random.key(1), (V, 1)))
+    embed.embedding.set_value(table)
+    wanted = table_of(embed, recipe)
+    np.testing.assert_allclose(call(embed, jnp.asarray([3])), wanted[[3]], rtol=1e-6)
+    np.testing.assert_allclose(call(embed, jnp.arange(V)), wanted, rtol=1e-6)
+
+
 def test_kernels_read_no_tables():
     embed = layer(W4G)
     assert not isinstance(lb.convert(embed, layout="planes/1").embedding.get_value(), PlaneTensor)

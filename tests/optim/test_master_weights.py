@@ -123,6 +123,43 @@ def test_packed_parameters():
     np.testing.assert_allclose(state.master["w"], 0.8 * params["w"].dequantize(), rtol=1e-6)
 
 
+PACKED = {
+    "quest": lb.quest_quantizer(4),
+    "rotated groups": lb.Quantizer(rotation=lb.Hadamard(32), tiling=lb.scaling.Group(32)),
+    "zero points": lb.Quantizer(format=lb.formats.UINT8, tiling=lb.scaling.Group(32), zero_point=True),
+    "2:4": lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4)),
+    "nvfp4": lb.block_quantizer(lb.formats.NVFP4),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_parameters_of_every_kind_are_packed_anew(name):
+    quantizer = PACKED[name]
+    params = {"w": quantizer.quantize(jax.random.normal(jax.random.key(0), (16, 64)) + 0.3).sealed()}
+    tx = lb.optim.master_weights(optax.sgd(0.25))
+    grads = {"w": jnp.ones((16, 64))}
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return lb.optim.apply_updates(params, updates), state
+
+    moved, state = step(params, tx.init(params))
+    np.testing.assert_allclose(state.master["w"], params["w"].dequantize() - 0.25, rtol=1e-6)
+    np.testing.assert_array_equal(moved["w"].dequantize(), quantizer.quantize(state.master["w"]).dequantize())
+    moved["w"].validate()
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+
+
+def test_packed_parameters_with_learned_scales_are_refused():
+    quantizer = lb.Quantizer(fit=lb.scaling.Learned(), estimator=lb.estimators.LSQ())
+    w = jnp.ones((4, 64))
+    params = {"w": quantizer.quantize(w, scale=quantizer.initial_scale(w))}
+    tx = lb.optim.master_weights(optax.sgd(0.25))
+    with pytest.raises(ValueError, match="master_weights.*learned scale"):
+        tx.update({"w": w}, tx.init(params), params)
+
+
 def test_composes():
     """Around a chain with a schedule and low-bit moments, inside and around `MultiSteps`, in `inject_hyperparams`."""
     params = {"w": jnp.ones((64, 128), jnp.bfloat16)}

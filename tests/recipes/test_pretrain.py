@@ -103,10 +103,18 @@ def test_the_line_about_what_is_quantized(tmp_path):
     model = scheme.apply(llama.build(llama.preset("smoke"), 256), np.zeros((4, 32), np.int32))
     line = quantized.write(tmp_path / "quantized.txt", model, scheme.name, stacked=2)
     assert line.startswith("quantized by quest-w4a4-rules: ")
-    assert "1 layers x 2 in midrise8 (8.25 bits a weight)" in line
-    assert "1 layers x 2 in midrise4 (4.50 bits a weight)" in line
+    assert "1 layer x 2 in midrise8 (8.25 bits a weight)" in line
+    assert "1 layer x 2 in midrise4 (4.50 bits a weight)" in line
     high = "blocks/attention/out, blocks/attention/qkv, embed, lm_head"
     assert line.endswith(f"in high precision: {high} (quantized.txt)")
+    scheme = schemes.Scheme(rules=("embed|lm_head=quest:8",))
+    model = scheme.apply(llama.build(llama.preset("smoke"), 256), np.zeros((4, 32), np.int32))
+    line = quantized.write(tmp_path / "quantized.txt", model, scheme.name, stacked=2)
+    assert (
+        "4 layers x 2 in midrise4" in line
+        and "2 layers in midrise8" in line
+        and line.endswith("nothing else (quantized.txt)")
+    )
 
 
 def test_packed_weights_that_are_damaged_are_refused(reference):

@@ -1,0 +1,108 @@
+"""What packing a model that was trained in full precision costs: each weight to the nearest level, and by GPTQ.
+
+    python -m recipes.pretrain --method none               # a float model, here the default's twin
+    python -m benchmarks.post_training runs/tiny-none-...  # the table in benchmarks/results/post_training_<backend>.md
+
+Held-out loss above the float model's, weights alone packed (activations stay), window by window with its standard
+error. GPTQ reads `--calibration` windows of the training text.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+import lowbit_jax as lb
+from benchmarks.kv_cache import losses
+from benchmarks.report import write
+from benchmarks.timing import environment
+from recipes import finished, text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    run: tyro.conf.Positional[pathlib.Path]
+    """Directory of a finished run of recipes.pretrain --method none on text."""
+    bits: tuple[int, ...] = (8, 4, 3, 2)
+    windows: int = 256
+    """Held-out windows of the model's context."""
+    calibration: int = 64
+    """Windows of the training text for GPTQ."""
+    output: pathlib.Path = pathlib.Path("benchmarks/results")
+
+
+def recipes(bits: int) -> dict[str, lb.LinearRecipe]:
+    """Weights alone, by their names in the table."""
+    absmax = lb.methods.absmax_integer
+    return {
+        "absmax, channels": absmax(bits, activations=False),
+        "absmax, groups of 32, zero points": absmax(bits, activations=False, group=32, zero_points="weights"),
+        "QuEST's grid (rotated, rms)": lb.quest(bits, activations=False),
+    }
+
+
+def measure(config: Config) -> dict:
+    model, _ = finished.load(config.run, weights="float")
+    described = finished.Description.read(config.run)
+    if described.scheme.method != "none":
+        raise ValueError(
+            f"post_training: {config.run} was trained with the method {described.scheme.method!r}, whose weights know"
+            " their grid. Take a run of --method none."
+        )
+    corpus = text.load(described.data, tokenizer=described.tokenizer)
+    context, batch = model.config.context, model.config.batch
+    held = text.fixed_batches(corpus.validation, context=context, batch=batch, windows=config.windows)
+    seen = text.fixed_batches(corpus.train, context=context, batch=batch, windows=config.calibration)
+    forward = nnx.jit(lambda model, tokens: model(tokens))
+    loss = lambda m: np.concatenate([losses(forward(m, b[:, :-1]), jnp.asarray(b)) for b in held])
+    plain = loss(model)
+    rows = []
+    for bits in config.bits:
+        for name, recipe in recipes(bits).items():
+            quantized = lb.quantize(model, rules=[("blocks", recipe)])
+            row = {"bits": bits, "weights": name}
+            forms = {"nearest": lb.convert(quantized), "gptq": lb.nn.gptq(quantized, [b[:, :-1] for b in seen])}
+            for how, packed in forms.items():
+                above = loss(packed) - plain
+                row[how] = {"above": float(above.mean()), "standard_error": float(above.std() / len(above) ** 0.5)}
+            packed = [leaf for leaf in jax.tree.leaves(nnx.state(forms["gptq"]), is_leaf=_packed) if _packed(leaf)]
+            row["bits_per_weight"] = 8 * sum(p.nbytes for p in packed) / sum(p.size for p in packed)
+            rows.append(row)
+    return {"environment": environment(), "run": config.run.name, "windows": len(plain), "loss": float(plain.mean()),
+            "calibration": sum(map(len, seen)), "rows": rows}  # fmt: skip
+
+
+def _packed(leaf) -> bool:
+    return isinstance(leaf, lb.QTensor)
+
+
+def markdown(report: dict) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
+    lines = [
+        f"# Packing after training\n\nMade by `python -m benchmarks.post_training` of the run `{report['run']}`, whose"
+        f" loss on {report['windows']} held-out windows is {report['loss']:.4f} nats a token; GPTQ read"
+        f" {report['calibration']} windows. {told}.\n",
+        "| bits | weights | bits a weight | nearest | GPTQ |",
+        "|---|---|---|---|---|",
+    ]
+    cell = lambda found: f"{found['above']:+.4f} ± {found['standard_error']:.4f}"
+    for row in report["rows"]:
+        found = " | ".join(cell(row[how]) for how in ("nearest", "gptq"))
+        lines.append(f"| {row['bits']} | {row['weights']} | {row['bits_per_weight']:.2f} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: Config) -> pathlib.Path:
+    """Measures, prints, writes; returns the JSON file."""
+    report = measure(config)
+    page = markdown(report)
+    print(page)
+    return write(config.output, "post_training", report, page)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
