@@ -77,6 +77,18 @@ def test_the_training_steps_lower_for_a_gpu_with_their_kernels(name):
     assert found == KERNELS_OF_A_STEP[name]
 
 
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+@pytest.mark.parametrize(("name", "kernels"), [("w4a16", {"matmul_w4a16"}),
+                                               ("w2a2", {"hadamard_quantize2", "matmul_w2a8"})])  # fmt: skip
+def test_the_forward_of_one_token_runs_kernels_on_a_gpu(name, kernels):
+    """What is lowered for a GPU, where a reference would leave no kernel."""
+    with chips.abstract_gpu("sm_90"), jax.numpy_dtype_promotion("standard"):
+        run, state = model.unrolled(model.packed("smoke", command.ONE_TOKEN[name]))
+        lowered = jax.jit(run).trace(state, jnp.zeros((1, 1), jnp.int32)).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert {kernel for kernel in ("matmul_w4a16", "matmul_w2a8", "hadamard_quantize2") if kernel in text} == kernels
+
+
 def test_a_machine_without_a_gpu_is_told_what_it_can_run(capfd):
     if jax.default_backend() == "gpu":
         pytest.skip("there is a GPU")

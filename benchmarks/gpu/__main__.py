@@ -223,7 +223,7 @@ def parts(config: Config, report: dict, until: float, save: Callable) -> dict[st
         "fused": lambda: rotations.measure(config.rounds, roof(), until, report["left_out"]),
         "decode": lambda: compare(shapes(config.decode), DECODE),
         "tiles": lambda: compare([(1, *layer) for layer in LAYERS], LAYER_KERNELS),
-        "one_token": lambda: model.one_token(config.preset, 1, config.rounds, ONE_TOKEN, "auto"),
+        "one_token": lambda: model.one_token(config.preset, 1, config.rounds, ONE_TOKEN),
     }
 
 

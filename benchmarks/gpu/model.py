@@ -124,9 +124,15 @@ def kernels_of(run: Callable, most: int) -> dict:
     return {"device_ms": 1e3 * sum(kernels.values()), "kernels_ms": longest}
 
 
-def one_token(
-    preset: str, batch: int, rounds: int, recipes: dict[str, lb.LinearRecipe], implementation: str
-) -> list[dict]:
+def packed(preset: str, recipe: lb.LinearRecipe | None) -> llama.Llama:
+    """The preset's model, its blocks packed for the kernels that the recipe asks for; as it is without one."""
+    model = build(preset)
+    if recipe is None:
+        return model
+    return lb.convert(lb.quantize(model, rules=[("blocks", recipe)]), layout="planes/1")
+
+
+def one_token(preset: str, batch: int, rounds: int, recipes: dict[str, lb.LinearRecipe]) -> list[dict]:
     """Forward of one token a sequence (no attention cache): the products of a decode step, packed over bfloat16.
 
     The layers are separate arguments, one after the other: a loop over stacked ones copies each layer's weights out of
@@ -134,11 +140,7 @@ def one_token(
     tokens = jnp.zeros((batch, 1), jnp.int32)
     made = {}
     for name, recipe in {"bfloat16": None, **recipes}.items():
-        model = build(preset)
-        if recipe is not None:
-            quantized = lb.quantize(model, rules=[("blocks", recipe.with_implementation("reference"))])
-            model = lb.convert(quantized, layout="planes/1", implementation=implementation)
-        run, state = unrolled(model)
+        run, state = unrolled(packed(preset, recipe))
         if recipe is None:
             state = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, state)
         made[name] = jax.jit(run).lower(state, tokens), state
