@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import json
-import math
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, model, profile, rotations, speed
+from benchmarks.gpu import checks, course, model, profile, rotations, speed
+from benchmarks.gpu.course import Course
 from benchmarks.gpu.operands import KERNELS, Product, poisoned, relative_error
 from pallas_kernels import both_ways, chips, tuning
 from pallas_kernels.launch import Tile
@@ -83,7 +85,7 @@ def test_the_training_steps_lower_for_a_gpu_with_their_kernels(name):
 def test_the_forward_of_one_token_runs_kernels_on_a_gpu(name, kernels):
     """What is lowered for a GPU, where a reference would leave no kernel."""
     with chips.abstract_gpu("sm_90"), jax.numpy_dtype_promotion("standard"):
-        run, state = model.unrolled(model.packed("smoke", command.ONE_TOKEN[name]))
+        run, state = model.unrolled(model.packed("smoke", model.ONE_TOKEN[name]))
         lowered = jax.jit(run).trace(state, jnp.zeros((1, 1), jnp.int32)).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert {kernel for kernel in ("matmul_w4a16", "matmul_w2a8", "hadamard_quantize2") if kernel in text} == kernels
@@ -110,36 +112,154 @@ def test_a_check_that_fails_is_a_row_and_others_run():
     told = [({"kernel": "a", "limit": 1.0}, lambda: lambda: 0.5), ({"kernel": "b", "limit": 1.0}, lambda: broken),
             ({"kernel": "c", "limit": 1.0}, lambda: lambda: float("nan"))]  # fmt: skip
     rows = [{"kernel": "a", "limit": 1.0, "error": 0.25}]  # of the process before
-    checks.run(told, lambda rows: saved.append([row["kernel"] for row in rows]), rows)
+    checks.run(told, Course(rounds=1, save=lambda: saved.append([row["kernel"] for row in rows])), rows)
     assert [row["kernel"] for row in rows] == ["a", "b", "c"] and rows[0]["error"] == 0.25
     assert "no such instruction" in rows[1]["failed"] and rows[1]["error"] is None
     assert [row["kernel"] for row in checks.wrong(rows)] == ["b", "c"]
     assert saved[0] == ["a", "b"], "what runs is on disk before it runs"
 
 
+def test_checks_after_one_that_stopped_the_device_are_left_to_the_next_process(monkeypatch):
+    """An illegal access makes every later call of a process fail; the rows of before are known from a file."""
+    dead = []
+
+    def run(number):
+        dead.extend([number] * (number == 1))
+        if dead:
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+        return 0.0
+
+    tile = dataclasses.asdict(Tile(rows=16, columns=64))
+    told = [({"kernel": f"k{i}", "tile": tile, "limit": 1.0}, lambda i=i: lambda: run(i)) for i in range(4)]
+    told[1][0]["sizes"] = (128, 256)  # a list in a file
+    monkeypatch.setattr(checks, "answers", lambda: not dead)
+    rows = []
+    checks.run(told, Course(rounds=1), rows)
+    assert [row["kernel"] for row in rows] == ["k0", "k1"] and "ILLEGAL" in rows[1]["failed"]
+    dead.clear()
+    rows = json.loads(json.dumps(rows))
+    checks.run(told, Course(rounds=1), rows)
+    assert [row["kernel"] for row in rows] == ["k0", "k1", "k2", "k3"] and checks.wrong(rows) == rows[1:2]
+
+
+class Processes:
+    """In place of processes on a GPU: each takes (what it runs, report), and gives how it ended."""
+
+    def __init__(self, monkeypatch, folder, *each):
+        self.runs, self.limits, self.each = [], [], iter(each)
+        self.fresh = {"environment": {"device": "x"}, "seed": 1, "name": "x", "ended": [], "errors": {}}
+        monkeypatch.setattr(command, "watched", self)
+        self.folder = folder
+
+    def __call__(self, arguments, path, until):
+        self.runs.append([part for part in arguments[arguments.index("--parts") + 1 :] if part in command.PARTS])
+        self.limits.append(until)
+        report = json.loads(path.read_text()) if path.exists() else self.fresh | course.fresh()
+        ended = next(self.each)(self.runs[-1], report)
+        command.write(path, report)
+        return ended
+
+    @property
+    def report(self):
+        return json.loads((self.folder / "gpu_x.json").read_text())
+
+
+def all_right(parts, report):
+    report["ended"] += parts
+    report["doing"] = None
+    return 0
+
+
+def ends(at, how, *before, what="a"):
+    """A process that ends at `what` of a part, after the parts `before`."""
+
+    def process(parts, report):
+        report["ended"] += before
+        report["doing"] = {"part": at, "what": what, "patience": 1.0}
+        return how
+
+    return process
+
+
+@pytest.mark.parametrize("how", [-6, "told nothing for 90 s"])
 @pytest.mark.parametrize("again", [False, True])
-def test_a_part_that_ends_the_process_runs_again_once_and_the_rest_run(monkeypatch, tmp_path, again):
-    runs = []
+def test_a_part_that_ends_the_process_goes_on_behind_it_once_and_the_rest_run(monkeypatch, tmp_path, again, how):
+    first, then = ends("large", how, "fused"), ends("large", how) if again else all_right
+    made = Processes(monkeypatch, tmp_path, first, then, all_right)
+    assert command.main(command.Config(parts=("fused", "large", "decode"), output=tmp_path)) == 1
+    assert made.runs == [["fused", "large", "decode"], ["large", "decode"], ["decode"]][: 2 + again]
+    assert set(made.report["ended"]) == {"fused", "large", "decode"}
+    text = f"the process {'ended with status -6' if how == -6 else how} at a"
+    more = f"; {text}, and what was left of it did not run" if again else ""
+    assert made.report["errors"] == {"large": text + more}
+    assert made.report["done"] == ["large: a"] * (1 + again), "the next process leaves it out"
 
-    def process(arguments, timeout):
-        runs.append([part for part in arguments[arguments.index("--parts") + 1 :] if part in command.PARTS])
-        path = tmp_path / "gpu_writing.json"
-        fresh = {"environment": {"device": "x"}, "seed": 1, "name": "x", "ended": [], "errors": {}, "left_out": []}
-        report = json.loads(path.read_text()) if path.exists() else fresh
-        dies = len(runs) == 1 or again and len(runs) == 2
-        ended = runs[-1][: runs[-1].index("large")] if dies else runs[-1]
-        path.write_text(json.dumps(report | {"ended": report["ended"] + ended}))
-        path.with_suffix(".md").write_text("")
-        return subprocess.CompletedProcess(arguments, -6 if dies else 0)
 
-    monkeypatch.setattr(subprocess, "run", process)
-    assert command.main(command.Config(parts=("fused", "large", "decode"), output=tmp_path)) == again
-    assert runs == [["fused", "large", "decode"], ["large", "decode"], ["decode"]][: 2 + again]
-    report = json.loads((tmp_path / "gpu_x.json").read_text())
-    assert set(report["ended"]) == {"fused", "large", "decode"}
-    assert report["errors"] == (
-        {"large": "the process ended with status -6, and what was left of it did not run"} if again else {}
-    )
+def test_a_part_that_ends_too_many_processes_is_left(monkeypatch, tmp_path):
+    bad = [ends("checks", -6, what=str(number)) for number in range(command.MOST_RESTARTS + 1)]
+    made = Processes(monkeypatch, tmp_path, *bad, all_right)
+    assert command.main(command.Config(parts=("checks", "decode"), output=tmp_path)) == 1
+    assert made.runs == [["checks", "decode"]] * (command.MOST_RESTARTS + 1) + [["decode"]]
+
+
+def test_a_check_that_ends_the_first_process_says_how(monkeypatch, tmp_path):
+    def hangs(parts, report):
+        report["checks"] = [{"kernel": "a", "limit": 1.0, "error": None, "failed": checks.RUNNING}]
+        return ends("checks", "told nothing for 90 s")(parts, report)
+
+    made = Processes(monkeypatch, tmp_path, hangs, all_right)
+    assert command.main(command.Config(parts=("checks",), output=tmp_path)) == 1
+    assert made.report["checks"][0]["failed"] == "the process told nothing for 90 s" and made.report["errors"]
+
+
+def test_what_the_time_ends_is_told_and_no_other_process_begins(monkeypatch, tmp_path):
+    made = Processes(monkeypatch, tmp_path, ends("decode", "did not end in time"))
+    began = time.time()
+    assert command.main(command.Config(parts=("decode", "one_token"), minutes=-0.1, output=tmp_path)) == 1
+    assert made.limits[0] == pytest.approx(began - 6 + command.GRACE, abs=5) and command.GRACE < 20
+    assert len(made.runs) == 1 and made.report["left_out"] == ["decode", "one_token"]
+    assert made.report["errors"] == {"decode": "the process did not end in time at a"}
+
+
+CHILD = """
+import json, pathlib, sys, time
+path = pathlib.Path(sys.argv[1])
+for _ in range(int(sys.argv[2])):
+    path.write_text(json.dumps({"doing": {"part": "a", "what": "b", "patience": 1.0}}))
+    time.sleep(0.3)
+time.sleep(60 * int(sys.argv[3]))
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("turns", "hangs", "within", "expected"), [
+    (6, 0, 60, 3), (1, 1, 60, "told nothing for 1 s"), (6, 1, 1, "did not end in time"),
+])  # fmt: skip
+def test_a_process_that_tells_nothing_is_ended(monkeypatch, tmp_path, turns, hangs, within, expected):
+    """Six turns take longer than the patience, and each of them is told."""
+    monkeypatch.setattr(command, "POLL", 0.05)
+    began, path = time.time(), tmp_path / "report.json"
+    words = [sys.executable, "-S", "-c", CHILD, str(path), str(turns), str(hangs)]
+    assert command.watched(words, path, began + within) == expected
+    assert time.time() - began < 20
+
+
+def test_a_course_leaves_out_what_is_done_and_what_is_late():
+    run = Course(rounds=1, part="decode")
+    assert run.wants("a") and run.wants("b")
+    run.now("a")
+    run.finished()
+    assert not run.wants("a") and run.wants("b") and not run.report["left_out"]
+    run.until = 0.0
+    assert not run.wants("a") and not run.wants("b") and not run.wants("b") and run.report["left_out"] == ["b"]
+
+
+def test_the_kernels_are_checked_without_what_models_need():
+    """Data, tokenizers and the library itself stay unimported, as they may not be there."""
+    absent = "grain", "array_record", "portpicker", "flax", "optax", "orbax", "tokenizers", "lowbit_jax", "recipes"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import benchmarks.gpu.__main__"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kernel_times_are_those_of_the_gpus_streams():
@@ -158,20 +278,7 @@ def test_all_checks_hold_interpreted(tmp_path):
 
 
 def test_tiles_do_not_go_into_the_package_unchecked(monkeypatch, tmp_path, capsys):
-    def process(arguments, timeout):
-        report = {
-            "environment": {"device": "x"},
-            "seed": 1,
-            "name": "x",
-            "ended": ["decode"],
-            "errors": {},
-            "checks": [],
-        }
-        (tmp_path / "gpu_writing.json").write_text(json.dumps(report))
-        (tmp_path / "gpu_writing.md").write_text("")
-        return subprocess.CompletedProcess(arguments, 0)
-
-    monkeypatch.setattr(subprocess, "run", process)
+    Processes(monkeypatch, tmp_path, all_right)
     monkeypatch.setattr(command.tuning, "store", lambda *_: pytest.fail("stored"))
     assert command.main(command.Config(parts=("decode",), package=True, output=tmp_path)) == 0
     assert "no tiles into the package" in capsys.readouterr().out
@@ -181,34 +288,9 @@ def test_tiles_do_not_go_into_the_package_unchecked(monkeypatch, tmp_path, capsy
 
 def test_products_that_time_did_not_allow_are_named_and_not_compiled(monkeypatch):
     monkeypatch.setattr(speed, "build", lambda *_: pytest.fail("compiled"))
-    left_out, roof = [], speed.Roof(bandwidth=1.0, bfloat16=1.0)
-    assert list(speed.compare([(3, 64, 128)], [("matmul_a16", 4, 128)], 1, roof, 0.0, left_out)) == []
-    assert left_out == ["w4a16 for 3 rows of 64x128"]
-
-
-def test_a_part_that_hangs_is_ended_and_the_rest_are_told(monkeypatch, tmp_path):
-    runs, limits = [], []
-
-    def process(arguments, timeout):
-        runs.append([part for part in arguments[arguments.index("--parts") + 1 :] if part in command.PARTS])
-        limits.append(timeout)
-        path = tmp_path / "gpu_writing.json"
-        fresh = {"environment": {"device": "x"}, "seed": 1, "name": "x", "ended": [], "errors": {}, "left_out": []}
-        report = json.loads(path.read_text()) if path.exists() else fresh | {"decode": [{"product": "w4a16"}]}
-        path.with_suffix(".md").write_text("")
-        if len(runs) == 1:
-            path.write_text(json.dumps(report))
-            raise subprocess.TimeoutExpired(arguments, timeout)
-        path.write_text(json.dumps(report | {"ended": report["ended"] + runs[-1], "left_out": runs[-1]}))
-        return subprocess.CompletedProcess(arguments, 0)
-
-    monkeypatch.setattr(subprocess, "run", process)
-    assert command.main(command.Config(parts=("decode", "one_token"), minutes=1.0, output=tmp_path)) == 1
-    assert runs == [["decode", "one_token"], ["one_token"]]
-    assert command.GRACE < limits[0] <= command.GRACE + 60
-    report = json.loads((tmp_path / "gpu_x.json").read_text())
-    assert report["decode"] == [{"product": "w4a16"}] and report["left_out"] == ["one_token"]
-    assert report["errors"] == {"decode": "the process did not end in time, and what was left of it did not run"}
+    run, roof = Course(rounds=1, until=0.0), speed.Roof(bandwidth=1.0, bfloat16=1.0)
+    assert list(speed.compare([(3, 64, 128)], [("matmul_a16", 4, 128)], roof, run)) == []
+    assert run.report["left_out"] == ["w4a16 for 3 rows of 64x128"]
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -245,9 +327,9 @@ def test_a_tile_stays_in_the_table_only_where_it_beats_xla(xla_is_faster, monkey
     monkeypatch.setattr(rotations, "cases", lambda: [rotations.Case("both", key, run, operands, by_xla)])
     monkeypatch.setattr(rotations, "seconds", lambda programs, rounds: {name: took[name] for name in programs})
     tuning.store({key: dataclasses.asdict(Tile(rows=64, columns=64, stages=1))}, chip)
-    left_out, roof = [], speed.Roof(bandwidth=1e12, bfloat16=1e12)
-    assert list(rotations.measure(2, roof, 0.0, left_out)) == [] and left_out == ["both"]
-    [row] = rotations.measure(2, roof, math.inf, [])
+    late, roof = Course(rounds=2, until=0.0), speed.Roof(bandwidth=1e12, bfloat16=1e12)
+    assert list(rotations.measure(roof, late)) == [] and late.report["left_out"] == ["both"]
+    [row] = rotations.measure(roof, Course(rounds=2))
     assert row["wrong_tiles"] == []
     assert set(row["tried_us"]) == set(map(str, tiles)) and row["default_us"] == 2 * row["us"]
     stored = tuning.lookup(key, chip)

@@ -9,9 +9,14 @@ table) and times kernels over bfloat16 `jnp.dot`, then the forward of one token.
 benchmarks/results/gpu_<device>.json and .md, after each part.
 """
 
+import collections
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -19,12 +24,10 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
-import jax.numpy as jnp
 import tyro
 
-import lowbit_jax as lb
-from benchmarks.gpu import checks, model, rotations, speed
-from benchmarks.timing import environment
+from benchmarks.gpu import checks, course, rotations, speed  # `model` needs more than the kernels do
+from benchmarks.gpu.course import Course
 from pallas_kernels import tuning
 
 DECODE = (
@@ -38,14 +41,13 @@ LARGE = (
 )  # fmt: skip
 LAYERS = ((6144, 2048), (2048, 2048), (11264, 2048), (2048, 5632))  # N and K of the layers of the 800M model
 LAYER_KERNELS = (("matmul_a16", 4, None), ("matmul_a8", 4, None), ("matmul_a8", 2, None))
-ONE_TOKEN = {"w4a16": lb.quest(4, activations=False), "w4a4": lb.quest(4), "w2a2": lb.quest(2)}
-
 
 PARTS = ("checks", "fused", "large", "training", "decode", "tiles", "one_token")  # tuned before models take the tiles
 NO_GPU = 2  # the exit status
 NOT_IN_TABLES = ("tile", "tried_us", "kernels_ms", "wrong_tiles")
-MOST_RESTARTS = 3  # of the checks, each of which a kernel ended by stopping the GPU
-GRACE = 120  # seconds after which a part that was begun in time is taken to hang
+MOST_RESTARTS = 3  # of a part, each of which a kernel ended by stopping the GPU
+GRACE = 15.0  # seconds after the time after which what still runs is ended
+POLL = 0.5  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,12 @@ class Config:
     batch: int = 32
     context: int = 512
     minutes: float = 8.0
-    """What is not begun by then is left out, and the report says so; what still runs two minutes later is ended."""
+    """What is not begun by then is left out, and the report says so; what still runs 15 seconds later is ended."""
     parts: tuple[str, ...] = PARTS
     """Which parts, in this order."""
     package: bool = False
-    """Write the tuned tiles of this chip into the package's own table too."""
+    """Write the tuned tiles of this chip into the package's own table too, pallas_kernels/tuned.json of the machine
+    that runs this, and put a copy of that file, tuned_<device>.json, under `output`."""
     output: pathlib.Path = pathlib.Path("benchmarks/results")
     until: float | None = None
     """For the command itself: this process is the one that uses the GPU, to this time of the clock."""
@@ -86,25 +89,45 @@ def main(config: Config) -> int:
         config = dataclasses.replace(config, parts=("checks",))
     path, until = config.output / "gpu_writing.json", time.time() + 60 * config.minutes
     path.unlink(missing_ok=True)
-    left, report, seen = list(config.parts), {}, (0, 0)
-    while left:
+    left, report, restarts = list(config.parts), {}, collections.Counter()
+    while left and (config.smoke or not report or time.time() < until):
         own = dataclasses.replace(config, parts=tuple(left), until=until)
-        limit = None if config.smoke else max(until - time.time(), 0) + GRACE
-        ended = in_time([sys.executable, "-m", "benchmarks.gpu", *arguments(own)], limit)
+        command = [sys.executable, "-m", "benchmarks.gpu", *arguments(own)]
+        ended = watched(command, path, None if config.smoke else until + GRACE)
         report = json.loads(path.read_text()) if path.exists() else {}
         if ended == NO_GPU or not report:
-            return ended or 1
-        before, left = seen, [name for name in left if name not in report["ended"]]
-        seen = len(report["ended"]), len(report.get("checks", []))
-        stopped = len([row for row in report.get("checks", []) if "failed" in row])
-        if left and (seen == before or left[0] == "checks" and stopped > MOST_RESTARTS):
-            how = "did not end in time" if ended is None else f"ended with status {ended}"
-            report["errors"][left[0]] = f"the process {how}, and what was left of it did not run"
-            report["ended"].append(left.pop(0))
-            path.write_text(json.dumps(report))
-            path.with_suffix(".md").write_text(markdown(report))
+            return ended if isinstance(ended, int) and ended else 1
+        if left := [name for name in left if name not in report["ended"]]:
+            restarts[left[0]] += 1
+            stopped(report, left[0], ended, restarts[left[0]] > MOST_RESTARTS)
+            left = [name for name in left if name not in report["ended"]]
+            write(path, report)
+    if left:
+        report["left_out"] += left
+        write(path, report)
     for suffix in (".json", ".md"):
         path.with_suffix(suffix).replace(config.output / f"gpu_{report['name']}{suffix}")
+    return told(config, report)
+
+
+def stopped(report: dict, part: str, ended: int | str, last: bool) -> None:
+    """Enters into the report how a process ended in the part, which is closed if it has been there before or `last`."""
+    how = f"the process {ended if isinstance(ended, str) else f'ended with status {ended}'}"
+    doing = report["doing"] or {"part": part, "what": "its start"}
+    step = course.name(part, doing["what"])
+    text = f"{how} at {doing['what']}"
+    if last or step in report["done"] or doing["part"] != part:
+        text += ", and what was left of it did not run"
+        report["ended"].append(part)
+    report["done"].append(step)
+    for row in report.get("checks", []):
+        if row.get("failed") == checks.RUNNING:
+            row["failed"] = how
+    report["errors"][part] = "; ".join(filter(None, (report["errors"].get(part), text)))
+
+
+def told(config: Config, report: Mapping) -> int:
+    """Prints what a report says in the end, and writes the tiles; 1 when a kernel is wrong or a part failed."""
     wrong = checks.wrong(report.get("checks", []))
     wrong += [row for part in PARTS for row in report.get(part, []) if row.get("wrong_tiles")]
     for row in wrong:
@@ -116,16 +139,44 @@ def main(config: Config) -> int:
         print("no tiles into the package: they go there from a GPU on which all checks have run and hold")
     elif config.package:
         own = json.loads(tuning.user_file().read_text()).get(chip, {}) if tuning.user_file().exists() else {}
-        print(f"{len(own)} tiles into {tuning.store(own, chip, tuning.PACKAGED)}")
+        copy = config.output / f"tuned_{report['name']}.json"
+        shutil.copyfile(tuning.PACKAGED, copy)
+        tuning.store(own, chip, copy)
+        print(f"{len(own)} tiles into {copy} and {tuning.store(own, chip, tuning.PACKAGED)}")
     return 1 if wrong or report.get("errors") else 0
 
 
-def in_time(command: list[str], seconds: float | None) -> int | None:
-    """The exit status of the command; None if it had to be ended after so many seconds (None: there is no limit)."""
+def watched(command: list[str], path: pathlib.Path, until: float | None) -> int | str:
+    """The exit status of the command, or why it was ended: the clock shows `until`, or the report at `path` has not
+    changed for as long as it said it may take (None: it may take any time)."""
+    age = lambda: path.stat().st_mtime_ns if path.exists() else 0
+    seen, since, patience = age(), time.time(), course.PATIENCE
+    process = subprocess.Popen(command)
     try:
-        return subprocess.run(command, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        return None
+        while process.poll() is None:
+            if (now := age()) != seen:
+                doing = json.loads(path.read_text()).get("doing") or {}
+                seen, since, patience = now, time.time(), doing.get("patience", course.PATIENCE)
+            if until is not None and time.time() > until:
+                return "did not end in time"
+            if until is not None and time.time() - since > patience:
+                return f"told nothing for {patience:.0f} s"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL)
+        return process.returncode
+    finally:
+        if process.poll() is None:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it back
+                process.wait(5)
+
+
+def write(path: pathlib.Path, report: Mapping) -> None:
+    """The report and its tables; never half of it, whatever stops this process."""
+    whole = path.with_suffix(".half")
+    whole.write_text(json.dumps(report, indent=1) + "\n")
+    whole.replace(path)
+    path.with_suffix(".md").write_text(markdown(report))
 
 
 def arguments(config: Config) -> list[str]:
@@ -154,37 +205,35 @@ def work(config: Config) -> int:
     config.output.mkdir(parents=True, exist_ok=True)
     device = ("smoke_" if config.smoke else "") + jax.devices()[0].device_kind.lower().replace(" ", "_")
     report = {"environment": environment(), "seed": config.seed, "name": device, "ended": [], "errors": {}}
-    report |= {"left_out": [], "checks": [], "seconds": {}} | (json.loads(path.read_text()) if path.exists() else {})
+    report |= {"checks": [], "seconds": {}} | course.fresh() | (json.loads(path.read_text()) if path.exists() else {})
 
-    def save(rows: list[dict] | None = None) -> None:
+    def save() -> None:
         tables = {"tuning": json.loads(tuning.user_file().read_text())} if tuning.user_file().exists() else {}
-        text = json.dumps({**report, **tables}, indent=1) + "\n"
-        whole = path.with_suffix(".half")
-        whole.write_text(text)
-        whole.replace(path)  # never half a report, whatever stops this process
-        path.with_suffix(".md").write_text(markdown(report))
+        write(path, report | tables)
 
     assert config.until is not None, "`main` says until when"
     until = time.perf_counter() + config.until - time.time()
-    named = parts(config, report, until, save)
-    for name in config.parts:
-        began = time.perf_counter()
-        if began > until:
+    run = Course(rounds=config.rounds, until=until, report=report, save=save)
+    named = parts(config, run)
+    for run.part in config.parts:
+        began, name = time.perf_counter(), run.part
+        if run.over() and not config.smoke:
             report["left_out"].append(name)
         else:
-            if name != "checks":
-                report[name] = []  # what a process that ended in this part has left is measured again
+            rows = report.setdefault(name, [])  # with those of a process that ended in this part
+            run.now("its start")
             try:
                 for row in named[name]():
-                    report[name].append(row)
+                    rows.append(row)
+                    run.finished()
                     save()
             except Exception as error:  # the other parts' numbers are worth having
                 report["errors"][name] = f"{type(error).__name__}: {str(error)[:2000]}"
                 traceback.print_exc()
-        alive = answers()
-        if alive or name != "checks":
+                save()
+        if alive := checks.answers():
             report["ended"].append(name)
-        report["seconds"][name] = round(time.perf_counter() - began, 1)
+        report["seconds"][name] = round(report["seconds"].get(name, 0) + time.perf_counter() - began, 1)
         print(f"{name}: {report['seconds'][name]:.0f} s", flush=True)
         save()
         if not alive:
@@ -192,18 +241,16 @@ def work(config: Config) -> int:
     return 0
 
 
-def answers() -> bool:
-    """Whether the device still computes: after an illegal access nothing does in this process."""
-    try:
-        return float(jnp.ones(4).sum()) == 4
-    except RuntimeError as error:  # of JAX's runtime
-        print(f"the device does not answer: {error}", file=sys.stderr)
-        return False
+def environment() -> dict[str, str | int]:
+    """What a reader must know to compare two reports."""
+    backend, device = jax.default_backend(), jax.devices()[0].device_kind
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    return {"backend": backend, "device": device, "cores": os.cpu_count() or 0} | versions
 
 
-def parts(config: Config, report: dict, until: float, save: Callable) -> dict[str, Callable[[], Iterable[dict]]]:
+def parts(config: Config, run: Course) -> dict[str, Callable[[], Iterable[dict]]]:
     """Name -> what measures its rows."""
-    shapes = lambda rows: [(m, *config.shape) for m in rows]
+    shapes, report = lambda rows: [(m, *config.shape) for m in rows], run.report
 
     def roof() -> speed.Roof:
         if "roof" not in report:
@@ -211,19 +258,27 @@ def parts(config: Config, report: dict, until: float, save: Callable) -> dict[st
         return speed.Roof(**report["roof"])
 
     def check() -> Iterable[dict]:
-        checks.run(checks.every(config.smoke, 64 if config.smoke else 512, config.seed), save, report["checks"])
+        checks.run(checks.every(config.smoke, 64 if config.smoke else 512, config.seed), run, report["checks"])
         return ()
 
-    compare = lambda shapes, kernels: speed.compare(shapes, kernels, config.rounds, roof(), until, report["left_out"])
+    def training() -> Iterable[dict]:
+        from benchmarks.gpu import model
+
+        return model.training(config.preset, config.batch, config.context, run)
+
+    def one_token() -> Iterable[dict]:
+        from benchmarks.gpu import model
+
+        return model.one_token(config.preset, 1, run)
 
     return {
         "checks": check,
-        "training": lambda: model.training(config.preset, config.batch, config.context, config.rounds),
-        "large": lambda: compare(shapes(config.large), LARGE),
-        "fused": lambda: rotations.measure(config.rounds, roof(), until, report["left_out"]),
-        "decode": lambda: compare(shapes(config.decode), DECODE),
-        "tiles": lambda: compare([(1, *layer) for layer in LAYERS], LAYER_KERNELS),
-        "one_token": lambda: model.one_token(config.preset, 1, config.rounds, ONE_TOKEN),
+        "training": training,
+        "large": lambda: speed.compare(shapes(config.large), LARGE, roof(), run),
+        "fused": lambda: rotations.measure(roof(), run),
+        "decode": lambda: speed.compare(shapes(config.decode), DECODE, roof(), run),
+        "tiles": lambda: speed.compare([(1, *layer) for layer in LAYERS], LAYER_KERNELS, roof(), run),
+        "one_token": one_token,
     }
 
 
@@ -249,4 +304,9 @@ def markdown(report: Mapping) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Config, description=__doc__)))
+    config = tyro.cli(Config, description=__doc__)
+    status = main(config)
+    if config.until is None:
+        sys.exit(status)
+    sys.stdout.flush()
+    os._exit(status)  # threads that wait for a GPU that has stopped would hold back the end

@@ -6,7 +6,9 @@ that stops the GPU is known by name.
 """
 
 import functools
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu.course import Course
 from benchmarks.gpu.operands import Product, bits_of, poisoned, relative_error
 from pallas_kernels import block_scaled, chips, matmul_i8_hopper, matmul_mx, planes, stochastic
 from pallas_kernels.both_ways import quantize_both_ways
@@ -27,25 +30,42 @@ LIMIT = {
     "float32": 2.0**-20,
 }  # a rounding of the result, and of a value twice as small as the largest
 
+RUNNING = "the process ended here"  # what the row of a check says until there is a result
+
 Check = tuple[dict, Callable[[], Callable[[], float]]]  # (what is checked, compile and draw -> run and compare)
 
 
-def run(checks: list[Check], save: Callable[[list[dict]], None], done: list[dict]) -> None:
-    """Appends one row a check to `done`, without those that are there, and saves before and after each.
+def run(checks: list[Check], course: Course, done: list[dict]) -> None:
+    """Appends one row a check to `done`, without those that are there, and tells each before it runs.
 
-    What a kernel raises becomes its row's `failed`, and the others run."""
+    What a kernel raises becomes its row's `failed`, and the others run; none after one that has stopped the device."""
     known = {_name(row) for row in done}
     left = [(told, prepare) for told, prepare in checks if _name(told) not in known]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         ready = [pool.submit(prepare) for _, prepare in left]
         for (told, _), future in zip(left, ready, strict=True):
-            done.append(told | {"error": None, "failed": "the process ended here"})
-            save(done)
+            done.append(told | {"error": None, "failed": RUNNING})
+            course.now(_name(told))
             try:
                 done[-1] = told | {"error": future.result()()}
             except Exception as error:
                 done[-1]["failed"] = f"{type(error).__name__}: {str(error)[:2000]}"
-    save(done)
+                course.save()
+                if not answers():
+                    return
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    course.save()
+
+
+def answers() -> bool:
+    """Whether the device still computes: after an illegal access nothing does in this process."""
+    try:
+        return float(jnp.ones(4).sum()) == 4
+    except RuntimeError as error:  # of JAX's runtime
+        print(f"the device does not answer: {error}", file=sys.stderr)
+        return False
 
 
 def wrong(rows: list[dict]) -> list[dict]:
@@ -54,7 +74,8 @@ def wrong(rows: list[dict]) -> list[dict]:
 
 
 def _name(row: dict) -> str:
-    return str([value for key, value in row.items() if key not in ("error", "failed")])
+    """The same for a row and for what a file in JSON has made of it."""
+    return json.dumps([value for key, value in row.items() if key not in ("error", "failed")])
 
 
 def every(interpreted: bool, size: int, seed: int) -> list[Check]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ from flax import nnx
 
 import lowbit_jax as lb
 from benchmarks.gpu import profile
+from benchmarks.gpu.course import Course
 from benchmarks.gpu.speed import seconds
 from recipes import llama, train_loop
 
@@ -43,6 +44,10 @@ KINDS = (
 )
 
 
+ONE_TOKEN = {"w4a16": lb.quest(4, activations=False), "w4a4": lb.quest(4), "w2a2": lb.quest(2)}
+COMPILING = 240.0  # seconds that all programs of a part may take
+
+
 def build(preset: str, dtype=jnp.bfloat16, attention: str = "auto") -> llama.Llama:
     """The preset's model with bfloat16 compute."""
     return llama.Llama(llama.preset(preset), 256, rngs=nnx.Rngs(0), dtype=dtype, attention=attention)
@@ -70,19 +75,24 @@ def first(preset: str, batch: int, context: int) -> tuple[Any, Any, Any]:
     return *jax.jit(made)(), tokens
 
 
-def training(preset: str, batch: int, context: int, rounds: int, kinds: Sequence[Kind] = KINDS) -> list[dict]:
-    """Milliseconds a step of each kind, the ratio over the first, and the kernels that take most of it."""
+def training(preset: str, batch: int, context: int, course: Course, kinds: Sequence[Kind] = KINDS) -> Iterator[dict]:
+    """One row a kind as soon as it is timed: milliseconds a step and the ratio over the first. When all are, as long as
+    there is time, a row gets the kernels that take most of it."""
+    rows = []
     try:
-        return _training(preset, batch, context, rounds, kinds, "auto")
+        for row in _training(preset, batch, context, course, kinds, "auto"):
+            rows.append(row)
+            yield row
+        return
     except Exception as error:
-        if "dnn" not in str(error).lower():
+        if rows or "dnn" not in str(error).lower():
             raise
         said = f"{type(error).__name__}: {str(error)[:1000]}"  # cuDNN is not part of JAX
         print(f"training: {said}; again with XLA's attention", flush=True)
-    return _training(preset, batch, context, rounds, kinds, "xla")
+    yield from _training(preset, batch, context, course, kinds, "xla")
 
 
-def _training(preset, batch, context, rounds, kinds, attention) -> list[dict]:
+def _training(preset, batch, context, course, kinds, attention) -> Iterator[dict]:
     """All kinds train one state in turn: several would not fit beside each other."""
 
     def compiled(kind: Kind):
@@ -91,8 +101,16 @@ def _training(preset, batch, context, rounds, kinds, attention) -> list[dict]:
         program = step.lower(*arguments).compile()
         return program, time.perf_counter() - start, program.memory_analysis()
 
+    wanted = [kind for kind in kinds if course.wants(kind.name)]
+    first_too = [*wanted, *(kind for kind in kinds[:1] if wanted and kind not in wanted)]  # the ratios are over it
     with ThreadPoolExecutor() as pool:
-        made = dict(zip((kind.name for kind in kinds), pool.map(compiled, kinds), strict=True))
+        made = {}
+        for kind, job in [(kind, pool.submit(compiled, kind)) for kind in first_too]:
+            course.now(f"compiling {kind.name}", COMPILING)
+            made[kind.name] = job.result()
+    if not made:
+        return
+    course.now("drawing the state")
     state, rest, tokens = first(preset, batch, context)
     held = [state]
 
@@ -101,17 +119,25 @@ def _training(preset, batch, context, rounds, kinds, attention) -> list[dict]:
         return numbers["loss"]
 
     programs = {name: functools.partial(run, program) for name, (program, *_) in made.items()}
-    times = seconds(programs, rounds, calls=2)
-    base = np.asarray(times[kinds[0].name])
-    rows = []
-    for name, (_, compile_s, memory) in made.items():
+    base, rows = kinds[0].name, []
+    for kind in wanted:
+        name, (_, compile_s, memory) = kind.name, made[kind.name]
+        if not course.wants(name):
+            continue
+        course.now(name)
+        times = seconds({each: programs[each] for each in (base, name)}, course.rounds, calls=2)
+        ratios = np.asarray(times[base]) / np.asarray(times[name])
         rows.append({
             "step": name, "preset": preset, "attention": attention, "tokens": batch * context,
             "loss": float(programs[name]()), "ms": 1e3 * float(np.median(times[name])),
-            "ratio": float(np.median(base / np.asarray(times[name]))), "compile_s": compile_s,
+            "ratio": float(np.median(ratios)), "compile_s": compile_s,
             "temp_gib": None if memory is None else memory.temp_size_in_bytes / 2**30,
-        } | kernels_of(programs[name], 80))  # fmt: skip
-    return rows
+        })  # fmt: skip
+        yield rows[-1]
+    for row in rows:
+        if not course.over():
+            course.now(f"profiling {row['step']}")
+            row |= kernels_of(programs[row["step"]], 80)
 
 
 def kernels_of(run: Callable, most: int) -> dict:
@@ -132,7 +158,8 @@ def packed(preset: str, recipe: lb.LinearRecipe | None) -> llama.Llama:
     return lb.convert(lb.quantize(model, rules=[("blocks", recipe)]), layout="planes/1")
 
 
-def one_token(preset: str, batch: int, rounds: int, recipes: dict[str, lb.LinearRecipe]) -> list[dict]:
+def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.LinearRecipe] = ONE_TOKEN
+              ) -> list[dict]:  # fmt: skip
     """Forward of one token a sequence (no attention cache): the products of a decode step, packed over bfloat16.
 
     The layers are separate arguments, one after the other: a loop over stacked ones copies each layer's weights out of
@@ -140,18 +167,22 @@ def one_token(preset: str, batch: int, rounds: int, recipes: dict[str, lb.Linear
     tokens = jnp.zeros((batch, 1), jnp.int32)
     made = {}
     for name, recipe in {"bfloat16": None, **recipes}.items():
+        course.now(f"packing {name}")
         run, state = unrolled(packed(preset, recipe))
         if recipe is None:
             state = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, state)
         made[name] = jax.jit(run).lower(state, tokens), state
+    course.now("compiling", COMPILING)
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda lowered: lowered.compile(), [lowered for lowered, _ in made.values()])
     programs = {name: functools.partial(program, state, tokens)
                 for program, (name, (_, state)) in zip(compiled, made.items(), strict=True)}  # fmt: skip
-    times = seconds(programs, rounds)
+    course.now("timing")
+    times = seconds(programs, course.rounds)
     base = np.asarray(times["bfloat16"])
     rows = []
     for name, t in times.items():
+        course.now(f"profiling {name}")
         rows.append({
             "model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)),
             "tokens_a_second": batch / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t))),

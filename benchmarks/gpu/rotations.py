@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu.course import Course
 from benchmarks.gpu.operands import bytes_of
-from benchmarks.gpu.speed import NO_SPILLS, Roof, on_device, seconds, store
+from benchmarks.gpu.speed import COMPILING, NO_SPILLS, Roof, on_device, seconds, store
 from pallas_kernels import both_ways, hadamard_backward, hadamard_quantize, planes
 from pallas_kernels.launch import Tile
 
@@ -95,19 +95,22 @@ def cases() -> Iterator[Case]:
         )
 
 
-def measure(rounds: int, roof: Roof, until: float, left_out: list[str]) -> Iterator[dict]:
-    """One row a case: microseconds by the best tile, which goes into the user's tuning table, and by the default; none
-    after `until`, as in `speed.compare`. A tile whose results are not the default's is not timed, and the row names
+def measure(roof: Roof, course: Course) -> Iterator[dict]:
+    """One row a case that the course wants: microseconds by the best tile, which goes into the user's tuning table, and
+    by the default. A tile whose results are not the default's is not timed, and the row names
     it."""
-    every = list(cases())
+    every = [case for case in cases() if course.wants(case.name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in case.tiles] for case in every]
-        built = [{str(tile): (tile, job.result()) for tile, job in each if job.exception() is None} for each in jobs]
+        built = []
+        for case, each in zip(every, jobs, strict=True):
+            course.now(f"compiling {case.name}", COMPILING)
+            built.append({str(tile): (tile, job.result()) for tile, job in each if job.exception() is None})
     copied, copy = jnp.ones((ARRAYS, 8192, 4096), jnp.bfloat16), jax.jit(lambda a: a + 1)
     for case, each in zip(every, built, strict=True):
-        if time.perf_counter() > until:
-            left_out.append(case.name)
+        if not course.wants(case.name):
             continue
+        course.now(case.name)
         if not each:
             store(case.key, None)
             print(f"{case.name}: no tile compiles without spills", flush=True)
@@ -119,7 +122,7 @@ def measure(rounds: int, roof: Roof, until: float, left_out: list[str]) -> Itera
         if not (programs := {name: run for name, run in programs.items() if name not in wrong}):
             yield {"kernel": case.name, "wrong_tiles": [f"{name}: {apart[name]:.2g}" for name in wrong]}
             continue
-        times = seconds(programs | case.xla() | {"copy": lambda: copy(copied)}, rounds)
+        times = seconds(programs | case.xla() | {"copy": lambda: copy(copied)}, course.rounds)
         took = {name: float(np.median(t)) / ARRAYS for name, t in times.items()}
         best = min(programs, key=took.__getitem__)
         tile, device, default = each[best][0], on_device(programs[best], ARRAYS), took.get(str(case.tiles[0]))

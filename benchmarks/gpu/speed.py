@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from benchmarks.gpu import profile
+from benchmarks.gpu.course import Course
 from benchmarks.gpu.operands import Product
 from pallas_kernels import (
     chips,
@@ -32,6 +33,7 @@ from pallas_kernels.launch import Tile
 TOGETHER = 4  # products whose programs are compiled at once, on all cores, before the first of them is timed
 BEST = 3  # tiles that are timed again beside bfloat16
 ROUNDING = 2.0**-6  # by which results of two tiles may differ, of the largest
+COMPILING = 200.0  # seconds that all programs of `TOGETHER` products, or of all rotations, may take
 XLA_COPIES = 2  # weights in XLA's program, which writes each out in full: more would change nothing
 NO_SPILLS: Any = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
 
@@ -162,7 +164,7 @@ class Built:
     xla: Callable
 
 
-def build(products: Sequence[Product], pool: ThreadPoolExecutor) -> list[Built]:
+def build(products: Sequence[Product], pool: ThreadPoolExecutor, course: Course) -> list[Built]:
     """Compiles everything at once, on all cores."""
 
     def compiled(p: Product, impl: str, tile: Tile | None):
@@ -177,6 +179,7 @@ def build(products: Sequence[Product], pool: ThreadPoolExecutor) -> list[Built]:
         wanted.append((p, [*jobs, (None, pool.submit(compiled, p, "xla", None))]))
     built = []
     for p, (*jobs, (_, xla)) in wanted:
+        course.now(f"compiling {label(p)}", COMPILING)
         # An error is a tile that does not fit the shape or the chip: not a candidate.
         tiles = [(tile, job.result()) for tile, job in jobs if job.exception() is None]
         if not tiles:
@@ -187,11 +190,10 @@ def build(products: Sequence[Product], pool: ThreadPoolExecutor) -> list[Built]:
     return built
 
 
-def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str, int, int | None]], rounds: int,
-            roof: Roof, until: float, left_out: list[str]) -> Iterator[dict]:  # fmt: skip
+def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str, int, int | None]], roof: Roof,
+            course: Course) -> Iterator[dict]:  # fmt: skip
     """One row a product and shape as soon as it is there: the best tile, microseconds, ratio over bfloat16, fraction of
-    the roof. Nothing is compiled or timed after the clock of `time.perf_counter` shows `until`; what is not gets into
-    `left_out`."""
+    the roof. Nothing is compiled or timed that the course does not want."""
     hopper = chips.traced_capability() == (9, 0)
     missing = {"matmul_mx": matmul_mx.why_not() is not None, "matmul_i8_hopper": not hopper}
     kernels = [each for each in kernels if not missing.get(each[0])]
@@ -200,22 +202,28 @@ def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str,
     for (m, n, k), each in products.items():
         dot, dot_device = None, None
         for first in range(0, len(each), TOGETHER):
-            some = each[first : first + TOGETHER]
-            if time.perf_counter() > until:
-                left_out += [f"{p.name} for {m} rows of {n}x{k}" for p in some]
+            some = [p for p in each[first : first + TOGETHER] if course.wants(label(p))]
+            if not some:
                 continue
             if dot is None:
+                course.now(f"bfloat16 for {m} rows of {n}x{k}")
                 x16 = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
                 w16 = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(copies(m))]
                 dot = functools.partial(over_weights(jnp.dot, "bfloat16"), x16, w16)
                 dot_device = on_device(dot, len(w16))
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                built = build(some, pool)
+                built = build(some, pool, course)
             for b in built:
+                course.now(label(b.product))
                 if b.tiles:
-                    row = measured(b, dot, copies(m), dot_device, rounds, roof)
+                    row = measured(b, dot, copies(m), dot_device, course.rounds, roof)
                     print(line(row), flush=True)
                     yield row
+
+
+def label(p: Product) -> str:
+    """Of a product among those of a part."""
+    return f"{p.name} for {p.m} rows of {p.n}x{p.k}"
 
 
 def store(entry: str, tile: Tile | None) -> None:
