@@ -79,6 +79,23 @@ def test_the_training_steps_lower_for_a_gpu_with_their_kernels(name):
     assert found == KERNELS_OF_A_STEP[name]
 
 
+def test_a_training_step_is_a_row_as_soon_as_it_is_timed(monkeypatch):
+    """Time is up after the second of three: two rows, with kernels only where there is time for the profiler."""
+    step = jax.jit(lambda state, rest, tokens: (state + 1, {"loss": state.sum()}))
+    monkeypatch.setattr(model, "training_step", lambda *_: (step, (jnp.ones(4), None, None)))
+    monkeypatch.setattr(model, "first", lambda *_: (jnp.ones(4), None, None))
+    monkeypatch.setattr(model, "kernels_of", lambda *_: {"device_ms": 1.0})
+    run = Course(rounds=2, part="training")
+    rows = model.training("smoke", 2, 32, run, model.KINDS[:3])
+    assert next(rows)["step"] == "bfloat16"
+    second = next(rows)
+    assert second["step"] == "quest w8a8" and second["ratio"] > 0 and "device_ms" not in second
+    run.until = 0.0
+    assert list(rows) == [] and run.report["left_out"] == ["quest w4a4"]
+    found = list(model.training("smoke", 2, 32, Course(rounds=2), model.KINDS[:2]))
+    assert [row["device_ms"] for row in found] == [1.0, 1.0]
+
+
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 @pytest.mark.parametrize(("name", "kernels"), [("w4a16", {"matmul_w4a16"}),
                                                ("w2a2", {"hadamard_quantize2", "matmul_w2a8"})])  # fmt: skip
@@ -284,6 +301,24 @@ def test_tiles_do_not_go_into_the_package_unchecked(monkeypatch, tmp_path, capsy
     assert "no tiles into the package" in capsys.readouterr().out
     assert command.main(command.Config(parts=("decoding",), output=tmp_path)) == 1
     assert "no part 'decoding'; it has checks" in capsys.readouterr().out
+
+
+def test_tiles_for_the_package_come_back_with_the_results(monkeypatch, tmp_path):
+    """The table of the user's own, this chip's part of it, over what the package has."""
+    monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "tuned.json")
+    old, new = (dataclasses.asdict(Tile(columns=columns)) for columns in (16, 32))
+    tuning.store({"a/w4/m1/1x1": old, "b/w4/m1/1x1": old}, "x", tuning.PACKAGED)
+    tuning.store({"b/w4/m1/1x1": new}, "x")
+
+    def checked(parts, report):
+        report["checks"] = [{"kernel": "a", "limit": 1.0, "error": 0.5}]
+        return all_right(parts, report)
+
+    Processes(monkeypatch, tmp_path, checked)
+    assert command.main(command.Config(parts=("checks",), package=True, output=tmp_path)) == 0
+    for path in (tuning.PACKAGED, tmp_path / "tuned_x.json"):
+        assert json.loads(path.read_text()) == {"x": {"a/w4/m1/1x1": old, "b/w4/m1/1x1": new}}
 
 
 def test_products_that_time_did_not_allow_are_named_and_not_compiled(monkeypatch):
