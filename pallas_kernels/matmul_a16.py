@@ -115,7 +115,8 @@ def default_tile(m: int, n: int, k: int, bits: int, group: int) -> Tile:
     short = group == k or group <= _LONG  # a longer group makes a longer turn than the tuner saw
     if short and (found := tuning.lookup(tuning.key("matmul_a16", bits, m, n, k))):
         tile = Tile(**found)
-        if planes.padded_n(n) % tile.columns == 0 and parts.fit(tile, k, _step(k, bits, group, tile.rows)):
+        step = _step(k, bits, group, tile.rows)
+        if planes.padded_n(n) % tile.columns == 0 and parts.fit(tile, k, step, planes.step_length(bits, WORD_BITS)):
             return tile
     rows = planes.padded_n(n)
     block = launch.power_of_two(m, launch.LEAST_ROWS, 64)  # two accumulators of 128 rows spill on Ampere
@@ -152,7 +153,7 @@ def _run(x, words, scales, zeros, bits, group, tile, impl, out_dtype):
     rows, step, steps = planes.padded_n(n), _step(k, bits, group, tile.rows), _steps(k, bits, group, tile.rows)
     if rows % tile.columns:
         fail("matmul_a16", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
-    parts.check("matmul_a16", tile, k, step)
+    parts.check("matmul_a16", tile, k, step, planes.step_length(bits, WORD_BITS))
     of_groups = functools.partial(parts.leading, parts=1 if group == k else tile.parts)
     of_columns = lambda table: parts.column_block(table, tile.columns, table.ndim - 1)
     midrise, shifted = _zero_form(bits, zeros)

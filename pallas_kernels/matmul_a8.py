@@ -139,7 +139,8 @@ def default_tile(m: int, n: int, k: int, bits: int) -> Tile:
     rows = planes.padded_n(n)
     if found := tuning.lookup(tuning.key("matmul_a8", bits, m, n, k)):
         tile = Tile(**found)
-        if rows % tile.columns == 0 and parts.fit(tile, k, _step(k, bits, tile.rows)):
+        step = _step(k, bits, tile.rows)
+        if rows % tile.columns == 0 and parts.fit(tile, k, step, planes.step_length(bits, WORD_BITS)):
             return tile
     block = launch.power_of_two(m, launch.LEAST_ROWS, 128 if m > 64 else 64)
     columns = launch.dividing(rows, (128, 64, 32) if m > 64 else (64, 32))
@@ -188,7 +189,7 @@ def _run(x, words, sides, finish, bits, out_dtype, tile, impl):
     rows, step, steps = planes.padded_n(n), _step(k, bits, tile.rows), _steps(k, bits, tile.rows)
     if rows % tile.columns:
         fail("matmul_a8", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
-    parts.check("matmul_a8", tile, k, step)
+    parts.check("matmul_a8", tile, k, step, planes.step_length(bits, WORD_BITS))
     whole = tile.split == 1  # else the parts' integers are added before they are scaled
     of_row, of_column = (
         pl.BlockSpec((tile.rows,), lambda n, m, s: (m,)),

@@ -18,18 +18,25 @@ from pallas_kernels.checks import fail
 from pallas_kernels.launch import Tile
 
 
-def fit(tile: Tile, k: int, step: int) -> bool:
-    """Whether the parts of the tile, and those of its `split`, are equal numbers of steps, of whole ones if there are
-    several parts."""
+def fit(tile: Tile, k: int, step: int, block: int) -> bool:
+    """Whether the parts of the tile, and those of its `split`, are equal numbers of steps; if there are several parts,
+    of whole steps, and each of whole blocks of every field (`planes.step_length`), between which words can be cut."""
+    return _equal(tile, k, step) and (tile.parts == 1 or k % (tile.parts * block) == 0)
+
+
+def _equal(tile: Tile, k: int, step: int) -> bool:
     return -(-k // step) % (tile.split * tile.parts) == 0 and (tile.parts == 1 or k % step == 0)
 
 
-def check(who: str, tile: Tile, k: int, step: int) -> None:
+def check(who: str, tile: Tile, k: int, step: int, block: int) -> None:
     """Raises: ValueError where they do not `fit`."""
-    if not fit(tile, k, step):
-        asked = f"tile.split={tile.split}" + (f" and tile.parts={tile.parts}" if tile.parts > 1 else "")
+    asked = f"tile.split={tile.split}" + (f" and tile.parts={tile.parts}" if tile.parts > 1 else "")
+    if not _equal(tile, k, step):
         way_out = "Take a divisor of whole steps, or one part" if tile.parts > 1 else "Take a divisor of them"
         fail(who, f"got {asked}, but K={k} is {-(-k // step)} steps of {step}", way_out)
+    if not fit(tile, k, step, block):
+        seen = f"got {asked}, but a part of K={k} is no whole number of blocks of {block} codes"
+        fail(who, seen, "Words are cut between blocks: take fewer parts, or one")
 
 
 def leading(table: Num[Array, "n *s"], parts: int) -> Num[Array, "*parts_n_s"]:
