@@ -5,6 +5,7 @@ Programs are compiled, operands drawn and references computed on all cores; kern
 that stops the GPU is known by name.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ from pallas_kernels import block_scaled, chips, matmul_i8_hopper, matmul_mx, pla
 from pallas_kernels.both_ways import quantize_both_ways
 from pallas_kernels.hadamard_backward import hadamard_backward
 from pallas_kernels.hadamard_quantize import hadamard_quantize, signed_hadamard
+from pallas_kernels.launch import Tile
 
 LIMIT = {
     "bfloat16": 2.0**-7,
@@ -89,7 +91,8 @@ def every(interpreted: bool, size: int, seed: int) -> list[Check]:
 
 
 def cases(size: int, interpreted: bool) -> Iterator[Product]:
-    """All widths, decode and larger M, groups and channels, both 16-bit dtypes, zero points, odd sizes."""
+    """All widths, decode and larger M, groups and channels, both 16-bit dtypes, zero points, parts side by
+    side, odd sizes."""
     rows = (1, 16) if interpreted else (1, 16, 64, 200)
     for bits in range(1, 9):
         for m in rows:
@@ -103,13 +106,22 @@ def cases(size: int, interpreted: bool) -> Iterator[Product]:
         yield Product(kernel="matmul_a8", bits=bits, m=5, n=100, k=1056, zeros=True)
     for bits in (1, 2, 4):
         yield Product(kernel="matmul_a8", bits=bits, m=16, n=size, k=2 * size, zeros=True)
+    for bits in (4, 3, 8):  # zero points as `lb.convert` makes them of asymmetric weights, at sizes of decoding
+        for m in (1, 16):
+            yield Product(kernel="matmul_a16", bits=bits, m=m, n=size, k=max(2 * size, 256), group=128, zeros=True)
+    side_by_side = functools.partial(Tile, rows=8, columns=32)
+    for bits, group, zeros, parts in ((4, 128, True, 4), (3, 32, False, 2)):
+        tile = side_by_side(parts=parts)
+        yield Product(kernel="matmul_a16", bits=bits, m=3, n=size, k=1024, group=group, zeros=zeros, tile=tile)
+    yield Product(kernel="matmul_a8", bits=2, m=3, n=size, k=1024, zeros=True, tile=side_by_side(parts=2))
     yield Product(kernel="matmul_i8", bits=8, m=100, n=1000, k=1000)
     for m in rows if interpreted else (*rows, 512):
         yield Product(kernel="matmul_i8", bits=8, m=m, n=size, k=2 * size)
     if not interpreted and on_hopper():
         for m, n, dtype in ((512, size, "bfloat16"), (256, size, "float32"), (384, 2 * size, "bfloat16")):
-            for tile in matmul_i8_hopper.TILES:
-                if m % tile[0] == 0:
+            for rows, columns in matmul_i8_hopper.TILES:
+                tile = Tile(rows=rows, columns=columns, warps=8, stages=4)
+                if m % rows == 0:
                     yield Product(kernel="matmul_i8_hopper", bits=8, m=m, n=n, k=2 * size, dtype=dtype, tile=tile)
         for bits in (4, 8):  # unpacked first
             yield Product(kernel="matmul_a8", bits=bits, m=512, n=size, k=2 * size)
@@ -135,7 +147,7 @@ def products(impl: str, size: int, seed: int) -> list[Check]:
             return lambda: relative_error(run(), reference)
 
         told = {"kernel": p.name, "m": p.m, "n": p.n, "k": p.k, "group": p.group, "dtype": p.dtype, "zeros": p.zeros,
-                "tile": p.tile}  # fmt: skip
+                "tile": p.tile and dataclasses.asdict(p.tile)}  # fmt: skip
         found.append((told | {"limit": LIMIT[p.dtype]}, prepare))
     return found
 

@@ -30,7 +30,7 @@ class Product:
 
     bits: of the weights. group: scales along the contraction for matmul_a16 (None: channels). zeros: matmul_a16 with a
     zero point for each group, drawn at random; matmul_a8 with mid-rise grids on both sides, as QuEST has them. tile:
-    rows and columns of a tile other than the default. impl of a run: "kernel" (what a GPU runs), "interpret" or
+    another than the default. impl of a run: "kernel" (what a GPU runs), "interpret" or
     "xla"."""
 
     kernel: str
@@ -41,7 +41,7 @@ class Product:
     group: int | None = None
     dtype: str = "bfloat16"
     zeros: bool = False
-    tile: tuple[int, int] | None = None
+    tile: Tile | None = None
 
     @property
     def name(self) -> str:
@@ -113,9 +113,7 @@ class Product:
     def run(self, impl: str, tile: Tile | None = None) -> Callable[[tuple, tuple], Array]:
         """`(activation, weight) -> y`, in the dtype of 16-bit activations, else bfloat16."""
         own = {"kernel": "triton", "interpret": "interpret", "xla": "xla"}[impl]
-        if self.tile is not None:
-            tile = Tile(rows=self.tile[0], columns=self.tile[1], warps=8, stages=4)
-        options: dict[str, Any] = dict(tile=tile, impl=own)
+        options: dict[str, Any] = dict(tile=tile or self.tile, impl=own)
         match self.kernel:
             case "matmul_a16":
                 zeros = lambda w: w[1] if self.zeros else None
