@@ -18,6 +18,7 @@ from benchmarks.gpu import checks, course, model, profile, rotations, speed
 from benchmarks.gpu.course import Course
 from benchmarks.gpu.operands import KERNELS, Product, poisoned, relative_error
 from pallas_kernels import both_ways, chips, tuning
+from pallas_kernels.hadamard_quantize import Quantized
 from pallas_kernels.launch import Tile
 
 
@@ -335,6 +336,7 @@ def test_products_that_time_did_not_allow_are_named_and_not_compiled(monkeypatch
 def test_a_tile_with_a_wrong_result_is_not_timed(broken, monkeypatch, tmp_path):
     monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
     monkeypatch.setattr(speed, "copies", lambda m: 2)
+    monkeypatch.setattr(speed, "sets", lambda p: 2)
     p = Product(kernel="matmul_a16", bits=4, m=3, n=64, k=128, group=32)
     tiles = Tile(rows=16, columns=32), Tile(rows=8, columns=64)
     each = lambda run: lambda x, weights: [run(x, w) for w in weights]
@@ -348,6 +350,66 @@ def test_a_tile_with_a_wrong_result_is_not_timed(broken, monkeypatch, tmp_path):
     both = speed.Built(p, [(tiles[0], wrong)], right)
     none = speed.measured(both, lambda: jnp.ones(()), 2, None, 2, speed.Roof(bandwidth=1e12, bfloat16=1e12))
     assert "ratio" not in none and "no tile is right" in speed.line(none)
+    entry = tuning.key("matmul_a16", 4, 3, 64, 128)
+    assert tuning.lookup(entry, jax.devices()[0].device_kind) is None, "a tile of an earlier run is not kept"
+
+
+def test_weights_fill_more_than_the_cache_and_not_the_memory():
+    """Two bits of 2048x2048 are a megabyte: 32 of them fit the 50 MB of an H100's second-level cache."""
+    bytes_of = lambda p: speed.sets(p) * speed.copies(p.m) * p.n * p.k * p.bits // 8
+    for chip in ("sm_80", "sm_90", "sm_100"):
+        with chips.abstract_gpu(chip):
+            for n, k in command.LAYERS:
+                p = Product(kernel="matmul_a8", bits=2, m=1, n=n, k=k)
+                assert 4 * chips.CHIPS[chip].l2 <= bytes_of(p) <= 1 << 30
+            assert speed.sets(Product(kernel="matmul_a16", bits=4, m=1, n=14336, k=4096)) == 1
+            small = Product(kernel="matmul_a16", bits=4, m=1, n=64, k=128)
+            assert speed.sets(small) == speed.MOST_SETS
+    small = dataclasses.replace(small, bits=1)
+    weights, seen = speed.weights_of(small), []
+    run = speed.in_turn(lambda x, w: seen.append(id(w)), (), weights)
+    for _ in range(2 * len(weights)):
+        run()
+    assert len(weights) == speed.MOST_SETS and seen[: len(weights)] == seen[len(weights) :] == [*map(id, weights)]
+
+
+def test_a_rotation_is_traced_once_a_tile(monkeypatch):
+    monkeypatch.setattr(rotations, "NO_SPILLS", {})
+    traced = []
+
+    def run(x, tile):
+        traced.append(tile)
+        return x + 1
+
+    case = rotations.Case("a", "a", run, [(jnp.ones(4),)] * 6)
+    tile = Tile(rows=16)
+    assert len(case.compiled(tile)(case.arguments)) == 6 and traced == [tile]
+
+
+def test_a_moved_code_is_told_from_wrong_sums():
+    """A code a row in 2000 moves, and with it each sum: the tile is right; a sum that is not its codes' is wrong."""
+    codes = np.random.default_rng(0).integers(-8, 8, (8, 2048)).astype(np.int8)
+    moved = codes.copy()
+    moved[:, 5] ^= 1
+    made = lambda codes, off=0: Quantized(
+        jnp.asarray(codes), jnp.ones(8), jnp.asarray(codes.sum(1, dtype=np.int32) + off)
+    )
+    assert 0 < rotations.difference(made(moved), made(codes)) <= rotations.DIFFER
+    assert rotations.difference(made(codes, off=1), made(codes)) > rotations.DIFFER
+    assert rotations.difference(made(codes), made(codes)) == 0
+
+
+def test_a_rotation_with_wrong_tiles_alone_leaves_the_table(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
+    monkeypatch.setattr(rotations, "NO_SPILLS", {})
+    monkeypatch.setattr(rotations, "ARRAYS", 1)
+    run = lambda x, tile: x + 1
+    case = rotations.Case("a", "a", run, [(jnp.ones(4),)], lambda x: x + 2)
+    monkeypatch.setattr(rotations, "cases", lambda: [case])
+    chip = jax.devices()[0].device_kind
+    tuning.store({"a": dataclasses.asdict(Tile())}, chip)
+    [row] = rotations.measure(speed.Roof(bandwidth=1e12, bfloat16=1e12), Course(rounds=1))
+    assert len(row["wrong_tiles"]) == len(rotations.WIDE_TILES) and tuning.lookup("a", chip) is None
 
 
 @pytest.mark.parametrize("xla_is_faster", [True, False])

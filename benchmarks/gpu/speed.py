@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
@@ -34,6 +35,8 @@ TOGETHER = 4  # products whose programs are compiled at once, on all cores, befo
 BEST = 3  # tiles that are timed again beside bfloat16
 ROUNDING = 2.0**-6  # by which results of two tiles may differ, of the largest
 COMPILING = 200.0  # seconds that all programs of `TOGETHER` products, or of all rotations, may take
+CACHES = 4  # times that the weights of a product fill the second-level cache, at least
+MOST_SETS = 16
 XLA_COPIES = 2  # weights in XLA's program, which writes each out in full: more would change nothing
 NO_SPILLS: Any = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
 
@@ -144,15 +147,27 @@ def candidates(p: Product) -> list[Tile | None]:
     return list(dict.fromkeys([*none, default(p), *tiles]))
 
 
-def weights_of(p: Product) -> list[tuple]:
-    """As many weights as `copies` says, several times the cache."""
-    first = p.weight(0)
-    return [first, *(p.weight(i) for i in range(1, copies(p.m)))]
+def weights_of(p: Product) -> list[list[tuple]]:
+    """The weights of one program, `copies` of them, and others for the next calls, together several times the cache."""
+    return [[p.weight(first + i) for i in range(copies(p.m))] for first in range(0, sets(p) * copies(p.m), copies(p.m))]
 
 
 def copies(m: int) -> int:
-    """How many weights: with few rows so many that what a program costs beside its kernels is little for each."""
+    """How many weights in a program: with few rows so many that what it costs beside its kernels is little for each."""
     return 32 if m <= 64 else 8
+
+
+def sets(p: Product) -> int:
+    """How many times `copies` weights fill the chip's second-level cache `CACHES` times, up to `MOST_SETS`."""
+    here = [chip.l2 for chip in chips.CHIPS.values() if chip.capability == chips.traced_capability()]
+    cache = max(here or [chip.l2 for chip in chips.CHIPS.values()])
+    return min(MOST_SETS, -(-CACHES * cache // (copies(p.m) * p.n * p.k * p.bits // 8)))
+
+
+def in_turn(run: Callable, x: tuple, weights: Sequence[list[tuple]]) -> Callable[[], list]:
+    """`run(x, a set of weights)`, called with each set in turn."""
+    left = itertools.cycle(weights)
+    return lambda: run(x, next(left))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,7 +230,9 @@ def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str,
                 built = build(some, pool, course)
             for b in built:
                 course.now(label(b.product))
-                if b.tiles:
+                if not b.tiles:
+                    store(tuning.key(b.product.kernel, b.product.bits, m, n, k), None)  # of an earlier run
+                else:
                     row = measured(b, dot, copies(m), dot_device, course.rounds, roof)
                     print(line(row), flush=True)
                     yield row
@@ -247,27 +264,30 @@ def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, round
     """The row of one product; its best tile goes into the user's tuning table. A tile whose result is not XLA's is not
     timed, and the row names it."""
     p, x, weights = b.product, b.product.activation(0), weights_of(b.product)
-    by_xla = functools.partial(b.xla, x, weights[:XLA_COPIES])
-    programs = {str(i): functools.partial(run, x, weights) for i, (_, run) in enumerate(b.tiles)}
+    count = len(weights[0])
+    by_xla = functools.partial(b.xla, x, weights[0][:XLA_COPIES])
+    programs = {str(i): in_turn(run, x, weights) for i, (_, run) in enumerate(b.tiles)}
     expected = by_xla()[0]
-    apart = {name: float(_apart(run()[0], expected)) for name, run in programs.items()}
+    apart = {str(i): float(_apart(run(x, weights[0])[0], expected)) for i, (_, run) in enumerate(b.tiles)}
     right = [name for name, error in apart.items() if error <= ROUNDING]  # not where it is not a number
     tiles = {name: b.tiles[int(name)][0] for name in programs}
     row = {"product": p.name, "group": p.group, "m": p.m, "n": p.n, "k": p.k,
            "wrong_tiles": [f"{tiles[name]}: {apart[name]:.2g}" for name in programs if name not in right]}  # fmt: skip
+    entry = tuning.key(p.kernel, p.bits, p.m, p.n, p.k)
     if not right:
+        store(entry, None)  # of an earlier run
         return row
-    tried = {name: float(np.median(t)) / len(weights) for name, t in
+    tried = {name: float(np.median(t)) / count for name, t in
              seconds({name: programs[name] for name in right}, 3).items()}  # fmt: skip
     best = sorted(right, key=tried.__getitem__)[:BEST]  # too near each other for three rounds
     times = seconds({"bfloat16": dot, "xla": by_xla} | {name: programs[name] for name in best}, rounds)
     best = min(best, key=lambda name: float(np.median(times[name])))
     tile = tiles[best]
-    base, kernel, xla = (np.asarray(times[name]) / count for name, count in
-                         (("bfloat16", dots), (best, len(weights)), ("xla", XLA_COPIES)))  # fmt: skip
-    device = on_device(programs[best], len(weights))
+    base, kernel, xla = (np.asarray(times[name]) / each for name, each in
+                         (("bfloat16", dots), (best, count), ("xla", XLA_COPIES)))  # fmt: skip
+    device = on_device(programs[best], count)
     if tile is not None:
-        store(tuning.key(p.kernel, p.bits, p.m, p.n, p.k), tile)
+        store(entry, tile)
     return row | {
         "bfloat16_us": 1e6 * float(np.median(base)), "kernel_us": 1e6 * float(np.median(kernel)),
         "xla_us": 1e6 * float(np.median(xla)), "ratio": float(np.median(base / kernel)),
