@@ -354,6 +354,16 @@ def test_a_tile_with_a_wrong_result_is_not_timed(broken, monkeypatch, tmp_path):
     assert tuning.lookup(entry, jax.devices()[0].device_kind) is None, "a tile of an earlier run is not kept"
 
 
+def test_a_product_of_which_no_tile_compiles_leaves_the_table(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
+    monkeypatch.setattr(speed, "build", lambda products, *_: [speed.Built(p, [], jnp.dot) for p in products])
+    entry, chip = tuning.key("matmul_a16", 4, 3, 64, 128), jax.devices()[0].device_kind
+    tuning.store({entry: dataclasses.asdict(Tile())}, chip)
+    roof = speed.Roof(bandwidth=1.0, bfloat16=1.0)
+    assert list(speed.compare([(3, 64, 128)], [("matmul_a16", 4, 128)], roof, Course(rounds=1))) == []
+    assert tuning.lookup(entry, chip) is None
+
+
 def test_weights_fill_more_than_the_cache_and_not_the_memory():
     """Two bits of 2048x2048 are a megabyte: 32 of them fit the 50 MB of an H100's second-level cache."""
     bytes_of = lambda p: speed.sets(p) * speed.copies(p.m) * p.n * p.k * p.bits // 8

@@ -1,6 +1,7 @@
 """What all kernels have in common: 64-bit mode, what is not a tile, and calls where there is no GPU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -221,3 +222,21 @@ def test_arrays_beyond_32_bit_offsets_are_refused(call):
     x, key = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
     with pytest.raises(ValueError, match=f"2147483648 elements; kernels count up to {MOST_ELEMENTS}"):
         jax.eval_shape(call, x, key)
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+@pytest.mark.parametrize("shape", [(1, 1 << 24), (1 << 24, 32)], ids=["wide", "long"])
+@pytest.mark.parametrize("call", [
+    lambda x, key: quantize_mx(x, format="mxfp8"),
+    lambda x, key: quantize_nvfp4(x, jnp.ones(())),
+    lambda x, key: stochastic_round(x, key),
+    lambda x, key: stochastic_codes(x, jnp.ones(x.shape[0], jnp.float32), key, bits=4),
+    lambda x, key: dequantize_mx(x.astype(jnp.uint8), jnp.ones((len(x), x.shape[1] // 32), jnp.uint8), format="mxfp8"),
+])  # fmt: skip
+def test_grids_fit_a_launch(call, shape):
+    """CUDA takes 65535 programs along y and z; JAX folds a longer axis into x."""
+    x, key = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    with chips.abstract_gpu("sm_90"):
+        text = jax.jit(call).trace(x, key).lower(lowering_platforms=("cuda",)).as_text()
+    grids = {axis: int(size) for axis, size in re.findall(r"grid_([xyz]) = (\d+)", text)}
+    assert grids["x"] * grids["y"] >= shape[0] * shape[1] >> 14 and max(grids["y"], grids["z"]) <= 65535
