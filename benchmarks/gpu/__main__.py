@@ -6,7 +6,9 @@
 
 Checks every kernel on fresh random data, times an 800M model's training step, tunes tiles (into the user's tuning
 table) and times kernels over bfloat16 `jnp.dot`, then the forward of one token. Writes
-benchmarks/results/gpu_<device>.json and .md, after each part.
+benchmarks/results/gpu_<device>.json and .md, after each part. Parts run in a process of their own, which is ended where
+it tells nothing for long; the next one goes on behind the kernel that hung or stopped the GPU. Kernels need jax,
+jaxtyping and tyro; the parts `training` and `one_token` need what the recipes do.
 """
 
 import collections

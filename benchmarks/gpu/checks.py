@@ -32,6 +32,7 @@ LIMIT = {
     "float32": 2.0**-20,
 }  # a rounding of the result, and of a value twice as small as the largest
 
+PATIENCE = 45.0  # seconds that one may run, when it has been compiled; most take a hundredth of one
 RUNNING = "the process ended here"  # what the row of a check says until there is a result
 
 Check = tuple[dict, Callable[[], Callable[[], float]]]  # (what is checked, compile and draw -> run and compare)
@@ -50,7 +51,9 @@ def run(checks: list[Check], course: Course, done: list[dict]) -> None:
             done.append(told | {"error": None, "failed": RUNNING})
             course.now(_name(told))
             try:
-                done[-1] = told | {"error": future.result()()}
+                compare = future.result()
+                course.now(_name(told), PATIENCE)
+                done[-1] = told | {"error": compare()}
             except Exception as error:
                 done[-1]["failed"] = f"{type(error).__name__}: {str(error)[:2000]}"
                 course.save()
