@@ -112,6 +112,19 @@ def test_the_forward_of_one_token_runs_kernels_on_a_gpu(name, kernels):
     assert {kernel for kernel in ("matmul_w4a16", "matmul_w2a8", "hadamard_quantize2") if kernel in text} == kernels
 
 
+def test_the_forward_of_one_token_is_rows_before_it_is_profiled(monkeypatch):
+    monkeypatch.setattr(model, "kernels_of", lambda *_: {"device_ms": 1.0})
+    run = Course(rounds=1, part="one_token")
+    with jax.numpy_dtype_promotion("standard"):
+        rows = []
+        for row in model.one_token("smoke", 1, run, {"w2a2": model.ONE_TOKEN["w2a2"]}):
+            assert "device_ms" not in row
+            rows.append(row)
+            run.finished()
+    assert [(row["model"], row["device_ms"]) for row in rows] == [("bfloat16", 1.0), ("w2a2", 1.0)]
+    assert list(model.one_token("smoke", 1, run)) == [], "nothing is measured twice"
+
+
 def test_a_machine_without_a_gpu_is_told_what_it_can_run(capfd):
     if jax.default_backend() == "gpu":
         pytest.skip("there is a GPU")

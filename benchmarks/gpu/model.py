@@ -159,11 +159,13 @@ def packed(preset: str, recipe: lb.LinearRecipe | None) -> llama.Llama:
 
 
 def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.LinearRecipe] = ONE_TOKEN
-              ) -> list[dict]:  # fmt: skip
+              ) -> Iterator[dict]:  # fmt: skip
     """Forward of one token a sequence (no attention cache): the products of a decode step, packed over bfloat16.
 
     The layers are separate arguments, one after the other: a loop over stacked ones copies each layer's weights out of
     the stack before a kernel reads them."""
+    if not course.wants("the forward"):
+        return
     tokens = jnp.zeros((batch, 1), jnp.int32)
     made = {}
     for name, recipe in {"bfloat16": None, **recipes}.items():
@@ -177,17 +179,18 @@ def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.
         compiled = pool.map(lambda lowered: lowered.compile(), [lowered for lowered, _ in made.values()])
     programs = {name: functools.partial(program, state, tokens)
                 for program, (name, (_, state)) in zip(compiled, made.items(), strict=True)}  # fmt: skip
-    course.now("timing")
+    course.now("the forward")
     times = seconds(programs, course.rounds)
     base = np.asarray(times["bfloat16"])
-    rows = []
-    for name, t in times.items():
-        course.now(f"profiling {name}")
-        rows.append({
-            "model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)),
-            "tokens_a_second": batch / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t))),
-        } | kernels_of(programs[name], 20))  # fmt: skip
-    return rows
+    rows = [{
+        "model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)),
+        "tokens_a_second": batch / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t))),
+    } for name, t in times.items()]  # fmt: skip
+    yield from rows
+    for row in rows:
+        if not course.over():
+            course.now(f"profiling {row['model']}")
+            row |= kernels_of(programs[row["model"]], 20)
 
 
 def unrolled(model: llama.Llama) -> tuple[Callable, tuple]:
