@@ -11,6 +11,7 @@ from flax import linen
 from flax.core import FrozenDict, freeze
 
 from lowbit_jax.nn.linen import Run, quantization, quantization_of, under_norm, watching
+from lowbit_jax.nn.linen_origin import Origin, mark, origins
 from lowbit_jax.nn.policy import Node, parents
 from lowbit_jax.nn.site import Site, called, check_stack
 from lowbit_jax.ops import LinearRecipe
@@ -21,12 +22,15 @@ Sites = dict[str, tuple[Site, LinearRecipe]]
 
 @dataclasses.dataclass
 class Traced:
-    """What one call of a quantized model meets: its quantized products by path, those whose weight a norm makes at
-    every call, and every module."""
+    """What one call of a quantized model meets: its quantized products by path, the axes that each use of a weight
+    sums over, those whose weight a norm makes at every call, every module, and where each weight comes from (`int`: the
+    number of a leaf of the variables)."""
 
     sites: Sites = dataclasses.field(default_factory=dict)
+    contracts: dict[str, set[tuple[int, ...]]] = dataclasses.field(default_factory=dict)
     normed: set[str] = dataclasses.field(default_factory=set)
     nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
+    origins: dict[str, set[Origin]] = dataclasses.field(default_factory=dict)
 
 
 def packable_sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], who: str) -> Sites:
@@ -37,9 +41,26 @@ def packable_sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str,
             f"{who}: {normed[0]!r} belongs to a weight that a norm (linen.WeightNorm, SpectralNorm) makes at each call:"
             " there is nothing to keep. Leave its layer out by a rule, or fold the norm into it first."
         )
-    for path, (site, _) in traced.sites.items():
-        kernel = linen.meta.unbox(inside(variables["params"], path)[site.weight])
-        check_stack(kernel, site, f"{who}: {called(path, traced.nodes[path].kind)}")
+    leaves, tree = jax.tree.flatten(variables)
+    numbers = tree.unflatten(range(len(leaves)))["params"]
+    for path, (site, recipe) in traced.sites.items():
+        where = f"{who}: {called(path, traced.nodes[path].kind)}"
+        check_stack(linen.meta.unbox(inside(variables["params"], path)[site.weight]).shape, site.shape, where)
+        if recipe.out.rhs is None:
+            continue
+        if len(used := traced.contracts[path]) > 1:
+            raise ValueError(
+                f"{where} is called with products that sum over different axes of its weight"
+                f" ({' and '.join(map(str, sorted(used)))}), and codes are kept along one choice of them. Leave it out"
+                " by a rule, or give each product a layer of its own."
+            )
+        for origin in traced.origins.get(path, set()) - {*jax.tree.leaves(inside(numbers, path)[site.weight])}:
+            how = "is another parameter" if isinstance(origin, int) else f"is made by `{origin}` in the call"
+            raise ValueError(
+                f"{where} does not receive its weight as it is stored: what arrives {how}, as under nn.map_variables,"
+                " or where layers are stacked on another axis than 0. The stored weight cannot be kept in another form"
+                " then. Leave the layer out by a rule, or store the weight as the layer uses it."
+            )
     return traced.sites
 
 
@@ -113,11 +134,16 @@ def trace(call: Call, variables: Any) -> Traced:
 
     def met(site: Site, recipe: LinearRecipe, layer: Any) -> None:
         traced.sites[site.path] = site, recipe
+        traced.contracts.setdefault(site.path, set()).add(site.contract)
+        if layer.has_variable("params", site.weight):
+            stored = jax.tree.leaves(layer.get_variable("params", site.weight))
+            if len(stored) == 1:
+                mark(stored[0], site.path)
         if under_norm():
             traced.normed.add(site.path)
 
     with watching(met, runs):
-        abstract_call(call, variables, call.inputs)
+        traced.origins = origins(array_call(jax.make_jaxpr, call, variables, call.inputs))
     for run in runs:
         traced.nodes |= run.nodes
     return traced

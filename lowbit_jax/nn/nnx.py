@@ -24,7 +24,15 @@ from lowbit_jax.nn.embedding import check_recipe, table_site
 from lowbit_jax.nn.nnx_embed import QuantizedEmbed
 from lowbit_jax.nn.policy import Node, Policy, assign
 from lowbit_jax.nn.product import KeepMaster, Product
-from lowbit_jax.nn.site import Site, called, einsum_contraction, fitted_scale, initial_scales, needs_key
+from lowbit_jax.nn.site import (
+    Site,
+    called,
+    check_stack,
+    einsum_contraction,
+    fitted_scale,
+    initial_scales,
+    needs_key,
+)
 from lowbit_jax.nn.weight import PreparedKernel
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.qtensor import QTensor
@@ -302,7 +310,20 @@ def _product(layer: Any, path: str, recipe: LinearRecipe, who: str) -> Product:
             )
     site = kind.site(layer, path)
     check_site(site, recipe, weight_of(layer).get_value(), where)
+    check_stacked(layer, site, where)
     return Product(recipe, site)
+
+
+def check_stacked(layer: Any, site: Site, where: str) -> None:
+    """Raises ValueError, as told by `where`, for layers stacked on another axis than 0, as far as shapes show it: the
+    bias tells the axes of square kernels apart."""
+    kernel = weight_of(layer).get_value()
+    check_stack(tuple(kernel.shape), site.shape, where)
+    bias = getattr(layer, "bias", None)
+    shape = () if bias is None else bias.get_value().shape
+    own = tuple(size for axis, size in enumerate(site.shape) if axis not in site.contract)
+    if site.kind != "einsum" and len(shape) - len(own) == len(kernel.shape) - len(site.shape):
+        check_stack(shape, own, where, "bias")
 
 
 def _stream(rngs: nnx.Rngs | nnx.RngStream, layer: Any, product: Product) -> nnx.RngStream:

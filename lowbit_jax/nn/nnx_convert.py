@@ -16,6 +16,7 @@ from lowbit_jax.nn.nnx import (
     PreparedWeight,
     StatefulProduct,
     attribute_of,
+    check_stacked,
     edited,
     hook,
     layer_type,
@@ -25,7 +26,7 @@ from lowbit_jax.nn.nnx import (
     weight_of,
 )
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import called, check_stack, needs_key, stacked
+from lowbit_jax.nn.site import called, needs_key, stacked
 from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
 
 
@@ -44,7 +45,7 @@ def convert(model: nnx.Module, storage: Storage, grams: Mapping[str, Array] = Ma
             raise ValueError(f"lb.convert: {name} is prepared. Convert the model that you prepared.")
         recipe = to_nearest(product.recipe)
         if recipe.out.rhs is not None:
-            check_stack(held.get_value(), product.site, f"lb.convert: {name}")
+            check_stacked(layer, product.site, f"lb.convert: {name}")
             as_used = id(held), recipe, dataclasses.replace(product.site, path=""), id(_weight_scale(layer))
             if as_used not in packed:
                 kernel = packed_stack(held.get_value(), recipe, product.site, _weight_scale(layer), storage,
@@ -66,7 +67,7 @@ def prepare(model: nnx.Module) -> nnx.Module:
             return
         if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
             return
-        check_stack(layer.kernel.get_value(), product.site, f"lb.nn.prepare: {called(product.site.path, type(layer))}")
+        check_stacked(layer, product.site, f"lb.nn.prepare: {called(product.site.path, type(layer))}")
         key = _draw(_held(layer).rngs) if needs_key(product.recipe) else None
         kernel, others = layer.kernel.get_value(), {"scale": _weight_scale(layer), "key": key}
         ready = lambda kernel, others: ready_weight(kernel, product.recipe, product.site, **others)

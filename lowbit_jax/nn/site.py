@@ -150,17 +150,16 @@ def stacked(function: Callable[..., Any], kernel: Array, site: Site) -> Callable
     """`function(kernel, ...)` for the weight of one layer, mapped over the leading axes of layers stacked for a scan.
 
     Raises: ValueError when the trailing axes are not the layer's."""
-    check_stack(kernel, site)
+    check_stack(tuple(kernel.shape), site.shape)
     for _ in range(kernel.ndim - len(site.shape)):
         function = jax.vmap(function)
     return function
 
 
-def check_stack(kernel: Array, site: Site, where: str = "") -> None:
-    """Raises ValueError, as told by `where`, for a weight whose trailing axes are not the layer's."""
-    extra = kernel.ndim - len(site.shape)
-    if extra < 0 or tuple(kernel.shape[extra:]) != site.shape:
+def check_stack(stored: tuple[int, ...], own: tuple[int, ...], where: str = "", what: str = "weight") -> None:
+    """Raises ValueError, as told by `where`, for a stored shape whose trailing axes are not the layer's own."""
+    if len(stored) < len(own) or stored[len(stored) - len(own) :] != own:
         raise ValueError(
-            f"{where}{': ' if where else ''}the stored weight has the shape {tuple(kernel.shape)}, the configuration"
-            f" says {site.shape}, after leading axes of stacked layers. Stack layers on axis 0, as nnx.vmap does."
+            f"{where}{': ' if where else ''}the stored {what} has the shape {stored}, the configuration says {own},"
+            " after leading axes of stacked layers. Stack layers on axis 0, as nnx.vmap does."
         )

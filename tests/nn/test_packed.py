@@ -428,6 +428,21 @@ def test_layers_stacked_on_another_axis_are_named():
             verb(linear)
 
 
+def test_the_bias_tells_the_axis_of_square_stacks():
+    """Eight layers of eight features: the kernels have the same shape on both axes, the biases have not."""
+    make = lambda axis: nnx.vmap(lambda rngs: nnx.Linear(8, 16, rngs=rngs), out_axes=axis)(nnx.Rngs(0).split(8))
+    assert make(0).kernel.shape == make(1).kernel.shape
+    quantized = lb.quantize(make(0), lb.quest(4))
+    assert lb.convert(quantized).kernel.get_value().shape[0] == 8
+    told = r"this Linear: the stored bias has the shape \(16, 8\), the configuration says \(16,\).*axis 0"
+    with pytest.raises(ValueError, match=f"^lb.quantize: {told}"):
+        lb.quantize(make(1), lb.quest(4))
+    quantized.bias = make(1).bias
+    for verb, name in ((lb.convert, "lb.convert"), (lb.nn.prepare, "lb.nn.prepare")):
+        with pytest.raises(ValueError, match=f"^{name}: {told}"):
+            verb(quantized)
+
+
 def test_learned_scales_of_a_model_of_shapes():
     make = lambda: nnx.Linear(32, 16, rngs=nnx.Rngs(0))
     outside = lb.quantize(nnx.eval_shape(make), lb.methods.get("lsq", bits=4))
