@@ -190,7 +190,8 @@ def assign(policy: Policy, nodes: Sequence[Node], who: str = "lb.quantize") -> d
 
 
 def check_rule(policy: Policy, index: int, nodes: Sequence[Node], taken: int, who: str) -> None:
-    """Raises ValueError where rule `index`, which decided `taken` layers, cannot have the effect it asks for."""
+    """Raises ValueError where rule `index`, which decided `taken` layers, has no effect. Modules that it passes over on
+    its way to layers compute as their own code does, and `lb.explain` names them."""
     pattern, recipe = policy.rules[index]
     named = [node for node in nodes if any(policy.names(index, p) for p in node.paths)]
     if not named:
@@ -207,13 +208,12 @@ def check_rule(policy: Policy, index: int, nodes: Sequence[Node], taken: int, wh
     bridges = [n for n in nodes if n.bridge and any(policy.deciding(p) == index for p in n.paths)]
     if bridges and not taken:
         raise ValueError(f"{who}: the rule {pattern!r} names nothing that it can quantize.{bridges_told(bridges)}")
-    first = [n for n in named if n.opaque and any(policy.deciding(p) == index for p in n.paths)]
-    if first or not taken:
-        wrong = first or named
+    if not taken:
+        wrong = [n for n in named if n.opaque] or named
         what = "; ".join(f"{n.paths[0] or 'the model'!s} is {_kind(n)}" for n in wrong[:3])
         raise ValueError(
-            f"{who}: the rule {pattern!r} names what cannot be quantized: {what}. Let the rule name layers"
-            f" only, or leave it out by an earlier rule ({wrong[0].paths[0]!r}, None)."
+            f"{who}: the rule {pattern!r} names nothing but what cannot be quantized: {what}. Let it name layers too,"
+            " or drop it; in code of your own call lb.dot_general with a recipe."
         )
 
 

@@ -262,7 +262,7 @@ def test_subclasses_may_add_but_not_go_around(x, key):
     [
         ([("dence", INT4)], "'dence' matches nothing.*'dense'"),
         ([("norm", INT4)], "norm is a LayerNorm"),
-        ([(".*", INT4)], "the model is a Custom with its own w"),
+        ([("", INT4)], "the model is a Custom with its own w.*or drop it"),
         ([("dense", INT4), ("dense", None)], "has no effect"),
         ([(".*", None)], "no layer left to quantize"),
     ],
@@ -273,6 +273,11 @@ def test_rules_are_checked_when_the_model_is_traced(rules, words, x, key):
         model.init(key, x)
     with pytest.raises(ValueError, match=words):
         jax.eval_shape(model.apply, Custom().init(key, x), x)
+
+
+def test_a_catch_all_reaches_layers_past_code_of_its_own(x):
+    found = lb.explain(lb.quantize(Custom(), rules=[(".*", INT4)]), x)
+    assert {row.layer for row in found.rows} == {"dense"} and found.own_code == ("the module (Custom)",)
 
 
 def test_a_rule_for_what_another_method_runs_is_no_error(x, variables):

@@ -59,6 +59,19 @@ def test_an_embedding_takes_a_recipe_by_its_own_name_alone():
     assert assign(make_policy(TWO, None), whole) == {"": TWO}
 
 
+def test_a_catch_all_passes_over_what_computes_in_its_own_code():
+    """The root, and an attention with a table of its own, which hold layers; a rule for one of them reaches these."""
+    table = dict(opaque=("table",), own_code=True)
+    nodes = [Node(("",), "Model", **table), Node(("attn",), "Attention", **table)]
+    nodes += [Node(("attn/qkv",), "Linear", layer=True), Node(("head",), "Linear", layer=True)]
+    take = lambda *rules: assign(make_policy(None, list(rules)), nodes)
+    assert take(("head", None), (".*", TWO)) == {"attn/qkv": TWO}
+    assert take(("attn", TWO)) == take(("attn/.*", TWO)) == {"attn/qkv": TWO}
+    assert assigned((".*", TWO)) == dict.fromkeys(("embed", "blocks/0/mlp", "blocks/1/mlp", "head", "tied"), TWO)
+    with pytest.raises(ValueError, match="'attn' names nothing but .* attn is an Attention with its own table"):
+        assign(make_policy(TWO, [("attn", FOUR)]), [*nodes[:2], nodes[3]])
+
+
 def test_patterns_match_whole_paths():
     with pytest.raises(ValueError, match=r"'mlp' matches nothing.*did you mean '\.\*mlp\.\*'"):
         assigned(("mlp", TWO))
@@ -73,7 +86,7 @@ def test_patterns_match_whole_paths():
         ([("(?!head).*", TWO)], "lookaround.*earlier rule with None"),
         ([("positions", TWO)], "cannot be quantized: positions is a Positions with its own table"),
         ([(".*norm", TWO)], "cannot be quantized: blocks/0/norm is a LayerNorm"),
-        ([(".*", TWO)], r"positions is a Positions.*\('positions', None\)"),
+        ([("positions", TWO), (".*", FOUR)], "'positions' names nothing but .* its own table.*or drop it"),
         ([("blocks", TWO), ("blocks/0", None)], "'blocks/0' has no effect.*put special cases first"),
         ([("head", TWO)], "head and tied are one shared layer"),
         ([(".*", None)], "leave all 4 layers in high precision"),
