@@ -78,7 +78,9 @@ def _multiplies(owner: type) -> str | None:
 
 
 _PRODUCTS = {
-    "dot", "matmul", "einsum", "dot_general", "tensordot", "vdot", "inner", "conv", "conv_general_dilated"
+    "dot", "matmul", "einsum", "tensordot", "vdot", "inner", "matvec", "vecmat", "vecdot", "multi_dot", "convolve",
+    "dot_general", "ragged_dot", "ragged_dot_general", "scaled_dot", "batch_matmul", "scaled_matmul",
+    "conv", "conv_general_dilated", "conv_with_general_padding", "conv_transpose", "conv_general_dilated_local",
 }  # fmt: skip
 _MATMUL = "@"
 

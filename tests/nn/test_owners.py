@@ -48,6 +48,25 @@ def test_a_method_that_goes_around_its_layer_is_refused(wrapped):
         lb.quantize(model, lb.quest(4))
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda self, x: jax.lax.ragged_dot(x, self.layer.kernel[...][None], jnp.array([len(x)])),
+        lambda self, x: jax.lax.conv_transpose(x[None], self.layer.kernel[...][None], (1,), "SAME")[0],
+        lambda self, x: jax.lax.conv_with_general_padding(x, self.layer.kernel[...].T, (), (), None, None),
+        lambda self, x: jnp.linalg.multi_dot([x, self.layer.kernel[...]]),
+        lambda self, x: jnp.vecmat(x[0], self.layer.kernel[...]),
+        lambda self, x: jnp.matvec(self.layer.kernel[...].T, x[0]),
+        lambda self, x: jnp.linalg.vecdot(x[:1], self.layer.kernel[...].T),
+    ],
+)
+def test_every_product_of_jax_is_seen(product):
+    kind = type("Around", (Around,), {"__call__": product})
+    assert kind(nnx.Rngs(0))(jnp.ones((2, 32))).shape[-1] == 16
+    with pytest.raises(ValueError, match="multiplies by a `kernel` itself"):
+        lb.quantize(kind(nnx.Rngs(0)), lb.quest(4))
+
+
 def test_a_layer_that_stays_in_high_precision_may_be_gone_around():
     model = nnx.Sequential(Around(nnx.Rngs(0)), nnx.Linear(16, 16, rngs=nnx.Rngs(1)))
     quantized = lb.quantize(model, rules=[("layers/1", lb.quest(4))])
