@@ -4,6 +4,8 @@ import dataclasses
 import dis
 import functools
 import inspect
+import types
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -75,6 +77,37 @@ def _multiplies(owner: type) -> str | None:
             if "kernel" in used and "recipe" not in used and (used & _PRODUCTS or _MATMUL in used):
                 return f"{klass.__name__}.{name}"
     return None
+
+
+def carried(value: Any, wanted: Collection[int]) -> Any | None:
+    """The first object, of those with a `wanted` id, that a callable, or one in a container, carries along: what it is
+    bound to, in its closure, its defaults, a partial's arguments, or in what it wraps."""
+    pending = [held for one in _members(value) for held in _held_by(one)]
+    seen: dict[int, Any] = {}  # keeps what it names, so that no id comes twice
+    while pending:
+        held = pending.pop()
+        if id(held) in wanted:
+            return held
+        if id(held) not in seen:
+            seen[id(held)] = held
+            pending += _members(held) if isinstance(held, dict | tuple | list) else _held_by(held)
+    return None
+
+
+def _members(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def _held_by(value: Any) -> list[Any]:
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if not inspect.isroutine(value) and not hasattr(value, "__wrapped__"):
+        return []
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != types.CellType()]
+    names = ("__self__", "__wrapped__", "__defaults__", "__kwdefaults__")
+    return [*cells, *(held for name in names if (held := getattr(value, name, None)) is not None)]
 
 
 _PRODUCTS = {

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array
 
 from lowbit_jax.nn.bridge import way_inside
-from lowbit_jax.nn.check import check_owner, check_site, check_subclass
+from lowbit_jax.nn.check import carried, check_owner, check_site, check_subclass
 from lowbit_jax.nn.embedding import check_recipe, table_site
 from lowbit_jax.nn.nnx_embed import QuantizedEmbed
 from lowbit_jax.nn.policy import Node, Policy, assign
@@ -183,6 +183,7 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
     for owner, paths in found:
         if layer_type(owner) is None and any(_within(inner, paths) for inner in products):
             check_owner(type(owner), f"{who}: {called(paths[0], type(owner))}")
+    _check_callables(found, products, who)
     if rngs is not None and not any(needs_key(product.recipe) for product in products.values()):
         raise ValueError(
             f"{who} got rngs, but no recipe here rounds stochastically, so nothing would take a key. Drop the argument."
@@ -206,6 +207,24 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
         layer.promote_dtype = keep
 
     return edited(module, products, change)
+
+
+def _check_callables(found: list[tuple[nnx.Module, tuple[str, ...]]], products: dict[str, Any], who: str) -> None:
+    """Raises ValueError for a callable kept in a module that carries along one that is, or holds, a layer to quantize:
+    the view would keep the callable, and with it the original."""
+    affected = {
+        id(m): (m, paths) for m, paths in found if any(path in paths or _within(path, paths) for path in products)
+    }
+    for owner, owner_paths in found:
+        for name, value in vars(owner).items():
+            if (held := carried(value, affected)) is None:
+                continue
+            module, paths = affected[id(held)]
+            raise ValueError(
+                f"{who}: {called(owner_paths[0], type(owner))} keeps a callable, {name!r}, which carries"
+                f" {called(paths[0], type(module))} along, and would go on computing with that in high precision. Make"
+                " it a method, or build it where it is called."
+            )
 
 
 def _within(path: str, owners: tuple[str, ...]) -> bool:

@@ -1,5 +1,7 @@
 """Modules that read the kernel of a quantized layer in code of their own, and keys that nothing would take."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -77,6 +79,65 @@ def test_a_layer_that_stays_in_high_precision_may_be_gone_around():
 def test_reading_a_kernel_or_a_product_by_recipe_is_no_offense(kind):
     model = lb.quantize(kind(nnx.Rngs(0)), lb.quest(4))
     assert model(jnp.ones((2, 32))).shape == (2, 16)
+
+
+def apply(layer, x):
+    return layer(x)
+
+
+class Keeping(nnx.Module):
+    """Keeps what `make` makes of it."""
+
+    def __init__(self, make):
+        self.layer, self.norm = nnx.Linear(32, 32, rngs=nnx.Rngs(0)), nnx.LayerNorm(32, rngs=nnx.Rngs(0))
+        self.kept = make(self)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def through_another(model):
+    layers = {"one": [model.layer]}
+    inner = lambda x: layers["one"][0](x)
+    return lambda x: inner(x)
+
+
+WHOLE, LAYER = "carries this Keeping along", r"carries the layer 'layer' \(Linear\) along"
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda m: lambda x: m.layer(x), WHOLE),
+        (lambda m: m.forward, WHOLE),
+        (lambda m: jax.jit(m.forward), WHOLE),
+        (lambda m: nnx.jit(lambda x: m.layer(x)), WHOLE),
+        (lambda m: (jax.nn.relu, m.forward), WHOLE),
+        (lambda m: functools.partial(apply, m.layer), LAYER),
+        (lambda m: lambda x, layer=m.layer: layer(x), LAYER),
+        (lambda m: m.layer.__call__, LAYER),
+        (through_another, LAYER),
+    ],
+)
+def test_a_callable_that_keeps_the_original_is_refused(make, told):
+    with pytest.raises(ValueError, match=f"this Keeping keeps a callable, 'kept', which {told}.*Make it a method"):
+        lb.quantize(Keeping(make), lb.quest(4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: m.norm.__call__,
+        lambda m: jax.nn.relu,
+        lambda m: functools.partial(jax.nn.gelu, approximate=True),
+        lambda m: jax.jit(jnp.tanh),
+        lambda m: nnx.initializers.variance_scaling(1.0, "fan_in", "normal"),
+        lambda m: nnx.data((nnx.Linear(32, 32, rngs=nnx.Rngs(0)), {"again": m.layer})),
+        lambda m: nnx.data({"again": m.layer}),
+    ],
+)
+def test_other_callables_and_data_are_taken(make):
+    lb.quantize(Keeping(make), lb.quest(4))
 
 
 class LinenAround(linen.Module):
