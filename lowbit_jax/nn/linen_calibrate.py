@@ -15,7 +15,7 @@ from flax.core import DenyList
 from jaxtyping import Array
 
 from lowbit_jax.nn.linen import watching
-from lowbit_jax.nn.linen_layers import Calibration, before_name, calibrating
+from lowbit_jax.nn.linen_layers import Calibration, calibrating, names
 from lowbit_jax.nn.linen_sites import Call, Sites, array_call, checked_trace, inside, with_layers
 from lowbit_jax.nn.site import initial_scales
 
@@ -32,10 +32,17 @@ def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: 
     if not entries:
         raise ValueError("lb.calibrate: no activation scale is learned here; the scales are read off each batch.")
     call, variables = Call.of(model, args, kwargs), with_layers(variables, learned, _completed)
-    calibration = Calibration(stored=entries)
-    if not _runs(call, variables, learned, calibration):
-        calibration = Calibration(reported={entry: [] for entry in entries})
-        call = dataclasses.replace(call, mutable=DenyList("params"))
+    dims = lambda path, side: np.ndim(linen.meta.unbox(inside(variables["params"], path)[f"{side}_scale"]))
+    stacked = frozenset(entry for entry in entries if dims(*entry))
+    reported = lambda entries: Calibration(stacked - entries, {entry: [] for entry in entries})
+    ways = [(Calibration(stored=entries), call)] + [(reported(entries - stacked), call)] * bool(stacked)
+    last = reported(entries), dataclasses.replace(call, mutable=DenyList("params"))
+    calibration, call = next((way for way in ways if _runs(way[1], variables, learned, way[0])), last)
+    if lost := sorted(path for path, _ in stacked & calibration.reported.keys()):
+        raise ValueError(
+            f"lb.calibrate: {lost[0]!r} is a stack of layers under a norm of weights, or beside one, and what they fit"
+            " does not tell them apart. Leave the stack out by a rule, or train it from the scales that init gives."
+        )
     _, ran = jax.block_until_ready(_ran(jax.jit, call, variables, learned, calibration))
 
     def fitted(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def _ran(transform: Any, call: Call, variables: Any, learned: Sites, calibration
     """What the call answers and leaves under `transform`, fitting scales on its way."""
 
     def aside(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
-        moved = {f"{side}_scale": before_name(side) for path, side in calibration.stored if path == site.path}
+        moved = {f"{side}_scale": names(side)[0] for path, side in calibration.stored if path == site.path}
         return {moved.get(name, name): value for name, value in layer.items()}
 
     def answers(variables: Any, inputs: Any) -> Any:

@@ -227,8 +227,7 @@ class BoundProduct:
         calibration, arrived = _current.calibration, lax.stop_gradient(arrived)
         entry = (site.path, side)
         if calibration is not None and entry in calibration.stored:
-            before = layer.get_variable("params", before_name(side))
-            return layer.param(name, lambda _: fitted_scale(side, arrived, recipe, site, before))
+            return self._fitted(side, arrived)
         if calibration is not None and entry in calibration.reported:
             held = layer.get_variable("params", name)
             scale = calibration.report(entry, fitted_scale(side, arrived, recipe, site, jnp.zeros_like(held)))
@@ -239,6 +238,18 @@ class BoundProduct:
             raise ValueError(missing_scale("lb.quantize", site.path, side))
         return layer.param(name, lambda _: start())
 
+    def _fitted(self, side: str, arrived: Array) -> Array:
+        """The scale that the operand fits, for this call; in `params` stands the mean of what the calls so far fitted.
+        An operand of zeros fits none."""
+        recipe, site, layer, (before, mean, count) = self.product.recipe, self.product.site, self.layer, names(side)
+        start = layer.get_variable("params", before)
+        fitted = fitted_scale(side, arrived, recipe, site, jnp.zeros_like(start))
+        fits = layer.get_variable("params", count, jnp.zeros_like(start)) + jnp.sign(fitted)
+        held = layer.get_variable("params", mean, start)
+        layer.put_variable("params", mean, jnp.where(fitted == 0, held, held + (fitted - held) / jnp.maximum(fits, 1)))
+        layer.put_variable("params", count, fits)
+        return jnp.where(fitted == 0, start, fitted)
+
 
 def missing_scale(who: str, path: str, side: str) -> str:
     """The error for a learned scale that the variables lack, as those of the float model do."""
@@ -248,9 +259,9 @@ def missing_scale(who: str, path: str, side: str) -> str:
     )
 
 
-def before_name(side: str) -> str:
-    """Where `lb.calibrate` puts the scale that it fits anew."""
-    return f"{side}_scale_before"
+def names(side: str) -> tuple[str, str, str]:
+    """Where `lb.calibrate` keeps the scale from before, the mean of what it fits anew, and of how many calls."""
+    return f"{side}_scale_before", f"{side}_scale", f"{side}_scale_fits"
 
 
 @dataclasses.dataclass

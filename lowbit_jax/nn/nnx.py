@@ -139,22 +139,40 @@ class StatefulProduct(nnx.Module):
             setattr(self, f"{side}_scale", Scale(value))
         if rngs is not None:
             self.rngs = rngs
-        self.calibrating = ""  # sides to fit in the next call, a word each, which NNX keeps out of the state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
-        for side in self.calibrating.split():
-            self._calibrate(side, *args)
+        for side in ("lhs", "rhs"):
+            if hasattr(self, f"{side}_sum"):
+                self._calibrate(side, *args)
         sides = [s for s in ("lhs", "rhs") if hasattr(self, f"{s}_scale")]
         scales = {side: getattr(self, f"{side}_scale").get_value() for side in sides}
         key = self.rngs() if hasattr(self, "rngs") else None
         return self.product.compute(args, kwargs, key=key, scales=scales or None)
 
-    def _calibrate(self, side: str, *args: Any) -> None:
-        """Sets the scale of a side, "lhs" or "rhs", from the operand that arrives; see `fitted_scale`."""
-        lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
+    def start_calibration(self, side: str) -> None:
+        """Fits the scale of a side, "lhs" or "rhs", in each call from now on; see `calibrated`."""
         held: Scale = vars(self)[f"{side}_scale"]
-        arrived = lax.stop_gradient(lhs if side == "lhs" else rhs)
-        held.set_value(fitted_scale(side, arrived, self.product.recipe, self.product.site, held.get_value()))
+        zeros = jnp.zeros_like(held.get_value())
+        setattr(self, f"{side}_calls", Scale(zeros))  # by the type of the scale, as loops hand on states by type
+        setattr(self, f"{side}_fits", Scale(zeros))
+        setattr(self, f"{side}_sum", Scale(zeros))
+
+    def _calibrate(self, side: str, *args: Any) -> None:
+        """Sets the scale of a side from the operand that arrives, which an operand of zeros leaves as it is."""
+        lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
+        held, calls, fits, total = (vars(self)[f"{side}_{name}"] for name in ("scale", "calls", "fits", "sum"))
+        arrived, before = lax.stop_gradient(lhs if side == "lhs" else rhs), held.get_value()
+        fitted = fitted_scale(side, arrived, self.product.recipe, self.product.site, jnp.zeros_like(before))
+        calls.set_value(calls.get_value() + 1)
+        fits.set_value(fits.get_value() + jnp.sign(fitted))
+        total.set_value(total.get_value() + fitted)
+        held.set_value(jnp.where(fitted == 0, before, fitted))
+
+    def calibrated(self, side: str, before: Array) -> Array:
+        """The mean of what the calls fitted; `before` where they were of zeros, NaN where there was none."""
+        calls, fits, total = (vars(self)[f"{side}_{name}"].get_value() for name in ("calls", "fits", "sum"))
+        mean = jnp.where(fits == 0, before, total / jnp.maximum(fits, 1))
+        return jnp.where(calls == 0, jnp.nan, mean)
 
 
 def hook(module: Any) -> Product | None:

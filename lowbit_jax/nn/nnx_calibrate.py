@@ -18,21 +18,15 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
             "lb.calibrate: no activation scale is learned here. Quantize with a method that learns it, such as"
             " lb.methods.get('lsq', bits=4); the others read their scales off each batch."
         )
-    for product, sides in held.values():
-        product.calibrating = " ".join(sides)
-    try:
-        scales = _scales_of_call(model, args, kwargs)
-    finally:
-        for product, _ in held.values():
-            product.calibrating = ""
-    unset = lambda scale: bool(jnp.any(jnp.signbit(scale) | jnp.isnan(scale)))
+    scales = _scales_of_call(model, args, kwargs)
+    unset = lambda scale: bool(jnp.any(jnp.isnan(scale)))
     missed = sorted(path for path, new in scales.items() if any(map(unset, new.values())))
     if missed:
         raise ValueError(
-            f"lb.calibrate: this call set no scale in {', '.join(map(repr, missed[:4]))}: it does not reach them,"
-            " they got NaN,"
-            " or a plain jax.lax.scan or jax.jit inside the model loses what a layer writes (nnx.scan and nnx.jit"
-            " keep it)."
+            f"lb.calibrate: this call set no scale in {', '.join(map(repr, missed[:4]))}: it does not reach them, they"
+            " got NaN, or a transformation loses what a layer writes: a plain jax.lax.scan or jax.jit inside the model"
+            " (nnx.scan and nnx.jit keep it), or an nnx.scan that gets the layer with the axis None (give it"
+            " nnx.StateAxes({lowbit_jax.nn.nnx.Scale: nnx.Carry, ...: None}))."
         )
     for path, (product, sides) in held.items():
         for side in sides:
@@ -57,8 +51,8 @@ def _scale(product: StatefulProduct, side: str) -> nnx.Variable:
 
 
 def _scales_of_call(model: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Array]]:
-    """What one compiled call of a copy sets, so that statistics, keys and weights stay as they are; negative where it
-    sets nothing. What is no array is not traced."""
+    """What one compiled call of a copy sets, so that statistics, keys and weights stay as they are; NaN where it sets
+    nothing. What is no array is not traced."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = [hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves]
     graph, state = nnx.split(model)
@@ -67,12 +61,14 @@ def _scales_of_call(model: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> d
     def run(state: Any, given: list) -> dict[str, dict[str, Array]]:
         copy = nnx.merge(graph, state)
         held = _held(copy)
-        scales = [_scale(product, side) for product, sides in held.values() for side in sides]
-        for scale in scales:
-            scale.set_value(-jnp.abs(scale.get_value()))
+        before = {path: {s: _scale(product, s).get_value() for s in sides} for path, (product, sides) in held.items()}
+        for product, sides in held.values():
+            for side in sides:
+                product.start_calibration(side)
         filled = [g if a else leaf for g, a, leaf in zip(given, is_array, leaves, strict=True)]
         args, kwargs = tree.unflatten(filled)
         copy(*args, **kwargs)
-        return {path: {s: _scale(product, s).get_value() for s in sides} for path, (product, sides) in held.items()}
+        new = lambda product, path, side: product.calibrated(side, before[path][side])
+        return {path: {s: new(product, path, s) for s in sides} for path, (product, sides) in held.items()}
 
     return run(state, [leaf if a else None for leaf, a in zip(leaves, is_array, strict=True)])

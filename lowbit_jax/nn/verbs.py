@@ -167,10 +167,11 @@ def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
     Before, they fit a unit Gaussian. Inputs that are all zeros fit no scale, and leave it as it is. Weight scales stay,
     except those of layers under a WeightNorm or SpectralNorm: they are fitted to the weight that the norm makes.
-    NNX: `calibrate(model, *args)` sets them in place and returns the model; statistics, keys and weights stay. Linen:
-    `calibrate(model, variables, *args)` returns new variables, with the scales that those of the float model lack. A
-    layer that several turns of a loop share gets the mean of what each turn fits; this cannot run inside `jit`.
-    Raises: ValueError when no activation scale is learned, or the call does not reach one."""
+    A layer that the call runs several times, by name or in a loop, gets the mean of what each run fits.
+    NNX: `calibrate(model, *args)` sets them in place and returns the model; statistics, keys and weights stay. A loop
+    has to carry the scales of a layer that its turns share. Linen: `calibrate(model, variables, *args)` returns new
+    variables, with the scales that those of the float model lack; where a loop shares a layer, not inside `jit`.
+    Raises: ValueError when no activation scale is learned, or the call does not set one."""
     if framework(model, "lb.calibrate") == "nnx":
         from lowbit_jax.nn import nnx_calibrate
 

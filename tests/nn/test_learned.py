@@ -183,6 +183,91 @@ def test_linen_layers_that_a_loop_shares(lift, key):
     assert model.apply(new, x, *more)[0].shape == x.shape
 
 
+class Twice(nnx.Module):
+    """One layer, run twice; the second time on the first's outputs, ten times as large."""
+
+    def __init__(self, turns):
+        self.d, self.turns = nnx.Linear(32, 32, rngs=nnx.Rngs(0)), turns
+
+    def __call__(self, x):
+        return self.turns(self.d, x)
+
+
+def nnx_loop(axis):
+    step = lambda x, layer, _: 10 * layer(x)
+    return lambda d, x: nnx.scan(step, in_axes=(nnx.Carry, axis, 0), out_axes=nnx.Carry)(x, d, jnp.arange(2))
+
+
+class LinenTwice(linen.Module):
+    turns: object
+
+    @linen.compact
+    def __call__(self, x):
+        return self.turns(linen.Dense(32, name="d"), x)
+
+
+def linen_loop(d, x):
+    options = dict(variable_broadcast="params", split_rngs={"params": False}, length=2)
+    return linen.scan(lambda d, x, _: (10 * d(x), None), **options)(d, x, None)[0]
+
+
+def linen_lifted(d, x):
+    again = linen.jit(lambda d, x: 10 * d(x))
+    return again(d, linen.remat(lambda d, x: 10 * d(x))(d, x))
+
+
+def mean_of_two_turns(x, kernel):
+    layer = nnx.Linear(32, 32, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0))
+    one = lb.quantize(layer, LSQ)
+    one.dot_general.lhs_scale.set_value(jnp.float32(lsq_start(x)))
+    return (lsq_start(x) + lsq_start(10 * one(x))) / 2
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        lambda d, x: 10 * d(10 * d(x)),
+        nnx_loop(nnx.StateAxes({Scale: nnx.Carry, ...: None})),
+        lambda d, x: nnx.fori_loop(0, 2, lambda _, c: (c[0], 10 * c[0](c[1])), (d, x))[1],
+    ],
+)
+def test_nnx_layers_that_run_twice_get_the_mean(turns, key):
+    model, x = lb.quantize(Twice(turns), LSQ), jax.random.normal(key, (64, 32))
+    state = jax.tree.structure(nnx.state(model))
+    lb.calibrate(model, x)
+    np.testing.assert_allclose(model.d.dot_general.lhs_scale[...], mean_of_two_turns(x, model.d.kernel[...]), rtol=1e-5)
+    assert jax.tree.structure(nnx.state(model)) == state
+
+
+def test_an_nnx_loop_that_loses_the_scales_is_told_the_way_out(key):
+    with pytest.raises(ValueError, match="no scale in 'd'.*axis None.*StateAxes"):
+        lb.calibrate(lb.quantize(Twice(nnx_loop(None)), LSQ), jax.random.normal(key, (4, 32)))
+
+
+@pytest.mark.parametrize("turns", [lambda d, x: 10 * d(10 * d(x)), linen_loop, linen_lifted])
+def test_linen_layers_that_run_twice_get_the_mean(turns, key):
+    model, x = lb.quantize(LinenTwice(turns), LSQ), jax.random.normal(key, (64, 32))
+    variables = model.init(key, x)
+    new = lb.calibrate(model, variables, x)
+    layer = new["params"]["d"]
+    np.testing.assert_allclose(layer["lhs_scale"], mean_of_two_turns(x, layer["kernel"]), rtol=1e-5)
+    assert jax.tree.structure(new) == jax.tree.structure(variables)
+
+
+def test_a_stack_beside_a_loop_that_shares_a_layer(key):
+    """Each layer of the stack keeps a scale of its own; that of the shared layer is a mean."""
+
+    def turns(d, x):
+        options = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        stack = linen.Dense(32, name="stack", parent=d.parent)
+        return linen_loop(d, linen.scan(lambda s, x, _: (10 * s(x), None), **options)(stack, x, None)[0])
+
+    model, x = lb.quantize(LinenTwice(turns), LSQ), jax.random.normal(key, (64, 32))
+    new = lb.calibrate(model, model.init(key, x), x)["params"]
+    np.testing.assert_allclose(new["stack"]["lhs_scale"][0], lsq_start(x), rtol=1e-5)
+    assert new["stack"]["lhs_scale"][1] > 5 * new["stack"]["lhs_scale"][0] and new["d"]["lhs_scale"].shape == ()
+
+
 def test_calibration_on_zeros_keeps_the_scales(key):
     model = lb.quantize(net(), LSQ)
     before = model.layers[0].dot_general.lhs_scale[...]
