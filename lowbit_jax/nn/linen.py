@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -243,10 +244,28 @@ def _running(module: linen.Module, root: tuple[str, ...] | None, method: str) ->
             yield
         if checked:
             _check(run, module)
+    except (ValueError, AssertionError) as error:
+        if learned := _without_axis(error, run):
+            raise ValueError(
+                f"{WHO}: {called(learned, run.nodes[learned].kind)} learns scales, of one entry a layer, which have no"
+                " place in a stack on another axis than 0. Stack it by variable_axes={'params': 0}, or give it a method"
+                " that reads its scales off the data, such as lb.quest(4)."
+            ) from error
+        raise
     finally:
         _active.runs.pop()
         for kept in _active.kept:
             kept.append(run)
+
+
+def _without_axis(error: Exception, run: Run) -> str:
+    """The last layer met that learns scales, where nn.vmap or nn.scan found no such axis in a parameter; else empty."""
+    frames = [f.filename.replace("\\", "/") for f in traceback.extract_tb(error.__traceback__)]
+    raised_in = next((name for name in reversed(frames) if "/jax/" not in name and "/numpy/" not in name), "")
+    if "/flax/core/" not in raised_in or str(error) and "is out of bounds for array of dimension" not in str(error):
+        return ""
+    recipes = {path: run.quantization.recipe(path, node.by_name) for path, node in run.nodes.items() if node.layer}
+    return next((path for path, recipe in reversed(recipes.items()) if recipe is not None and recipe.learned), "")
 
 
 def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:

@@ -268,6 +268,24 @@ def test_a_stack_beside_a_loop_that_shares_a_layer(key):
     assert new["stack"]["lhs_scale"][1] > 5 * new["stack"]["lhs_scale"][0] and new["d"]["lhs_scale"].shape == ()
 
 
+@pytest.mark.parametrize("lift", ["vmap", "scan"])
+def test_learned_scales_of_a_linen_stack_on_another_axis_are_refused_by_name(lift, key):
+    options = dict(variable_axes={"params": 1}, split_rngs={"params": True})
+
+    def turns(d, x):
+        if lift == "vmap":
+            return linen.vmap(lambda d, x: d(x), in_axes=None, axis_size=3, **options)(d, x)
+        return linen.scan(lambda d, x, _: (d(x), None), length=3, **options)(d, x, None)[0]
+
+    with pytest.raises(ValueError, match="the layer 'd' .Dense. learns scales.*another axis than 0"):
+        lb.quantize(LinenTwice(turns), LSQ).init(key, jnp.ones((2, 32)))
+
+
+def test_an_axis_error_of_the_model_itself_stays_as_it_is(key):
+    with pytest.raises(ValueError, match="^axis 1 is out of bounds for array of dimension 1"):
+        lb.quantize(LinenTwice(lambda d, x: jnp.sum(d(x)[0], axis=1)), LSQ).init(key, jnp.ones((2, 32)))
+
+
 def test_calibration_on_zeros_keeps_the_scales(key):
     model = lb.quantize(net(), LSQ)
     before = model.layers[0].dot_general.lhs_scale[...]
