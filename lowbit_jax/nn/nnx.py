@@ -140,7 +140,7 @@ class StatefulProduct(nnx.Module):
         if rngs is not None:
             self.rngs = rngs
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+    def _compute(self, *args: Any, **kwargs: Any) -> Array:
         for side in ("lhs", "rhs"):
             if hasattr(self, f"{side}_sum"):
                 self._calibrate(side, *args)
@@ -148,6 +148,12 @@ class StatefulProduct(nnx.Module):
         scales = {side: getattr(self, f"{side}_scale").get_value() for side in sides}
         key = self.rngs() if hasattr(self, "rngs") else None
         return self.product.compute(args, kwargs, key=key, scales=scales or None)
+
+    @property
+    def __call__(
+        self,
+    ) -> Callable[..., Array]:  # nnx.tabulate prints the arguments of methods, and trips over a QTensor
+        return self._compute
 
     def start_calibration(self, side: str) -> None:
         """Fits the scale of a side, "lhs" or "rhs", in each call from now on; see `calibrated`."""

@@ -286,6 +286,14 @@ def test_an_axis_error_of_the_model_itself_stays_as_it_is(key):
         lb.quantize(LinenTwice(lambda d, x: jnp.sum(d(x)[0], axis=1)), LSQ).init(key, jnp.ones((2, 32)))
 
 
+def test_flax_tabulates_packed_models_with_learned_scales():
+    """Its table, which a packed weight among the arguments of a method would end, with Flax's classes left changed."""
+    model = lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), LSQ)
+    for form in (model, lb.convert(model)):
+        assert "Scale" in nnx.tabulate(form, jnp.ones((2, 32)))
+    assert nnx.Linear(32, 16, rngs=nnx.Rngs(0))(jnp.ones((2, 32))).shape == (2, 16)
+
+
 def test_calibration_on_zeros_keeps_the_scales(key):
     model = lb.quantize(net(), LSQ)
     before = model.layers[0].dot_general.lhs_scale[...]
