@@ -5,7 +5,7 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -54,27 +54,31 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
                 )
 
 
-def check_owner(owner: type, where: str) -> None:
-    """Raises where a module that holds quantized layers multiplies by a `kernel` in a method of its own, a product that
-    the quantizers would not see (one with `recipe=`, by `lb.dot_general`, is quantized).
+def check_owner(owner: type, weights: Iterable[str], where: str) -> None:
+    """Raises where a module that holds quantized layers, whose parameters have the names `weights`, multiplies by one
+    in a method of its own, a product that the quantizers would not see (one with `recipe=`, by `lb.dot_general`, is
+    quantized).
 
     Code outside the module's classes is not seen; `lb.explain(model, *args).missing` is."""
-    if method := _multiplies(owner):
-        raise ValueError(
-            f"{where}: {method} multiplies by a `kernel` itself, and that product would stay in high precision. Call"
-            " the layer instead, or use lb.dot_general(..., recipe=...) there."
-        )
+    for weight in sorted(set(weights)):
+        if method := _multiplies(owner, weight):
+            instead = "its `attend`" if weight == "embedding" else "the layer"
+            raise ValueError(
+                f"{where}: {method} multiplies by {'an' if weight == 'embedding' else 'a'} `{weight}` itself, and that"
+                f" product would stay in high precision. Call {instead} instead, or use lb.dot_general(..., recipe=...)"
+                " there."
+            )
 
 
 @functools.lru_cache(maxsize=1024)
-def _multiplies(owner: type) -> str | None:
-    """The method of the class, or of one above it, that takes a product with a `kernel` and no recipe."""
+def _multiplies(owner: type, weight: str) -> str | None:
+    """The method of the class, or of one above it, that takes a product with such a parameter and no recipe."""
     for klass in owner.__mro__:
         if klass.__module__.partition(".")[0] in ("flax", "builtins"):
             continue
         for name, member in vars(klass).items():
             used = _names_used(member)
-            if "kernel" in used and "recipe" not in used and (used & _PRODUCTS or _MATMUL in used):
+            if weight in used and "recipe" not in used and (used & _PRODUCTS or _MATMUL in used):
                 return f"{klass.__name__}.{name}"
     return None
 

@@ -284,9 +284,13 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
             run.norms -= norm
         if path not in run.nodes:
             run.nodes[path] = _node(module, path)
-            inside = [p for p, node in run.nodes.items() if node.layer and (not path or p.startswith(f"{path}/"))]
-            if base is None and any(run.quantization.recipe(p) is not None for p in inside):
-                check_owner(type(module), f"{WHO}: {called(path, type(module))}")
+            inside = {
+                "embedding" if node.by_name else "kernel"
+                for p, node in run.nodes.items()
+                if node.layer and (not path or p.startswith(f"{path}/")) and run.quantization.recipe(p, node.by_name)
+            }
+            if base is None and inside:
+                check_owner(type(module), inside, f"{WHO}: {called(path, type(module))}")
         return result
     node = run.nodes[path] = _node(module, path)
     recipe = run.quantization.recipe(path, node.by_name)

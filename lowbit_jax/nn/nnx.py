@@ -205,8 +205,9 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
                 )
             products |= dict.fromkeys(paths, product)
     for owner, paths in found:
-        if layer_type(owner) is None and any(_within(inner, paths) for inner in products):
-            check_owner(type(owner), f"{who}: {called(paths[0], type(owner))}")
+        inside = {product.site.weight for inner, product in products.items() if _within(inner, paths)}
+        if layer_type(owner) is None and inside:
+            check_owner(type(owner), inside, f"{who}: {called(paths[0], type(owner))}")
     _check_callables(found, products, who)
     if rngs is not None and not any(needs_key(product.recipe) for product in products.values()):
         raise ValueError(

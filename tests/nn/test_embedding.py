@@ -200,6 +200,27 @@ class TestRules:
         with pytest.raises((NotImplementedError, ValueError), match=f"embed.*{words}"):
             lb.quantize(TiedLinen(), rules=[("embed", recipe)]).init(jax.random.key(0), IDS)
 
+    def test_heads_that_read_the_table_themselves_raise_where_it_is_quantized(self, key):
+        class Own(nnx.Module):
+            def __init__(self, rngs):
+                self.embed, self.mlp = nnx.Embed(V, D, rngs=rngs), nnx.Linear(D, D, rngs=rngs)
+
+            def __call__(self, ids):
+                return self.mlp(self.embed(ids)) @ self.embed.embedding[...].T
+
+        class OwnLinen(nn.Module):
+            @nn.compact
+            def __call__(self, ids):
+                embed = nn.Embed(V, D)
+                return jnp.einsum("btd,vd->btv", nn.Dense(D)(embed(ids)), embed.embedding)
+
+        with pytest.raises(ValueError, match="multiplies by an `embedding` itself.*its `attend`"):
+            lb.quantize(Own(nnx.Rngs(0)), rules=[("embed", W8)])
+        with pytest.raises(ValueError, match="multiplies by an `embedding` itself.*its `attend`"):
+            lb.quantize(OwnLinen(), rules=[("Embed_0", W8)]).init(key, IDS)
+        lb.quantize(Own(nnx.Rngs(0)), lb.quest(4))  # whose table stays as it is
+        lb.quantize(OwnLinen(), lb.quest(4)).init(key, IDS)
+
     def test_subclasses_and_repeated_quantization_raise(self):
         class Scaled(nnx.Embed):
             def __call__(self, ids):
