@@ -43,7 +43,7 @@ def test_two_commands_do_all_the_set_up():
 
 
 def test_floor_plan_is_the_tested_one():
-    drawn = {room: int(floor) for floor, room in re.findall(r"^(\d)  lowbit_jax/(\w+)", README, re.M)}
+    drawn = {room: int(floor) for floor, room in re.findall(r"^(\d+) +lowbit_jax/(\w+)", README, re.M)}
     assert drawn == FLOOR_OF
 
 

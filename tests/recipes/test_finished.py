@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lowbit_jax as lb
-from benchmarks import kv_cache
+from benchmarks import kv_cache, post_training
 from lowbit_jax.nn import weight
 from recipes import command, deliver, finished, pretrain, sample, token_files
 from recipes.pretrain import Pretrain
@@ -90,6 +90,15 @@ class TestTheSameText:
         assert sample.main(same_again(config)) == printed_by(config)
         _, codec = finished.load(config.out)
         assert codec.vocab_size == 300
+
+    def test_what_packing_after_training_costs_is_measured(self, words, tmp_path):
+        config = trained(tmp_path, method="none")
+        measured = post_training.Config(run=config.out, bits=(3,), windows=8, calibration=8, output=tmp_path)
+        rows = json.loads(post_training.main(measured).read_text())["rows"]
+        assert len(rows) == 3 and all(3 < row["bits_per_weight"] < 5 for row in rows)
+        assert all(abs(row[how]["above"]) < 1 for row in rows for how in ("nearest", "gptq"))
+        with pytest.raises(ValueError, match="trained with the method 'quest'"):
+            post_training.main(dataclasses.replace(measured, run=words.out))
 
     def test_unquantized_from_the_last_checkpoint(self, tmp_path):
         config = trained(tmp_path, method="none")
