@@ -140,44 +140,43 @@ class StatefulProduct(nnx.Module):
         if rngs is not None:
             self.rngs = rngs
 
+        self.calibrating = ""  # sides to fit in each call, a word each, which NNX keeps out of the state
+
+    @property
+    def __call__(self) -> Callable[..., Array]:
+        return self._compute  # of a method nnx.tabulate prints the arguments, and trips over a packed weight
+
     def _compute(self, *args: Any, **kwargs: Any) -> Array:
-        for side in ("lhs", "rhs"):
-            if hasattr(self, f"{side}_sum"):
-                self._calibrate(side, *args)
         sides = [s for s in ("lhs", "rhs") if hasattr(self, f"{s}_scale")]
-        scales = {side: getattr(self, f"{side}_scale").get_value() for side in sides}
+        scales = {side: self._scale(side, args) for side in sides}
         key = self.rngs() if hasattr(self, "rngs") else None
         return self.product.compute(args, kwargs, key=key, scales=scales or None)
 
-    @property
-    def __call__(
-        self,
-    ) -> Callable[..., Array]:  # nnx.tabulate prints the arguments of methods, and trips over a QTensor
-        return self._compute
+    def _scale(self, side: str, args: tuple) -> Array:
+        """The scale of a side, "lhs" or "rhs"; while it is calibrated, the one that the operand fits."""
+        held: Scale = vars(self)[f"{side}_scale"]
+        if side not in self.calibrating.split():
+            return held.get_value()
+        lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
+        start, calls, fits, total = jnp.moveaxis(held.get_value(), -1, 0)
+        arrived = lax.stop_gradient(lhs if side == "lhs" else rhs)
+        fitted = fitted_scale(side, arrived, self.product.recipe, self.product.site, jnp.zeros_like(start))
+        held.set_value(jnp.stack([start, calls + 1, fits + jnp.sign(fitted), total + fitted], axis=-1))
+        return jnp.where(fitted == 0, start, fitted)
 
     def start_calibration(self, side: str) -> None:
-        """Fits the scale of a side, "lhs" or "rhs", in each call from now on; see `calibrated`."""
+        """Fits the scale of a side in each call from now on. Its variable, which loops hand on with the layer, holds
+        four numbers: the scale from before, and of the calls their number, that of the fits (an operand of zeros fits
+        none) and their sum."""
         held: Scale = vars(self)[f"{side}_scale"]
-        zeros = jnp.zeros_like(held.get_value())
-        setattr(self, f"{side}_calls", Scale(zeros))  # by the type of the scale, as loops hand on states by type
-        setattr(self, f"{side}_fits", Scale(zeros))
-        setattr(self, f"{side}_sum", Scale(zeros))
+        start = held.get_value()
+        held.set_value(jnp.stack([start, *[jnp.zeros_like(start)] * 3], axis=-1))
+        self.calibrating += f" {side}"
 
-    def _calibrate(self, side: str, *args: Any) -> None:
-        """Sets the scale of a side from the operand that arrives, which an operand of zeros leaves as it is."""
-        lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
-        held, calls, fits, total = (vars(self)[f"{side}_{name}"] for name in ("scale", "calls", "fits", "sum"))
-        arrived, before = lax.stop_gradient(lhs if side == "lhs" else rhs), held.get_value()
-        fitted = fitted_scale(side, arrived, self.product.recipe, self.product.site, jnp.zeros_like(before))
-        calls.set_value(calls.get_value() + 1)
-        fits.set_value(fits.get_value() + jnp.sign(fitted))
-        total.set_value(total.get_value() + fitted)
-        held.set_value(jnp.where(fitted == 0, before, fitted))
-
-    def calibrated(self, side: str, before: Array) -> Array:
-        """The mean of what the calls fitted; `before` where they were of zeros, NaN where there was none."""
-        calls, fits, total = (vars(self)[f"{side}_{name}"].get_value() for name in ("calls", "fits", "sum"))
-        mean = jnp.where(fits == 0, before, total / jnp.maximum(fits, 1))
+    def calibrated(self, side: str) -> Array:
+        """The mean of what the calls fitted; NaN where there was none."""
+        start, calls, fits, total = jnp.moveaxis(vars(self)[f"{side}_scale"].get_value(), -1, 0)
+        mean = jnp.where(fits == 0, start, total / jnp.maximum(fits, 1))
         return jnp.where(calls == 0, jnp.nan, mean)
 
 

@@ -61,14 +61,12 @@ def _scales_of_call(model: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> d
     def run(state: Any, given: list) -> dict[str, dict[str, Array]]:
         copy = nnx.merge(graph, state)
         held = _held(copy)
-        before = {path: {s: _scale(product, s).get_value() for s in sides} for path, (product, sides) in held.items()}
         for product, sides in held.values():
             for side in sides:
                 product.start_calibration(side)
         filled = [g if a else leaf for g, a, leaf in zip(given, is_array, leaves, strict=True)]
         args, kwargs = tree.unflatten(filled)
         copy(*args, **kwargs)
-        new = lambda product, path, side: product.calibrated(side, before[path][side])
-        return {path: {s: new(product, path, s) for s in sides} for path, (product, sides) in held.items()}
+        return {path: {s: product.calibrated(s) for s in sides} for path, (product, sides) in held.items()}
 
     return run(state, [leaf if a else None for leaf, a in zip(leaves, is_array, strict=True)])
