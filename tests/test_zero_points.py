@@ -192,8 +192,7 @@ def operands(dtype=jnp.float32, k=128, n=24):
     return x, jnp.asarray(uneven(8, (n, k)).T)
 
 
-@pytest.mark.parametrize("which", ["weights", "activations", "both"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits, which", [(2, "weights"), (4, "activations"), (4, "both"), (8, "both")])
 def test_products_and_their_gradients(bits, which):
     """Straight-through: y = x_hat w_hat, dx = g w_hat^T, dw = x_hat^T g, all from the transcription."""
     recipe = lb.methods.get("absmax_integer", bits=bits, zero_points=which)
@@ -215,8 +214,7 @@ def test_products_and_their_gradients(bits, which):
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="int8 products are for x86")
-@pytest.mark.parametrize("which", ["weights", "activations", "both"])
-@pytest.mark.parametrize("bits", [4, 7, 8])
+@pytest.mark.parametrize("bits, which", [(4, "weights"), (4, "both"), (7, "both"), (8, "activations")])
 def test_distances_of_up_to_seven_bits_are_multiplied_as_int8(bits, which):
     recipe = lb.methods.get("absmax_integer", bits=bits, zero_points=which)
     x, w = operands()
@@ -230,9 +228,10 @@ def test_distances_of_up_to_seven_bits_are_multiplied_as_int8(bits, which):
         np.testing.assert_allclose(jax.jit(run)(x, rhs), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("group", [None, 32, 64])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype"),
+    [(2, 64, jnp.bfloat16), (3, 32, jnp.float16), (4, None, jnp.bfloat16), (4, 32, jnp.bfloat16), (8, 64, jnp.float16)],
+)
 def test_the_kernel_takes_them(bits, group, dtype):
     recipe = lb.methods.get("absmax_integer", bits=bits, activations=False, group=group, zero_points="weights")
     x, w = operands(dtype)

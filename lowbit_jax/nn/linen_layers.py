@@ -79,11 +79,6 @@ LAYERS: dict[type, LayerType] = {
 }
 
 
-def weight_name(base: type) -> str:
-    """The parameter of a Flax layer that enters its product."""
-    return "embedding" if base is linen.Embed else "kernel"
-
-
 def layer_base(module: Any) -> type | None:
     """The Flax layer that a module, or a class, is."""
     kind = module if isinstance(module, type) else type(module)

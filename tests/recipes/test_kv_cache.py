@@ -11,7 +11,7 @@ from flax import nnx
 import lowbit_jax as lb
 from recipes import kv_cache, llama, sampling
 
-CONTEXT = 16
+CONTEXT = 8
 SIZE = llama.preset("smoke", context=CONTEXT)
 
 
@@ -56,15 +56,14 @@ RECIPES = {  # grids with a zero for activations: on others the first position i
 def test_positions_one_by_one_answer_as_all_at_once(model, tokens, recipe):
     form = model if recipe is None else packed(model, recipe)
     expected = np.asarray(whole(form, tokens))
-    for first in (1, 5):
-        got = np.asarray(step_by_step(form, tokens, None, first))
-        np.testing.assert_allclose(got, expected, atol=(1e-4 if recipe is None else 0.02) * np.abs(expected).max())
+    got = np.asarray(step_by_step(form, tokens, None, 3))
+    np.testing.assert_allclose(got, expected, atol=(1e-4 if recipe is None else 0.02) * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.02), (4, 0.25), (2, 1.0)])
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.02), (4, 0.25), (2, 1.5)])
 def test_few_bits_stay_near_and_their_bytes_are_few(model, tokens, bits, most):
     expected = np.asarray(whole(model, tokens))
-    got = np.asarray(step_by_step(model, tokens, bits, 1))
+    got = np.asarray(step_by_step(model, tokens, bits, 5))
     error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
     assert 1e-5 < error < most
     count = lambda cache: sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
@@ -105,11 +104,11 @@ def test_the_text_is_that_of_whole_windows_until_they_are_full(model, temperatur
 def test_beyond_its_context_it_goes_on_from_the_later_half(model):
     """A full window is read again from its middle: the same as a new start with those ids."""
     prompt = list(range(10, 14))
-    ids = drawn(model, prompt, 30)
-    assert len(ids) == 34
+    ids = drawn(model, prompt, 16)
+    assert len(ids) == 20
     end = CONTEXT + 1  # ids when it was first full, and the one drawn then
-    again = drawn(model, ids[end - CONTEXT // 2 - 1 : end], 34 - end)
-    np.testing.assert_array_equal(again[-(34 - end) :], ids[end:])
+    again = drawn(model, ids[end - CONTEXT // 2 - 1 : end], 20 - end)
+    np.testing.assert_array_equal(again[-(20 - end) :], ids[end:])
 
 
 def test_a_prompt_as_long_as_the_context(model):
@@ -119,8 +118,8 @@ def test_a_prompt_as_long_as_the_context(model):
 
 def test_bits_of_the_cache_reach_the_text(model):
     """At 8 bits the same beginning; other widths are refused."""
-    plain = drawn(model, [1, 2, 3], 13)
-    np.testing.assert_array_equal(drawn(model, [1, 2, 3], 13, cache_bits=8)[:5], plain[:5])
+    plain = drawn(model, [1, 2, 3], 5)
+    np.testing.assert_array_equal(drawn(model, [1, 2, 3], 5, cache_bits=8)[:5], plain[:5])
     with pytest.raises(ValueError, match="kv_cache"):
         drawn(model, [1, 2, 3], 4, cache_bits=16)
 
@@ -136,5 +135,5 @@ def test_a_quantizer_for_each_head_dim():
 def test_half_precision(tokens):
     model = llama.build(dataclasses.replace(SIZE, layers=1), 128, dtype="bfloat16")
     expected = np.asarray(whole(model, tokens), np.float32)
-    got = np.asarray(step_by_step(model, tokens, None, 4), np.float32)
+    got = np.asarray(step_by_step(model, tokens, None, 6), np.float32)
     np.testing.assert_allclose(got, expected, atol=0.05 * np.abs(expected).max())
