@@ -15,7 +15,6 @@ from lowbit_jax.ops.plane_tensor import PlaneTensor
 
 K, N = 96, 24
 QUANTIZERS = {
-    "int3": lb.Quantizer(format=formats.INT3),
     "int4 groups": lb.Quantizer(format=formats.INT4, tiling=scaling.Group(32), scale_format=scaling.BFLOAT16),
     "uint3 zero points": lb.Quantizer(format=formats.UINT3, tiling=scaling.Group(48), zero_point=True),
     "nf4 tensor": lb.Quantizer(format=formats.NF4, tiling=scaling.PerTensor()),
@@ -75,7 +74,7 @@ def test_equals_the_transcription(name):
     assert off(np.asarray(packed.dequantize())) < 0.75 * off(nearest)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ["uint3 zero points", "quest 4"])
 def test_inputs_that_do_not_go_together_leave_nearest_levels(name):
     _, w = operands()
     w, quantizer = jnp.asarray(w), QUANTIZERS[name]
@@ -104,7 +103,7 @@ def test_a_row_of_zeros_and_dead_inputs():
 def test_refusals():
     x, w = operands()
     with pytest.raises(ValueError, match=r"96 elements, and the gram the shape \(95, 95\)"):
-        gptq(QUANTIZERS["int3"], jnp.asarray(w), jnp.eye(95), axis=0)
+        gptq(QUANTIZERS["nf4 tensor"], jnp.asarray(w), jnp.eye(95), axis=0)
     with pytest.raises(ValueError, match="leaves elements out"):
         gptq(lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4)), jnp.asarray(w), gram_of(x), axis=0)
     with pytest.raises(ValueError, match="damping=0"):
@@ -145,8 +144,7 @@ class Deep(nnx.Module):
 call = nnx.jit(lambda model, x: model(x))
 
 
-@pytest.mark.parametrize("build", [Mlp, Deep])
-@pytest.mark.parametrize("layout", ["bitstream-le/1", "planes/1"])
+@pytest.mark.parametrize("build, layout", [(Mlp, "bitstream-le/1"), (Deep, "planes/1")])
 def test_models_err_less_than_packed_to_the_nearest(build, layout):
     model = build(nnx.Rngs(0))
     quantized = lb.quantize(model, W3)

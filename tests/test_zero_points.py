@@ -214,7 +214,7 @@ def test_products_and_their_gradients(bits, which):
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="int8 products are for x86")
-@pytest.mark.parametrize("bits, which", [(4, "weights"), (4, "both"), (7, "both"), (8, "activations")])
+@pytest.mark.parametrize("bits, which", [(4, "weights"), (7, "both"), (8, "activations")])
 def test_distances_of_up_to_seven_bits_are_multiplied_as_int8(bits, which):
     recipe = lb.methods.get("absmax_integer", bits=bits, zero_points=which)
     x, w = operands()
@@ -230,7 +230,7 @@ def test_distances_of_up_to_seven_bits_are_multiplied_as_int8(bits, which):
 
 @pytest.mark.parametrize(
     ("bits", "group", "dtype"),
-    [(2, 64, jnp.bfloat16), (3, 32, jnp.float16), (4, None, jnp.bfloat16), (4, 32, jnp.bfloat16), (8, 64, jnp.float16)],
+    [(3, 32, jnp.float16), (4, None, jnp.bfloat16), (8, 64, jnp.bfloat16)],
 )
 def test_the_kernel_takes_them(bits, group, dtype):
     recipe = lb.methods.get("absmax_integer", bits=bits, activations=False, group=group, zero_points="weights")

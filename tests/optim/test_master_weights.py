@@ -125,7 +125,6 @@ def test_packed_parameters():
 
 PACKED = {
     "quest": lb.quest_quantizer(4),
-    "rotated groups": lb.Quantizer(rotation=lb.Hadamard(32), tiling=lb.scaling.Group(32)),
     "zero points": lb.Quantizer(format=lb.formats.UINT8, tiling=lb.scaling.Group(32), zero_point=True),
     "2:4": lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4)),
     "nvfp4": lb.block_quantizer(lb.formats.NVFP4),

@@ -61,7 +61,7 @@ CUT = jax.sharding.PartitionSpec("data")
 
 
 @pytest.mark.parametrize(("name", "impl"), [
-    *((name, "xla") for name in CALLS),
+    *(pytest.param(name, "xla", marks=pytest.mark.slow) for name in CALLS),
     *((name, "interpret") for name in CALLS if not name.startswith("quantize_mx") or name == "quantize_mxfp4"),
 ])  # fmt: skip
 def test_64_bit_mode_changes_nothing(name, impl):

@@ -50,6 +50,12 @@ def words(tmp_path_factory) -> Pretrain:
     return trained(folder, tokenizer=str(folder / "tokenizer.json"), rules=("blocks/mlp/down=quest:8",))
 
 
+@pytest.fixture(scope="module")
+def unquantized(tmp_path_factory) -> Pretrain:
+    """A run in high precision."""
+    return trained(tmp_path_factory.mktemp("unquantized"), method="none")
+
+
 @pytest.fixture
 def copy(words, tmp_path):
     """That run, moved to another folder."""
@@ -91,17 +97,19 @@ class TestTheSameText:
         _, codec = finished.load(config.out)
         assert codec.vocab_size == 300
 
-    def test_what_packing_after_training_costs_is_measured(self, words, tmp_path):
-        config = trained(tmp_path, method="none")
-        measured = post_training.Config(run=config.out, bits=(3,), windows=8, calibration=8, output=tmp_path)
+    def test_what_packing_after_training_costs_is_measured(self, words, unquantized, tmp_path, monkeypatch):
+        measured = post_training.Config(run=unquantized.out, bits=(3,), windows=8, calibration=8, output=tmp_path)
+        few = dict(list(post_training.recipes(3).items())[1:2])
+        monkeypatch.setattr(post_training, "recipes", lambda bits: few)
         rows = json.loads(post_training.main(measured).read_text())["rows"]
-        assert len(rows) == 3 and all(3 < row["bits_per_weight"] < 5 for row in rows)
+        assert len(rows) == 1 and all(3 < row["bits_per_weight"] < 5 for row in rows)
         assert all(abs(row[how]["above"]) < 1 for row in rows for how in ("nearest", "gptq"))
         with pytest.raises(ValueError, match="trained with the method 'quest'"):
             post_training.main(dataclasses.replace(measured, run=words.out))
 
-    def test_unquantized_from_the_last_checkpoint(self, tmp_path):
-        config = trained(tmp_path, method="none")
+    def test_unquantized_from_the_last_checkpoint(self, unquantized, tmp_path):
+        shutil.copytree(unquantized.out, tmp_path / "run")
+        config = dataclasses.replace(unquantized, out=tmp_path / "run")
         with pytest.raises(ValueError, match="method 'none' and has no packed weights. .*--weights float"):
             finished.load(config.out)
         assert sample.main(same_again(config, weights="float")) == printed_by(config)
