@@ -9,20 +9,21 @@ cache and by whole windows, interleaved.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from benchmarks.held_out import HeldOut, cell, corpus_of
 from benchmarks.report import write
 from benchmarks.timing import environment, interleaved_seconds, ratio
-from recipes import finished, sampling, text
+from recipes import finished, sampling
 from recipes.llama import Llama
 
 
@@ -37,27 +38,9 @@ class Config:
     output: pathlib.Path = pathlib.Path("benchmarks/results")
 
 
-@jax.jit
-def losses(logits: Float[Array, "batch time vocab"], tokens: Array) -> Float[Array, "batch"]:
-    """Mean cross-entropy of each window, in nats a token."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(-1)
-
-
-def of_windows(model: Llama, batches: list[np.ndarray], bits: int | None, cached: bool) -> np.ndarray:
-    """The loss of each window."""
-
-    @nnx.jit
-    def logits(model, tokens):
-        if not cached:
-            return model(tokens)
-        return model.extend(tokens, model.empty(*tokens.shape, bits), jnp.int32(0))[0]
-
-    return np.concatenate([losses(logits(model, batch[:, :-1]), jnp.asarray(batch)) for batch in batches])
-
-
 def bytes_of(model: Llama, bits: int | None) -> int:
     """Of the cache of one sequence of the model's context."""
-    cache = jax.eval_shape(lambda: model.empty(1, model.config.context, bits))
+    cache = jax.eval_shape(lambda: model.init_cache(1, model.config.context, bits))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
@@ -84,23 +67,22 @@ class Sampling:
 
 def measure(config: Config) -> dict:
     model, codec = finished.load(config.run)
-    described = finished.Description.read(config.run)
-    corpus = text.load(described.data, tokenizer=described.tokenizer)
-    context, batch = model.config.context, model.config.batch
-    batches = text.fixed_batches(corpus.validation, context=context, batch=batch, windows=config.windows)
-    plain = of_windows(model, batches, None, cached=False)
+    context = model.config.context
+    whole = nnx.jit(lambda model, tokens: model(tokens))
+    held = HeldOut.of(corpus_of(config.run), model, config.windows, functools.partial(whole, model))
     rows = []
     for bits in (None, *config.bits):
-        above = of_windows(model, batches, bits, cached=True) - plain
-        rows.append({
-            "bits": bits, "above": float(above.mean()), "standard_error": float(above.std() / len(above) ** 0.5),
-            "bytes": bytes_of(model, bits),
-        })  # fmt: skip
+
+        @nnx.jit
+        def cached(model, tokens, bits=bits):
+            return model.extend(tokens, model.init_cache(*tokens.shape, bits), jnp.int32(0))[0]
+
+        rows.append({"bits": bits, "bytes": bytes_of(model, bits)} | held.above(functools.partial(cached, model)))
     programs = {"cache": Sampling(model, context, codec.vocab_size),
                 "windows": Sampling(WholeWindows(model), context, codec.vocab_size)}  # fmt: skip
     seconds = interleaved_seconds(programs, config.rounds)
     return {
-        "environment": environment(), "run": config.run.name, "windows": len(plain), "loss": float(plain.mean()),
+        "environment": environment(), "run": config.run.name, "windows": len(held.losses), "loss": held.loss,
         "rows": rows, "tokens": context - 1, "seconds": {name: float(np.median(s)) for name, s in seconds.items()},
         "ratio": ratio(seconds["windows"], seconds["cache"]),
     }  # fmt: skip
@@ -116,7 +98,7 @@ def markdown(report: dict) -> str:
     ]
     for row in report["rows"]:
         name = "as computed" if row["bits"] is None else f"{row['bits']} bits"
-        lines.append(f"| {name} | {row['above']:+.4f} ± {row['standard_error']:.4f} | {row['bytes']} |")
+        lines.append(f"| {name} | {cell(row)} | {row['bytes']} |")
     seconds, of = report["seconds"], report["ratio"]
     lines.append(
         f"\n{report['tokens']} tokens by whole windows take {seconds['windows']:.2f} s, with a cache"

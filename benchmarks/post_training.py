@@ -8,16 +8,15 @@ error. GPTQ reads `--calibration` windows of the training text.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 from flax import nnx
 
 import lowbit_jax as lb
-from benchmarks.kv_cache import losses
+from benchmarks.held_out import HeldOut, cell, corpus_of
 from benchmarks.report import write
 from benchmarks.timing import environment
 from recipes import finished, text
@@ -53,13 +52,11 @@ def measure(config: Config) -> dict:
             f"post_training: {config.run} was trained with the method {described.scheme.method!r}, whose weights know"
             " their grid. Take a run of --method none."
         )
-    corpus = text.load(described.data, tokenizer=described.tokenizer)
-    context, batch = model.config.context, model.config.batch
-    held = text.fixed_batches(corpus.validation, context=context, batch=batch, windows=config.windows)
-    seen = text.fixed_batches(corpus.train, context=context, batch=batch, windows=config.calibration)
-    forward = nnx.jit(lambda model, tokens: model(tokens))
-    loss = lambda m: np.concatenate([losses(forward(m, b[:, :-1]), jnp.asarray(b)) for b in held])
-    plain = loss(model)
+    corpus, forward = corpus_of(config.run), nnx.jit(lambda model, tokens: model(tokens))
+    held = HeldOut.of(corpus, model, config.windows, functools.partial(forward, model))
+    seen = text.fixed_batches(
+        corpus.train, context=model.config.context, batch=model.config.batch, windows=config.calibration
+    )
     rows = []
     for bits in config.bits:
         for name, recipe in recipes(bits).items():
@@ -67,12 +64,11 @@ def measure(config: Config) -> dict:
             row = {"bits": bits, "weights": name}
             forms = {"nearest": lb.convert(quantized), "gptq": lb.nn.gptq(quantized, [b[:, :-1] for b in seen])}
             for how, packed in forms.items():
-                above = loss(packed) - plain
-                row[how] = {"above": float(above.mean()), "standard_error": float(above.std() / len(above) ** 0.5)}
+                row[how] = held.above(functools.partial(forward, packed))
             packed = [leaf for leaf in jax.tree.leaves(nnx.state(forms["gptq"]), is_leaf=_packed) if _packed(leaf)]
             row["bits_per_weight"] = 8 * sum(p.nbytes for p in packed) / sum(p.size for p in packed)
             rows.append(row)
-    return {"environment": environment(), "run": config.run.name, "windows": len(plain), "loss": float(plain.mean()),
+    return {"environment": environment(), "run": config.run.name, "windows": len(held.losses), "loss": held.loss,
             "calibration": sum(map(len, seen)), "rows": rows}  # fmt: skip
 
 
@@ -89,7 +85,6 @@ def markdown(report: dict) -> str:
         "| bits | weights | bits a weight | nearest | GPTQ |",
         "|---|---|---|---|---|",
     ]
-    cell = lambda found: f"{found['above']:+.4f} ± {found['standard_error']:.4f}"
     for row in report["rows"]:
         found = " | ".join(cell(row[how]) for how in ("nearest", "gptq"))
         lines.append(f"| {row['bits']} | {row['weights']} | {row['bits_per_weight']:.2f} | {found} |")

@@ -34,7 +34,7 @@ def gptq(
 
     gram: the sum of x^T x for inputs x along `axis`, without the quantizer's rotation; positive definite, as `damped`
     makes it. scale: a learned one.
-    Raises: ValueError for a gram of another size and a quantizer with a support."""
+    Raises: ValueError for a gram of another size, and a quantizer with a support or a stochastic rounding."""
     length = w.shape[axis]
     if tuple(gram.shape) != (length, length):
         raise ValueError(
@@ -46,6 +46,8 @@ def gptq(
             f"gptq: {quantizer.sparsity.describe()} leaves elements out, which would have to be chosen with the levels."
             " Quantize without sparsity, or pack by lb.convert."
         )
+    if quantizer.uses_key:
+        raise ValueError("gptq chooses levels by errors, and a stochastic rounding by chance. Use rounding.nearest.")
     gram = gram.astype(jnp.float32)
     if quantizer.rotation is not None:
         gram = quantizer.rotation.apply(quantizer.rotation.apply(gram, 0), 1)

@@ -30,7 +30,6 @@ from lowbit_jax.scaling import (
     Fit,
     Group,
     Learned,
-    Percentile,
     PerRow,
     PerTensor,
     PowerOfTwo,
@@ -38,7 +37,6 @@ from lowbit_jax.scaling import (
     Tiling,
     TwoLevel,
     absmax,
-    mean_abs,
     rms_optimal,
     zero_point,
 )
@@ -65,7 +63,8 @@ class Quantizer:
     the fit then sees the tile about its middle, and absmax spans it from end to end.
     Raises: TypeError for slots of the wrong kind and for arrays that are not floating; ValueError for an estimator
     that learns the scale beside a fit that reads it off the data, for a Learned fit beside one that does not, and for
-    zero points beside what has no place for them (`_check_zero_point`)."""
+    zero points of a grid that is not of integers, or beside a support, a rounding toward zero, a scale format that is
+    no CastScale or a fit of magnitudes (all but absmax, CandidateSearch and fits of your own)."""
 
     format: Format = INT8
     tiling: Tiling = PerRow()
@@ -96,7 +95,10 @@ class Quantizer:
                 f"Quantizer(fit=Learned(), estimator={self.estimator!r}): this estimator gives the scale no gradient,"
                 " so nothing would be learned. Use LSQ() or PACT(), or a fit that reads the data, such as absmax."
             )
-        _check_zero_point(self)
+        if not isinstance(self.zero_point, bool):
+            raise TypeError(f"Quantizer(zero_point={self.zero_point!r}): give True, for a level a tile that is 0.")
+        if self.zero_point:
+            zero_point.check(self.format, self.fit, self.rounding, self.scale_format, self.sparsity)
 
     @property
     def learned(self) -> bool:
@@ -404,30 +406,6 @@ _SLOTS = {
         "an estimator", ("residuals", "gradients", "describe"), example="lb.estimators.StraightThrough()"
     ),
 }  # fmt: skip
-
-
-def _check_zero_point(quantizer: Quantizer) -> None:
-    """Raises: TypeError for a slot that is not a bool; ValueError for zero points of a grid that is not of integers,
-    beside a fit that looks at magnitudes about 0, a support, or a scale format that is not a cast."""
-    q = quantizer
-    if not isinstance(q.zero_point, bool):
-        raise TypeError(f"Quantizer(zero_point={q.zero_point!r}): give True, for one level a tile that stands for 0.")
-    if not q.zero_point:
-        return
-    way_out = None
-    if not isinstance(q.format, IntFormat):
-        way_out = f"format={q.format.name}): its levels are not integers. Use lb.formats.UINT1 to UINT8 or INT1 to INT8"
-    elif q.learned or q.fit in (rms_optimal, mean_abs) or isinstance(q.fit, Percentile):
-        way_out = f"fit={_name(q.fit)}): it scales what lies about 0. Use absmax, or CandidateSearch() to clip"
-    elif q.rounding is rounding.toward_zero:
-        way_out = "rounding=toward_zero): that is toward the lowest levels here. Use nearest or stochastic"
-    elif q.sparsity is not None:
-        way_out = "sparsity=): what is off a support is 0 on the grid. Leave out one of them"
-    elif not isinstance(q.scale_format, CastScale):
-        told = q.scale_format.describe()
-        way_out = f"scale_format={told}): it reckons with a grid about 0. Use FLOAT32, BFLOAT16 or another CastScale"
-    if way_out is not None:
-        raise ValueError(f"Quantizer(zero_point=True, {way_out}.")
 
 
 def _check_fitted(fit: Any, scale: Any, shape: tuple[int, ...]) -> None:

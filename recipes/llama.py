@@ -150,7 +150,7 @@ class Llama(nnx.Module):
         )
         return self._placed("lm_head", self.lm_head)(self.norm(self._cut(x))).astype(jnp.float32)
 
-    def empty(self, batch: int, positions: int, bits: int | None = None) -> KVCache:
+    def init_cache(self, batch: int, positions: int, bits: int | None = None) -> KVCache:
         """Room for the keys and values of so many positions, with a leading axis of layers; bits: 2 to 8, or floats."""
         config, dtype = self.config, self.norm.dtype or jnp.float32
         rounded = kv_cache.quantizer(bits, config.head_dim)

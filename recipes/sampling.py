@@ -20,12 +20,18 @@ def generate(
 
     A `Llama` caches keys and values, in `cache_bits` (2 to 8; None: its own dtype), and reads each token once; where
     `context` positions are full it reads the later half of them again and goes on. Other models, and one that is laid
-    out over a mesh, read a window of the last `context` ids for every token."""
+    out over a mesh, read a window of the last `context` ids for every token.
+    Raises: ValueError for `cache_bits` of a model that caches nothing, and outside 2 to 8."""
     prompt = np.asarray(prompt, np.int32)[-context:]
     window = np.zeros((context,), np.int32)
     window[: len(prompt)] = prompt
     graph, state = nnx.split(model)
     caches = isinstance(model, Llama) and model.placement is None
+    if cache_bits is not None and not caches:
+        raise ValueError(
+            f"sampling: cache_bits={cache_bits}, and this {type(model).__name__} reads whole windows, without a cache."
+            " Leave it out, or pass a Llama that lies on one device."
+        )
     drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(prompt)), key, jnp.float32(temperature), caches,
                   cache_bits, vocab_size, tokens)  # fmt: skip
     return np.concatenate([prompt, np.asarray(drawn)])
@@ -75,5 +81,5 @@ def _draw(
         length = jnp.where(full, length - left_out, length)
         return (window.at[length].set(token), length + 1, cache, full), token
 
-    cache = model().empty(1, context, cache_bits) if caches else ()
+    cache = model().init_cache(1, context, cache_bits) if caches else ()
     return jax.lax.scan(step, (window, length, cache, jnp.asarray(True)), jax.random.split(key, tokens))[1]

@@ -106,6 +106,8 @@ def test_refusals():
         gptq(QUANTIZERS["nf4 tensor"], jnp.asarray(w), jnp.eye(95), axis=0)
     with pytest.raises(ValueError, match="leaves elements out"):
         gptq(lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4)), jnp.asarray(w), gram_of(x), axis=0)
+    with pytest.raises(ValueError, match="by chance"):
+        gptq(lb.Quantizer(rounding=lb.rounding.stochastic), jnp.asarray(w), gram_of(x), axis=0)
     with pytest.raises(ValueError, match="damping=0"):
         damped(gram_of(x), 0.0)
 
@@ -188,6 +190,12 @@ class TestRefused:
             lb.nn.gptq(model, [jnp.zeros((2, K))])
         with pytest.raises(ValueError, match="is not finite"):
             lb.nn.gptq(model, [jnp.full((2, K), jnp.inf)])
+
+    def test_sparse_weights_by_the_name_of_their_layer(self):
+        sparse = lb.LinearRecipe(out=lb.Gemm(rhs=lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4))))
+        model = lb.quantize(Mlp(nnx.Rngs(0)), W3, rules=[("up", sparse)])
+        with pytest.raises(ValueError, match=r"lb\.nn\.gptq: the layer 'up' \(Linear\).*2:4"):
+            lb.nn.gptq(model, [jnp.ones((2, K))])
 
     def test_models_that_are_not_quantized_or_packed(self):
         x = jnp.ones((2, K))

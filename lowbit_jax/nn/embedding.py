@@ -82,8 +82,8 @@ def _packed_rows(table: QTensor, ids: Int[Array, "*batch"]) -> Float[Array, "*ba
     count = table.shape[0]
 
     def take(leaf: Array) -> Array:
-        if leaf.ndim == 0 or (isinstance(table.quantizer.scale_format, TwoLevel) and leaf.ndim < table.ndim):
-            return leaf  # the scale of the tensor
+        if leaf.ndim == 0:  # the scale of a table, beside those of its tiles
+            return leaf
         if leaf.shape[0] != count:
             return leaf.reshape((1,) * ids.ndim + leaf.shape[1:])
         return jnp.take(leaf, ids, axis=0, mode="wrap")

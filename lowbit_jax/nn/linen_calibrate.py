@@ -15,7 +15,7 @@ from flax.core import DenyList
 from jaxtyping import Array
 
 from lowbit_jax.nn.linen import watching
-from lowbit_jax.nn.linen_layers import Calibration, calibrating, names
+from lowbit_jax.nn.linen_layers import Calibration, calibrating, calibration_names
 from lowbit_jax.nn.linen_sites import Call, Sites, array_call, checked_trace, inside, with_layers
 from lowbit_jax.nn.site import initial_scales
 
@@ -70,7 +70,7 @@ def _ran(transform: Any, call: Call, variables: Any, learned: Sites, calibration
     """What the call answers and leaves under `transform`, fitting scales on its way."""
 
     def aside(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
-        moved = {f"{side}_scale": names(side)[0] for path, side in calibration.stored if path == site.path}
+        moved = {f"{side}_scale": calibration_names(side)[0] for path, side in calibration.stored if path == site.path}
         return {moved.get(name, name): value for name, value in layer.items()}
 
     def answers(variables: Any, inputs: Any) -> Any:

@@ -236,7 +236,8 @@ class BoundProduct:
     def _fitted(self, side: str, arrived: Array) -> Array:
         """The scale that the operand fits, for this call; in `params` stands the mean of what the calls so far fitted.
         An operand of zeros fits none."""
-        recipe, site, layer, (before, mean, count) = self.product.recipe, self.product.site, self.layer, names(side)
+        recipe, site, layer = self.product.recipe, self.product.site, self.layer
+        before, mean, count = calibration_names(side)
         start = layer.get_variable("params", before)
         fitted = fitted_scale(side, arrived, recipe, site, jnp.zeros_like(start))
         fits = layer.get_variable("params", count, jnp.zeros_like(start)) + jnp.sign(fitted)
@@ -254,7 +255,7 @@ def missing_scale(who: str, path: str, side: str) -> str:
     )
 
 
-def names(side: str) -> tuple[str, str, str]:
+def calibration_names(side: str) -> tuple[str, str, str]:
     """Where `lb.calibrate` keeps the scale from before, the mean of what it fits anew, and of how many calls."""
     return f"{side}_scale_before", f"{side}_scale", f"{side}_scale_fits"
 

@@ -14,7 +14,7 @@ from lowbit_jax.gptq import damped
 from lowbit_jax.nn.nnx import PackedWeight, attribute_of, edited, hook, layer_type, modules, weight_of
 from lowbit_jax.nn.nnx_convert import convert
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import Site
+from lowbit_jax.nn.site import Site, called
 from lowbit_jax.nn.weight import Storage
 from lowbit_jax.ops.einsum import parse
 
@@ -65,7 +65,15 @@ def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, Array]:
     layers = {}
     for layer, paths in modules(model):
         product = hook(layer) if layer_type(layer) else None
-        if product is not None and _plain(product.site) and not isinstance(weight_of(layer), PackedWeight):
+        if product is None or isinstance(weight_of(layer), PackedWeight) or not _plain(product.site):
+            continue
+        quantizer = product.recipe.forward_quantizers[1]
+        if quantizer is not None and quantizer.sparsity is not None:
+            raise ValueError(
+                f"{WHO}: {called(paths[0], type(layer))} has sparse weights ({quantizer.sparsity.describe()}), whose"
+                " support would have to be chosen with the levels. Leave it out by a rule, or use lb.convert."
+            )
+        if quantizer is not None:
             layers |= dict.fromkeys(paths, product)
 
     def observe(layer: Any, product: Product) -> None:

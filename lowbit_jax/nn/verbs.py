@@ -136,7 +136,7 @@ def gptq(
     all that is no product of one weight with one input: convolutions, embeddings, batched products.
     Source: Frantar et al. 2022, arXiv:2210.17323; see `lowbit_jax.gptq`.
     Raises: TypeError for what is no NNX module; ValueError without batches, when they do not reach a layer, for inputs
-    that are not finite, and as `lb.convert`."""
+    that are not finite, for sparse weights, and as `lb.convert`."""
     if framework(model, "lb.nn.gptq") != "nnx":
         raise TypeError("lb.nn.gptq takes an nnx module. In Linen pack weights by lowbit_jax.gptq.gptq.")
     from lowbit_jax.nn import nnx_gptq

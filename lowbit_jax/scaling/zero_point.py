@@ -5,6 +5,7 @@ arXiv:1712.05877, eq. 1.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,27 @@ from jaxtyping import Array, Float, UInt8
 
 from lowbit_jax import rounding
 from lowbit_jax.formats.base import MAX_CODE_BITS, Codebook, IntFormat
-from lowbit_jax.scaling.fit import CandidateSearch, Fit
+from lowbit_jax.scaling.fit import CandidateSearch, Fit, Learned, Percentile, mean_abs, rms_optimal
+from lowbit_jax.scaling.scale_format import CastScale
+
+
+def check(fmt: Any, fit: Any, how: Any, scale_format: Any, sparsity: Any) -> None:
+    """Raises ValueError where the other slots of a quantizer have no place for zero points. how: the rounding."""
+    way_out = None
+    if not isinstance(fmt, IntFormat):
+        way_out = f"format={fmt.name}): its levels are not integers. Use lb.formats.UINT1 to UINT8 or INT1 to INT8"
+    elif isinstance(fit, Learned | Percentile) or fit in (rms_optimal, mean_abs):
+        told = getattr(fit, "__name__", None) or str(fit)
+        way_out = f"fit={told}): it scales what lies about 0. Use absmax, or CandidateSearch() to clip"
+    elif how is rounding.toward_zero:
+        way_out = "rounding=toward_zero): that is toward the lowest levels here. Use nearest or stochastic"
+    elif sparsity is not None:
+        way_out = "sparsity=): what is off a support is 0 on the grid. Leave out one of them"
+    elif not isinstance(scale_format, CastScale):
+        told = scale_format.describe()
+        way_out = f"scale_format={told}): it reckons with a grid about 0. Use FLOAT32, BFLOAT16 or another CastScale"
+    if way_out is not None:
+        raise ValueError(f"Quantizer(zero_point=True, {way_out}.")
 
 
 def centers(tiles: Float[Array, "*tiles"], axes: tuple[int, ...]) -> Float[Array, "*scales"]:

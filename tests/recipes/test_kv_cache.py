@@ -31,7 +31,7 @@ whole = nnx.jit(lambda model, tokens: model(tokens))
 @nnx.jit(static_argnames=("bits", "first"))
 def step_by_step(model, tokens, bits, first):
     """The logits of each position: `first` of them at once, then one at a time."""
-    cache = model.empty(*tokens.shape, bits)
+    cache = model.init_cache(*tokens.shape, bits)
     logits, cache = model.extend(tokens[:, :first], cache, jnp.int32(0))
     found = [logits]
     for at in range(first, tokens.shape[1]):
@@ -68,14 +68,14 @@ def test_few_bits_stay_near_and_their_bytes_are_few(model, tokens, bits, most):
     assert 1e-5 < error < most
     count = lambda cache: sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     heads = 2 * SIZE.layers * 3 * CONTEXT * SIZE.kv_heads  # keys and values of 3 sequences
-    assert count(model.empty(3, CONTEXT, bits)) == heads * (SIZE.head_dim * bits // 8 + 2)
-    assert count(model.empty(3, CONTEXT)) == heads * SIZE.head_dim * 4
+    assert count(model.init_cache(3, CONTEXT, bits)) == heads * (SIZE.head_dim * bits // 8 + 2)
+    assert count(model.init_cache(3, CONTEXT)) == heads * SIZE.head_dim * 4
 
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_other_widths_are_refused(model, bits):
     with pytest.raises(ValueError, match=f"kv_cache: {bits} bits"):
-        model.empty(1, CONTEXT, bits)
+        model.init_cache(1, CONTEXT, bits)
 
 
 class Windows(nnx.Module):
@@ -122,6 +122,8 @@ def test_bits_of_the_cache_reach_the_text(model):
     np.testing.assert_array_equal(drawn(model, [1, 2, 3], 5, cache_bits=8)[:5], plain[:5])
     with pytest.raises(ValueError, match="kv_cache"):
         drawn(model, [1, 2, 3], 4, cache_bits=16)
+    with pytest.raises(ValueError, match="this Windows reads whole windows"):
+        drawn(Windows(model), [1, 2, 3], 4, cache_bits=8)
 
 
 def test_a_quantizer_for_each_head_dim():
