@@ -4,7 +4,9 @@ import difflib
 import inspect
 from collections.abc import Callable
 
-from lowbit_jax.methods.integer import absmax_integer, bitnet
+from lowbit_jax.methods.custom import block_scaled, mxfp4_backward, nf4, nvfp4, quartet, tetrajet
+from lowbit_jax.methods.floating_point import fp8
+from lowbit_jax.methods.integer import absmax_integer, bitnet, jetfire, switchback
 from lowbit_jax.methods.qat import lsq, pact, straight_through
 from lowbit_jax.methods.quest import quest, quest_quantizer
 from lowbit_jax.ops.recipe import LinearRecipe
@@ -16,6 +18,15 @@ _REGISTRY: dict[str, Callable[..., LinearRecipe]] = {
     "straight_through": straight_through,
     "absmax_integer": absmax_integer,
     "bitnet": bitnet,
+    "switchback": switchback,
+    "jetfire": jetfire,
+    "fp8": fp8,
+    "block_scaled": block_scaled,
+    "nvfp4": nvfp4,
+    "quartet": quartet,
+    "tetrajet": tetrajet,
+    "mxfp4_backward": mxfp4_backward,
+    "nf4": nf4,
 }
 
 
@@ -53,12 +64,21 @@ def source(name: str) -> str:
 __all__ = [
     "absmax_integer",
     "bitnet",
+    "block_scaled",
+    "fp8",
     "get",
+    "jetfire",
     "lsq",
+    "mxfp4_backward",
     "names",
+    "nf4",
+    "nvfp4",
     "pact",
+    "quartet",
     "quest",
     "quest_quantizer",
     "source",
     "straight_through",
+    "switchback",
+    "tetrajet",
 ]

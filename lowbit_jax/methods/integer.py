@@ -1,13 +1,15 @@
 """Integer methods of the survey that are compositions of the parts at hand."""
 
+import dataclasses
 from typing import Literal, get_args
 
+from lowbit_jax import rounding
 from lowbit_jax.estimators import StraightThrough
 from lowbit_jax.formats.catalogue import INT8, TERNARY, element_format
 from lowbit_jax.methods.qat import _bits
-from lowbit_jax.ops.recipe import Gemm, LinearRecipe
+from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
-from lowbit_jax.scaling import Group, PerRow, PerTensor, absmax, mean_abs
+from lowbit_jax.scaling import Block, Group, PerRow, PerTensor, absmax, mean_abs
 
 ZeroPoints = Literal["none", "weights", "activations", "both"]
 
@@ -61,3 +63,31 @@ def bitnet() -> LinearRecipe:
     weight = Quantizer(format=TERNARY, tiling=PerTensor(), fit=mean_abs, estimator=StraightThrough())
     activation = Quantizer(format=INT8, tiling=PerRow(), fit=absmax, estimator=StraightThrough())
     return LinearRecipe(out=Gemm(lhs=activation, rhs=weight), name="bitnet b1.58")
+
+
+def switchback() -> LinearRecipe:
+    """SwitchBack: int8 for the output and the activation's gradient, by rows of activation and cotangent and one scale
+    for the weight, which both share; the weight's gradient, a sum over all tokens, in high precision.
+
+    Source: Wortsman et al. 2023, arXiv:2304.13013, algorithm 1."""
+    row = Quantizer(format=INT8, tiling=PerRow(), fit=absmax, estimator=StraightThrough())
+    weight = dataclasses.replace(row, tiling=PerTensor())
+    return LinearRecipe(
+        out=Gemm(lhs=row, rhs=weight), grad_lhs=Gemm(lhs=row, rhs=FORWARD), grad_rhs=Gemm(), name="switchback"
+    )
+
+
+def jetfire() -> LinearRecipe:
+    """Jetfire: int8 in tiles of 32 x 32 for all three products, whose transposes are quantized alike, so that the
+    backward reuses the forward's operands; cotangents round stochastically, which takes keys.
+
+    32 divides both sizes of the weight and the length of a sequence (the axis before the activation's last).
+    Source: Xi et al. 2024, arXiv:2403.12422 (the products; its int8 data flow between layers is the model's)."""
+    tile = Quantizer(format=INT8, tiling=Block(32, 32), fit=absmax, estimator=StraightThrough())
+    cotangent = dataclasses.replace(tile, rounding=rounding.stochastic)
+    return LinearRecipe(
+        out=Gemm(lhs=tile, rhs=tile),
+        grad_lhs=Gemm(lhs=cotangent, rhs=FORWARD),
+        grad_rhs=Gemm(lhs=FORWARD, rhs=cotangent),
+        name="jetfire",
+    )

@@ -13,7 +13,8 @@ from lowbit_jax.nn.compiled import Evidence, RanProduct
 from lowbit_jax.nn.policy import Node
 from lowbit_jax.nn.site import Site
 from lowbit_jax.nn.weight import packed_weight, to_nearest
-from lowbit_jax.ops import FORWARD, LinearRecipe
+from lowbit_jax.ops import Gemm, LinearRecipe
+from lowbit_jax.ops.recipe import Side
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 
@@ -140,23 +141,23 @@ def recipe_rows(recipe: LinearRecipe, layer: Layer | None = None, evidence: Evid
     rows = []
     for product, operands in PRODUCTS.items():
         gemm = getattr(recipe, product)
-        for side, operand in zip(("lhs", "rhs"), operands, strict=True):
-            slots = dict(_slots(getattr(gemm, side), product, operand, recipe, layer))
+        sides: tuple[Side, Side] = ("lhs", "rhs")
+        for side, operand in zip(sides, operands, strict=True):
+            slots = dict(_slots(gemm, side, product, operand, recipe, layer))
             ran = _ran(evidence, product, layer) if evidence is not None and layer is not None else ""
             rows.append(Row(layer=layer.site.path if layer else "", product=product, operand=operand, ran=ran, **slots))
     return rows
 
 
-def _slots(quantizer: Any, product: str, operand: str, recipe: LinearRecipe, layer: Layer | None) -> Iterable[tuple]:
-    if not isinstance(quantizer, Quantizer):
-        folded = quantizer == FORWARD and getattr(recipe, product).fold
-        yield "format", "codes of out" if folded else "as in out" if quantizer == FORWARD else "high precision"
+def _slots(gemm: Gemm, side: Side, product: str, operand: str, recipe: LinearRecipe, layer: Layer | None) -> Iterable:
+    quantizer, reused = gemm.quantizer(side), gemm.reads_forward(side)
+    if quantizer is None:
+        yield "format", ("codes of out" if gemm.fold else "as in out") if reused else "high precision"
         return
     length = _length(product, layer)
     words = quantizer.explain(length)
-    yield from (
-        (name, words[name]) for name in ("format", "tiling", "fit", "rounding", "rotation", "sparsity", "estimator")
-    )
+    yield "format", f"{words['format']} of out" if reused else words["format"]
+    yield from ((name, words[name]) for name in ("tiling", "fit", "rounding", "rotation", "sparsity", "estimator"))
     yield "scale", words["scale_format"] + (" and zero point" if quantizer.zero_point else "")
     yield "bits", _bits(quantizer, product, operand, recipe, layer)
     if layer is not None and product == "out":

@@ -77,10 +77,9 @@ def einsum_contraction(spec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def quantizers(recipe: LinearRecipe) -> list[Quantizer]:
     """Every quantizer of the three products."""
-    operands = [
-        getattr(gemm, side) for gemm in (recipe.out, recipe.grad_lhs, recipe.grad_rhs) for side in ("lhs", "rhs")
-    ]
-    return [q for q in operands if isinstance(q, Quantizer)]
+    gemms = (recipe.out, recipe.grad_lhs, recipe.grad_rhs)
+    operands = [gemm.quantizer(side) for gemm in gemms for side in ("lhs", "rhs")]
+    return [quantizer for quantizer in operands if quantizer is not None]
 
 
 def operand(recipe: LinearRecipe, side: Literal["lhs", "rhs"]) -> Quantizer:

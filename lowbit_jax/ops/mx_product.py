@@ -25,8 +25,8 @@ def mx_format(quantizer: Any) -> str | None:
     """The kernel's name of the microscaling format that the quantizer rounds to; None for other quantizers."""
     if not isinstance(quantizer, Quantizer) or quantizer.format not in FORMATS:
         return None
-    plain = quantizer.rotation is None and quantizer.sparsity is None
-    plain &= quantizer.tiling == Group(BLOCK) and isinstance(quantizer.scale_format, PowerOfTwo)
+    plain = quantizer.rotation is None and quantizer.sparsity is None and quantizer.tiling == Group(BLOCK)
+    plain &= isinstance(quantizer.scale_format, PowerOfTwo) and quantizer.scale_format.times == 1
     return FORMATS[quantizer.format] if plain else None
 
 

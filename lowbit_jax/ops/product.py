@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.ops import backend, int8
 from lowbit_jax.ops.once import once_differentiable
-from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
+from lowbit_jax.ops.recipe import Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import PerRow, PerTensor, absmax
 from lowbit_jax.scaling.fit import reciprocal
@@ -108,16 +108,16 @@ def backward_operands(
     of each operand its high-precision form, or a pair (grid values, scales) where they fold its scales, or None.
 
     Raises: ValueError when the weight came quantized (`rhs_ready`) and a backward product wants the original."""
-    if recipe.rhs_ready and recipe.grad_lhs.rhs != FORWARD:
+    if recipe.rhs_ready and not recipe.grad_lhs.reads_forward("rhs"):
         raise ValueError(
             "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD"
-            " there, or quantize the weight inside the product."
+            " or Requantized there, or quantize the weight inside the product."
         )
     rotation = recipe.out.lhs.rotation if rotated and isinstance(recipe.out.lhs, Quantizer) else None
 
     def operand(side: str, x: Array, axis: int, gemm: Gemm, key: Any) -> Any:
         quantizer = getattr(recipe.out, side)
-        if getattr(gemm, side) != FORWARD:
+        if not gemm.reads_forward(side):
             return x if rotation is None else rotation.apply(x, axis)
         if not gemm.fold:
             return None
@@ -187,7 +187,7 @@ def product_gradients(
     if recipe.grad_lhs.fold and rhs_free:
         dlhs = _folded_product(g, rhs, numbers, 0, recipe, forward.precision, lhs_hat.dtype, keys[0])
     else:
-        other = rhs_hat if recipe.grad_lhs.rhs == FORWARD else rhs
+        other = rhs_hat if recipe.grad_lhs.reads_forward("rhs") else rhs
         dlhs = _backward_product(g, other, numbers, recipe, recipe.grad_lhs, forward.precision, keys[0])
     dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)).tolist())
 
@@ -195,7 +195,7 @@ def product_gradients(
     if recipe.grad_rhs.fold and lhs_free:
         drhs = _folded_product(g, lhs, numbers, 1, recipe, forward.precision, lhs_hat.dtype, keys[1])
     else:
-        other = lhs_hat if recipe.grad_rhs.lhs == FORWARD else lhs
+        other = lhs_hat if recipe.grad_rhs.reads_forward("lhs") else lhs
         drhs = _backward_product(other, g, numbers, recipe, recipe.grad_rhs, forward.precision, keys[1])
     drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)).tolist())
 
@@ -209,12 +209,12 @@ def _backward_product(lhs, rhs, numbers, recipe: LinearRecipe, gemm: Gemm, preci
     """One backward product: again a `dot_general` with a recipe, that of its own two operands."""
     from lowbit_jax.ops.dot_general import dot_general
 
-    chosen = {s: q if isinstance(q := getattr(gemm, s), Quantizer) else None for s in ("lhs", "rhs")}
     common = jnp.promote_types(lhs.dtype, rhs.dtype)
     if not numbers[0][0]:  # an outer product: nothing is contracted, so nothing is quantized
         return lax.dot_general(lhs.astype(common), rhs.astype(common), numbers, precision)
-    out = Gemm(lhs=chosen["lhs"], rhs=chosen["rhs"])
-    own = LinearRecipe(out=out, implementation=recipe.inherited_implementation)
+    own = LinearRecipe(
+        out=Gemm(lhs=gemm.quantizer("lhs"), rhs=gemm.quantizer("rhs")), implementation=recipe.inherited_implementation
+    )
     return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=own, key=key)
 
 

@@ -15,17 +15,39 @@ from lowbit_jax.scaling import PerRow, PerTensor
 FORWARD: Literal["forward"] = "forward"
 """In a backward product: the operand just as the forward product used it, quantized. Costs nothing more."""
 
-Operand = Quantizer | Literal["forward"] | None
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Requantized:
+    """In a backward product: the operand as the forward product used it, quantized, and then once more by `quantizer`,
+    along the axis that the backward product contracts.
+
+    Where both operands of the forward were rotated alike it is the rotated one. Raises: TypeError for another thing
+    than a Quantizer, or one whose scale is learned."""
+
+    quantizer: Quantizer
+
+    def __post_init__(self):
+        if not isinstance(self.quantizer, Quantizer) or self.quantizer.learned:
+            raise TypeError(
+                f"Requantized({self.quantizer!r}): it takes a Quantizer whose scale comes from the data, such as"
+                " lb.block_quantizer(lb.formats.MXFP4)."
+            )
+
+
+Operand = Quantizer | Requantized | Literal["forward"] | None
+Side = Literal["lhs", "rhs"]
 
 
 def _word(operand: Operand) -> str:
+    if isinstance(operand, Requantized):
+        return f"Requantized({operand.quantizer.format.name})"
     return operand.format.name if isinstance(operand, Quantizer) else "FORWARD" if operand else "None"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Gemm:
-    """One matrix product. `None` keeps an operand in high precision; `FORWARD`, in a backward product only, reuses the
-    quantized operand of the forward.
+    """One matrix product. `None` keeps an operand in high precision; in a backward product only, `FORWARD` reuses the
+    quantized operand of the forward and `Requantized(quantizer)` quantizes that again.
 
     The scales of a forward operand vary along what a backward product sums over, so they cannot be taken out of its
     sum. `fold` multiplies them into the cotangent before that is quantized: then codes meet codes, and the product can
@@ -44,10 +66,10 @@ class Gemm:
     def __post_init__(self):
         for side in ("lhs", "rhs"):
             operand = getattr(self, side)
-            if operand is not None and operand != FORWARD and not isinstance(operand, Quantizer):
+            if operand is not None and operand != FORWARD and not isinstance(operand, Quantizer | Requantized):
                 raise TypeError(
                     f"Gemm({side}={operand!r}): an operand is a Quantizer, None (high precision) or, in a backward"
-                    f" product, FORWARD. For a whole method use a recipe, such as lb.quest(4)."
+                    f" product, FORWARD or Requantized(). For a whole method use a recipe, such as lb.quest(4)."
                 )
         if self.fold and not (FORWARD in (self.lhs, self.rhs) and isinstance(self.folded, Quantizer)):
             raise ValueError(
@@ -61,6 +83,17 @@ class Gemm:
         """The operand beside FORWARD."""
         return self.rhs if self.lhs == FORWARD else self.lhs
 
+    def reads_forward(self, side: Side) -> bool:
+        """Whether this operand comes from the quantized one of the forward, not from the original."""
+        operand = getattr(self, side)
+        return operand == FORWARD or isinstance(operand, Requantized)
+
+    def quantizer(self, side: Side) -> Quantizer | None:
+        """What quantizes this operand in this product."""
+        operand = getattr(self, side)
+        operand = operand.quantizer if isinstance(operand, Requantized) else operand
+        return operand if isinstance(operand, Quantizer) else None
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LinearRecipe:
@@ -72,8 +105,8 @@ class LinearRecipe:
     int8 products on an x86 CPU, where they do this recipe, else XLA on the quantized values), "kernel" (the kernels or
     an error), "reference" (XLA on the quantized values; the one with second derivatives) or "interpret" (the kernels,
     slowly, anywhere).
-    Raises: ValueError for an unknown implementation, for FORWARD in `out`, where a backward product reuses the operand
-    it differentiates, or where it folds scales that are not one a row or a tensor."""
+    Raises: ValueError for an unknown implementation, for FORWARD or Requantized in `out`, where a backward product
+    reuses the operand it differentiates, or where it folds scales that are not one a row or a tensor."""
 
     out: Gemm = Gemm()
     grad_lhs: Gemm = Gemm(rhs=FORWARD)
@@ -87,11 +120,12 @@ class LinearRecipe:
             raise ValueError(
                 f"LinearRecipe.implementation: {self.implementation!r} is none of {', '.join(IMPLEMENTATIONS)}."
             )
-        if FORWARD in (self.out.lhs, self.out.rhs):
+        if self.out.reads_forward("lhs") or self.out.reads_forward("rhs"):
             raise ValueError(
-                "LinearRecipe.out: FORWARD names the forward's operand, so only a backward product takes it."
+                "LinearRecipe.out: FORWARD and Requantized name the forward's operand, so only a backward product takes"
+                " them."
             )
-        if self.grad_lhs.lhs == FORWARD or self.grad_rhs.rhs == FORWARD:
+        if self.grad_lhs.reads_forward("lhs") or self.grad_rhs.reads_forward("rhs"):
             raise ValueError(
                 "LinearRecipe: the cotangent stands at grad_lhs.lhs and grad_rhs.rhs, and it has no forward form."
                 " Put None or a Quantizer there."

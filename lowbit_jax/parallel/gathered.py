@@ -19,7 +19,6 @@ from lowbit_jax.estimators import LSQ
 from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import needs_key, operand
-from lowbit_jax.ops import FORWARD
 from lowbit_jax.parallel.collectives import FLOAT, Reduction, all_gather, all_gather_packed
 from lowbit_jax.parallel.rules import leaf_path
 
@@ -61,7 +60,7 @@ def gather_layers(model: Any, placed: Any, axis_name: str = "fsdp", *, packed: b
     batch has to be divided by the devices. `shards` is the number of devices that have a share each: LSQ divides the
     gradient of an activation's step by the root of the elements that share it, of which a device counts its own only.
     Raises: NotImplementedError for a quantized layer that has no packed gather: learned scales, stochastic weights,
-    convolutions, several contraction axes, and backward products that quantize the weight again."""
+    convolutions, several contraction axes, and backward products that read the original weight."""
     cuts = _cuts(placed, axis_name)
     layers = {}
     for module, paths in modules(model):
@@ -119,8 +118,8 @@ def _check(module: Any, product: Product) -> None:
         problem = "draws random keys" if needs_key(recipe) else "learns a scale"
     elif site.kind == "conv_general_dilated" or len(site.contract) != 1:
         problem = f"is a {site.kind} that sums over {len(site.contract)} axes of its weight"
-    elif recipe.grad_lhs.rhs not in (FORWARD, None) or recipe.rhs_ready:
-        problem = "quantizes its weight again for the backward product"
+    elif not recipe.grad_lhs.reads_forward("rhs") or recipe.rhs_ready:
+        problem = "reads its original weight in the backward product"
     if problem:
         raise NotImplementedError(
             f"gather_layers: the layer {site.path!r} {problem}, which has no packed gather. Pass packed=False to gather"

@@ -8,6 +8,7 @@ smallest value, one above at its largest; one that is not finite is stored as Na
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -87,11 +88,19 @@ class PowerOfTwo:
     section 6.3, the top of the grid may clip), ceil, rceil (the least power that clips nothing, but for the rounding of
     amax), even; or nearest, the power nearest to the fitted scale itself in the logarithm, for the rms fit; always one
     that keeps the largest level times it finite. A scale of 0 or below 2^-126 is stored as code 0, which XLA may flush
-    to 0; NaN and inf as the NaN code 255. Raises: ValueError for another mode."""
+    to 0; NaN and inf as the NaN code 255. The scale is `times` the power: with floor and 4/3, elements come to at most
+    3/4 of the next power's range, so that on E2M1 (6 of 8) none is clipped and stochastic rounding stays unbiased
+    (Tseng et al. 2025, arXiv:2502.20586).
+    Raises: ValueError for another mode, and unless 1 <= times < 2."""
 
     mode: str = "floor"
+    times: float = 1.0
 
     def __post_init__(self):
+        if not isinstance(self.times, numbers.Real) or not 1 <= self.times < 2:
+            raise ValueError(
+                f"PowerOfTwo(times={self.times!r}): the factor beside the power lies from 1 up to, and without, 2."
+            )
         if self.mode not in ("floor", "ceil", "rceil", "even", "nearest"):
             raise ValueError(f"PowerOfTwo(mode={self.mode!r}): the modes are floor, ceil, rceil, even and nearest.")
 
@@ -101,16 +110,16 @@ class PowerOfTwo:
         else:
             power = rounding.power_of_two_scale(scale * fmt.reach, fmt, self.mode)
         code = lax.bitcast_convert_type(power, jnp.int32) >> 23  # the exponent field, biased by 127 as in E8M0
-        code = jnp.where(scale > 0, jnp.minimum(code, _largest_code(fmt)), 0)
+        code = jnp.where(scale > 0, jnp.minimum(code, _largest_code(fmt) - (self.times > 1)), 0)
         return (jnp.where(jnp.isfinite(scale), code, 255).astype(jnp.uint8),)
 
     def load(self, stored):
         code = stored[0].astype(jnp.int32)
         power = lax.bitcast_convert_type(code << 23, jnp.float32)
-        return jnp.where(code == 255, jnp.nan, power)
+        return jnp.where(code == 255, jnp.nan, power if self.times == 1 else power * self.times)
 
     def describe(self) -> str:
-        return f"e8m0 {self.mode}"
+        return f"e8m0 {self.mode}" + ("" if self.times == 1 else f" x {self.times:.4g}")
 
 
 @functools.cache
