@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 import lowbit_jax as lb
-from recipes import checkpoints, display, orbax_errors, plots, sampling, text, train_loop
+from recipes import checkpoints, display, keys, orbax_errors, plots, sampling, text, train_loop
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ def save_both(folder: pathlib.Path, trained: Any, packed: Any, *, then: str) -> 
         for path in (hidden, final):
             shutil.rmtree(path, ignore_errors=True)
         hidden.mkdir()
-        state = nnx.state(model)
+        state = keys.as_numbers(nnx.state(model))
         try:
             checkpoints.write(hidden, state, alone=True)
             os.rename(hidden, final)
@@ -146,7 +146,8 @@ def load(folder: pathlib.Path, like: Any) -> Any:
     Raises: ValueError for files or packed weights that are damaged."""
     graph, state = nnx.split(like)
     try:
-        state, _ = checkpoints.read(folder, state)
+        found, _ = checkpoints.read(folder, keys.as_numbers(state))
+        state = keys.from_numbers(found, state)
         for tensor in jax.tree.leaves(state, is_leaf=_checks_itself):
             if _checks_itself(tensor):
                 tensor.validate()

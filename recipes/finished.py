@@ -85,8 +85,9 @@ class Description:
             version = content.pop("version")
             if version == VERSION:
                 content["model_config"] = llama.LlamaConfig(**content["model_config"])
-                scheme = content["scheme"]
-                content["scheme"] = schemes.Scheme(**scheme | {"rules": tuple(scheme["rules"])})
+                scheme = {"options": ()} | content["scheme"]  # which older ones do not have
+                lists = {name: tuple(scheme[name]) for name in ("rules", "options")}
+                content["scheme"] = schemes.Scheme(**scheme | lists)
                 return cls(**content)
         except FileNotFoundError:
             raise ValueError(

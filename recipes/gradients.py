@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import lowbit_jax as lb
+from recipes import keys
 from recipes.layout import Layout
 
 Tree = Any
@@ -25,7 +26,7 @@ def next_token_loss(model: nnx.Module, tokens: Int[Array, "batch time"]) -> Floa
 
 def whole(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | None = None) -> tuple[Array, Tree]:
     """Of the whole batch at once."""
-    loss = lambda params: _scaled(next_token_loss(nnx.merge(graph, params, rest), tokens), scale)
+    loss = lambda params: _scaled(next_token_loss(merged(graph, params, rest), tokens), scale)
     return jax.value_and_grad(loss)(params)
 
 
@@ -35,14 +36,16 @@ def accumulated(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | N
     once."""
 
     def ready(params):
-        model = (prepare or _as_it_is)(nnx.merge(graph, params, rest))
+        model = (prepare or _as_it_is)(merged(graph, params, rest))
         prepared_graph, prepared, prepared_rest = nnx.split(model, nnx.Param, ...)
         return prepared, (prepared_graph, prepared_rest)
 
     prepared, back, (prepared_graph, prepared_rest) = jax.vjp(ready, params, has_aux=True)
-    loss = lambda prepared, tokens: _scaled(
-        next_token_loss(nnx.merge(prepared_graph, prepared, prepared_rest), tokens), scale
-    )
+
+    def loss(prepared, tokens, number):
+        model = merged(prepared_graph, prepared, keys.of_number(prepared_rest, number))
+        return _scaled(next_token_loss(model, tokens), scale)
+
     value, gradient = _mean(loss, prepared, tokens)
     if prepare is None:
         return value, gradient
@@ -59,8 +62,11 @@ def on_shards(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | Non
     cuts = layout.along(placed, "fsdp")
 
     def local(params, rest, tokens, scale, errors):
-        def loss(params, tokens):
-            model = lb.parallel.gather_layers(nnx.merge(graph, params, rest), placed, packed=layout.gather == "packed",
+        rest = keys.of_number(rest, jax.lax.axis_index(("data", "fsdp")))
+
+        def loss(params, tokens, number=0):
+            model = merged(graph, params, keys.of_number(rest, number))
+            model = lb.parallel.gather_layers(model, placed, packed=layout.gather == "packed",
                                               reduction=layout.reduction, shards=layout.ways)  # fmt: skip
             return _scaled(next_token_loss(model, tokens), scale) / layout.mesh.shape["fsdp"]
 
@@ -86,15 +92,15 @@ def on_shards(graph, params: Tree, rest: Tree, tokens: Array, scale: Array | Non
 
 
 def _mean(loss: Callable, params: Tree, tokens: Array) -> tuple[Array, Tree]:
-    """Mean of loss and gradient over the leading axis of `tokens`, in float32."""
+    """Mean of loss(params, tokens, number) and its gradient over the leading axis of `tokens`, in float32."""
     microbatches = tokens.shape[0]
 
-    def one(total, tokens):
-        answer = jax.value_and_grad(loss)(params, tokens)
+    def one(total, cut):
+        answer = jax.value_and_grad(loss)(params, *cut)
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32) / microbatches, total, answer), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    return jax.lax.scan(one, zero, tokens)[0]
+    return jax.lax.scan(one, zero, (tokens, jnp.arange(microbatches)))[0]
 
 
 def _compressed(gradient: Tree, errors: Tree, scale: Array | None, layout: Layout) -> tuple[Tree, Tree]:
@@ -111,6 +117,11 @@ def _compressed(gradient: Tree, errors: Tree, scale: Array | None, layout: Layou
 
 def _scaled(loss: Array, scale: Array | None) -> Array:
     return loss if scale is None else loss * scale
+
+
+def merged(graph, params: Tree, rest: Tree) -> nnx.Module:
+    """The model of this trace: `rest` may come from outside of it, and counters of its random keys move."""
+    return nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, rest))
 
 
 def _as_it_is(model: nnx.Module) -> nnx.Module:

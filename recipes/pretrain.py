@@ -44,6 +44,8 @@ class Pretrain:
     """Keep activations in high precision."""
     backward: Literal[8] | None = free(None)
     """Width of the gradients in the backward products, which then multiply integers; --dtype's unless given."""
+    options: tuple[str, ...] = free(())
+    """More arguments of the method, as name=value, e.g. scaling=row of fp8, format=mxfp4 of block_scaled."""
     rules: tuple[str, ...] = ()
     """More (pattern=method:bits or pattern=none), tried before the rest, e.g. blocks/mlp/down=quest:8."""
     data: str = free("stdlib")
@@ -128,7 +130,7 @@ def main(config: Pretrain) -> dict:
     size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
                         learning_rate=config.learning_rate)  # fmt: skip
     scheme = schemes.Scheme(method=config.method, bits=config.bits, weight_only=config.weight_only, rules=config.rules,
-                            backward=config.backward)  # fmt: skip
+                            backward=config.backward, options=config.options)  # fmt: skip
     if scheme.name == "none" and config.baseline:
         raise ValueError("pretrain: method 'none' is the unquantized model, so --baseline cannot take effect.")
     plan = train_loop.Plan.of(size, config)
@@ -140,8 +142,8 @@ def main(config: Pretrain) -> dict:
     settings = run_directory.fields_that_matter(
         config, text=corpus.fingerprint, vocabulary=corpus.vocab_size, scheme=scheme.name, **dataclasses.asdict(size)
     )
-    for name in ("init_from", "skip_spikes"):  # what a run had before they were there stays the same run
-        if getattr(config, name) is not None:
+    for name in ("init_from", "skip_spikes", "options"):  # what a run had before they were there stays the same run
+        if getattr(config, name) not in (None, ()):
             settings[name] = repr(str(getattr(config, name)))
     folder = config.out or pathlib.Path("runs") / f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
 

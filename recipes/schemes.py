@@ -1,6 +1,7 @@
 """From the words of a command line (method, bits, rules) to a quantized model."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -19,12 +20,14 @@ class Scheme:
     weight_only: bool = False
     rules: tuple[str, ...] = ()
     backward: int | None = None  # bits of the cotangents; in high precision without
+    options: tuple[str, ...] = ()  # more arguments of the method, as name=value
 
     def __post_init__(self):
-        if self.method == "none" and (self.bits is not None or self.weight_only or self.backward or self.rules):
+        asked = self.bits is not None or self.weight_only or self.backward or self.rules or self.options
+        if self.method == "none" and asked:
             raise ValueError(
-                "schemes: method 'none' quantizes nothing, so --bits, --weight-only, --backward and --rules cannot take"
-                " effect."
+                "schemes: method 'none' quantizes nothing, so --bits, --weight-only, --backward, --options and --rules"
+                " cannot take effect."
             )
 
     @property
@@ -32,7 +35,8 @@ class Scheme:
         """Fit for a folder: quest-w4a4, lsq-w2a2, quest-w4a16, none."""
         if self.method == "none":
             return "none"
-        return self.recipe(self.method, self.bits).name.lower().replace(" ", "-") + ("-rules" if self.rules else "")
+        words = self._own_recipe().name.lower().replace(",", "").replace(" ", "-")
+        return words + ("-rules" if self.rules else "")
 
     def apply(self, model: nnx.Module, tokens: np.ndarray) -> nnx.Module:
         """The quantized view of `model`, learned steps set from `tokens`; `model` itself for "none"."""
@@ -41,15 +45,22 @@ class Scheme:
 
     def quantized(self, model: nnx.Module) -> nnx.Module:
         """As `apply`, but learned steps are those of a fresh model: for weights that come from elsewhere."""
-        return model if self.method == "none" else lb.quantize(model, rules=self._all_rules())
+        if self.method == "none":
+            return model
+        rules = self._all_rules()
+        stochastic = any(recipe is not None and recipe.needs_key for _, recipe in rules)
+        return lb.quantize(model, rules=rules, rngs=nnx.Rngs(quantize=0) if stochastic else None)
 
     def _all_rules(self) -> list[tuple[str, lb.LinearRecipe | None]]:
         if self.method == "none":
             return []
-        return [*map(self._rule, self.rules), ("blocks", self.recipe(self.method, self.bits))]
+        return [*map(self._rule, self.rules), ("blocks", self._own_recipe())]
 
-    def recipe(self, method: str, bits: Bits | None) -> lb.LinearRecipe:
-        options = {} if bits is None else {"bits": bits}
+    def _own_recipe(self) -> lb.LinearRecipe:
+        return self.recipe(self.method, self.bits, **dict(map(_option, self.options)))
+
+    def recipe(self, method: str, bits: Bits | None, **options: Any) -> lb.LinearRecipe:
+        options = options if bits is None else options | {"bits": bits}
         if self.weight_only:
             options["activations"] = False
         if self.backward is not None:
@@ -74,6 +85,15 @@ class Scheme:
             return pattern, self.recipe(method, int(bits) if bits.isdigit() else bits or None)
         except ValueError as error:
             raise ValueError(f"schemes: the rule {rule!r}: {error}") from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`: a whole number, true, false, none, or a word."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise ValueError(f"schemes: the option {text!r} is not name=value, like scaling=row or group=64.")
+    words = {"true": True, "false": False, "none": None}
+    return name, int(value) if value.isdigit() else words.get(value.lower(), value)
 
 
 def _learns(rule: tuple[str, lb.LinearRecipe | None]) -> bool:

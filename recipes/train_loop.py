@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import lowbit_jax as lb
-from recipes import display, gradients, llama, memory, metrics, optimizer, out_of_memory, run_directory, text
+from recipes import display, gradients, keys, llama, memory, metrics, optimizer, out_of_memory, run_directory, text
 from recipes.checkpoints import Checkpoints
 from recipes.init_from import Origin
 from recipes.layout import Layout, fetch
@@ -162,7 +162,8 @@ def train(name: str, model: nnx.Module, corpus: text.Corpus, plan: Plan, folder:
     ):
         for step in range(start + 1, plan.steps + 1):
             tokens = ramp.next_batch(data, step)
-            state, values = steps.at(step)(state, rest, tokens if layout is None else layout.batch(tokens))
+            tokens = tokens if layout is None else layout.batch(tokens)
+            state, values = steps.at(step)(state, keys.of_number(rest, step), tokens)
             if step == start + 1:
                 jax.block_until_ready(values)
                 progress.compiled(step)

@@ -10,7 +10,7 @@ from lowbit_jax.formats.catalogue import E2M1, MXFP4, NF4, NVFP4
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe, Requantized
 from lowbit_jax.quantizer import Quantizer, block_quantizer
 from lowbit_jax.rotation import Hadamard
-from lowbit_jax.scaling import Block, CandidateSearch, Group, PowerOfTwo, TwoLevel, absmax, rms_optimal
+from lowbit_jax.scaling import FLOAT32, Block, CandidateSearch, Group, PowerOfTwo, TwoLevel, absmax, rms_optimal
 
 
 def block_scaled(
@@ -56,9 +56,10 @@ def nvfp4(*, stochastic: bool = True, rotation: int | None = 16, four_over_six: 
     puts the largest magnitude of a block of the forward on 6 or on 4, whichever errs less. What the paper keeps in high
     precision, the first and last blocks, is a matter of rules.
     Source: NVIDIA 2025, arXiv:2509.25149, section 4."""
-    searched = dict(fit=CandidateSearch((1.0, 1.5)), scale_format=TwoLevel(cap=256.0)) if four_over_six else {}
     plain = block_quantizer(NVFP4, estimator=StraightThrough())
-    activation = dataclasses.replace(plain, **searched)
+    activation = plain
+    if four_over_six:
+        activation = dataclasses.replace(plain, fit=CandidateSearch((1.0, 1.5)), scale_format=TwoLevel(cap=256.0))
     cotangent = dataclasses.replace(plain, rounding=rounding.stochastic if stochastic else rounding.nearest)
     turned = None if rotation is None else Hadamard(rotation, signs=0)
     return LinearRecipe(
@@ -136,6 +137,12 @@ def nf4(group: int = 64, *, double_quantization: bool = True) -> LinearRecipe:
 
     `double_quantization` keeps the scales in E4M3 under one float32 (the paper: 8 bits under a float32 for each 256).
     Source: Dettmers et al. 2023, arXiv:2305.14314, section 3. Raises: as `lb.scaling.Group`."""
-    scales = dict(scale_format=TwoLevel()) if double_quantization else {}
-    weight = Quantizer(format=NF4, tiling=Group(group), fit=absmax, estimator=StraightThrough(), **scales)
-    return LinearRecipe(out=Gemm(rhs=weight), name=f"nf4 g{group}")
+    weight = Quantizer(
+        format=NF4,
+        tiling=Group(group),
+        fit=absmax,
+        scale_format=TwoLevel() if double_quantization else FLOAT32,
+        estimator=StraightThrough(),
+    )
+    name = f"nf4 g{group}" + ("" if double_quantization else ", float32 scales")
+    return LinearRecipe(out=Gemm(rhs=weight), name=name)

@@ -4,6 +4,7 @@ import dataclasses
 import dis
 import functools
 import inspect
+import math
 import types
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lowbit_jax.nn.site import Site, initial_scales, needs_key, operand, stacked
+from lowbit_jax.nn.site import Site, initial_scales, operand, stacked
 from lowbit_jax.nn.weight import ready_weight
-from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.ops import LinearRecipe, dot_general
+from lowbit_jax.ops.conv import refuse_backward
+from lowbit_jax.scaling import Block, Group
 
 
 def check_site(site: Site, recipe: LinearRecipe, kernel: Array | jax.ShapeDtypeStruct, where: str) -> None:
@@ -28,17 +31,38 @@ def check_site(site: Site, recipe: LinearRecipe, kernel: Array | jax.ShapeDtypeS
 @functools.lru_cache(maxsize=1024)  # models repeat their layers
 def _try(site: Site, recipe: LinearRecipe, shape: tuple[int, ...], dtype: Any) -> None:
     jax.eval_shape(lambda kernel: _quantize_all(kernel, recipe, site), jax.ShapeDtypeStruct(shape, dtype))
+    if site.kind != "embedding" and not recipe.plain_backward and not recipe.learned:
+        jax.eval_shape(lambda: _differentiate(recipe, site, dtype))
 
 
 def _quantize_all(kernel: Array, recipe: LinearRecipe, site: Site):
     scales = {side: value.reshape(-1)[0] for side, value in initial_scales(recipe, site, kernel).items()}
-    key = jax.random.key(0) if needs_key(recipe) else None
+    key = jax.random.key(0) if recipe.needs_key else None
     one = lambda k: ready_weight(k, recipe, site, scale=scales.get("rhs"), key=key)
     weight = stacked(one, kernel, site)(kernel)
     if recipe.out.lhs is None:
         return weight
     size = site.shape[-2] if site.kind == "conv_general_dilated" else site.length
-    return weight, operand(recipe, "lhs")(jnp.zeros((1, size)), key=key, scale=scales.get("lhs"))
+    return weight, operand(recipe, "lhs")(jnp.zeros((_tokens(recipe), size)), key=key, scale=scales.get("lhs"))
+
+
+def _tokens(recipe: LinearRecipe) -> int:
+    """A number of tokens that every tile of the recipe divides."""
+    tilings = [quantizer.tiling for quantizer in recipe.quantizers]
+    sides = [tiling.size for tiling in tilings if isinstance(tiling, Group | Block)]
+    return math.lcm(*sides, *(tiling.other for tiling in tilings if isinstance(tiling, Block)))
+
+
+def _differentiate(recipe: LinearRecipe, site: Site, dtype: Any):
+    """The product and both of its backward products, which cut the weight along its outputs and cut the tokens."""
+    if site.kind == "conv_general_dilated":
+        refuse_backward(recipe)
+    contracted = tuple(range(1, 1 + len(site.contract)))
+    x = jnp.zeros((_tokens(recipe), *(site.shape[axis] for axis in site.contract)), dtype)
+    key = jax.random.key(0) if recipe.needs_key else None
+    product = lambda x, w: dot_general(x, w, ((contracted, site.contract), ((), ())), recipe=recipe, key=key)
+    y, back = jax.vjp(product, x, jnp.zeros(site.shape, dtype))
+    return back(y)
 
 
 def check_subclass(layer: Any, base: type, where: str) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lowbit_jax.nn.site import Site, naming, needs_key, operand
+from lowbit_jax.nn.site import Site, naming, operand
 from lowbit_jax.ops import LinearRecipe, dot_general
 from lowbit_jax.qtensor import NO_SEAL, QTensor
 from lowbit_jax.quantizer import Quantizer
@@ -24,7 +24,7 @@ def table_site(path: str, ids: int, features: int) -> Site:
 
 def check_recipe(recipe: LinearRecipe, where: str) -> None:
     """Raises: NotImplementedError for what a table has no place for: learned scales and random keys."""
-    problem = "learns its scales" if recipe.learned else "rounds stochastically" if needs_key(recipe) else None
+    problem = "learns its scales" if recipe.learned else "rounds stochastically" if recipe.needs_key else None
     if problem:
         raise NotImplementedError(
             f"{where}: this recipe {problem}, which embeddings do not keep. Give it another by a rule, such as"

@@ -47,7 +47,7 @@ class Quantization:
 
     def recipe(self, path: str, by_name: bool = False) -> LinearRecipe | None:
         recipe = self.policy.recipe(path, by_name)
-        if recipe is None or recipe.out.rhs is None or self.form == "training":
+        if recipe is None or self.form == "training" or not recipe.rhs_once:
             return recipe
         return recipe.with_rhs_ready()
 

@@ -9,7 +9,7 @@ import lowbit_jax.nn.serialization  # noqa: F401  # makes flax.serialization kno
 from lowbit_jax.nn.linen import Quantization, quantization_of, with_quantization
 from lowbit_jax.nn.linen_layers import missing_scale
 from lowbit_jax.nn.linen_sites import packable_sites, with_layers
-from lowbit_jax.nn.site import Site, needs_key, stacked
+from lowbit_jax.nn.site import Site, stacked
 from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
 from lowbit_jax.ops import LinearRecipe
 
@@ -36,9 +36,10 @@ def convert(
 def prepare(model: linen.Module, variables: Any = None, *args: Any, **kwargs: Any) -> tuple[linen.Module, Any]:
     """The model and its variables with weights quantized once; see `lb.nn.prepare`."""
     sites = packable_sites(model, variables, args, kwargs, "lb.nn.prepare")
-    sites = {path: found for path, found in sites.items() if found[0].kind != "embedding"}  # rounded where looked up
+    once = lambda site, recipe: recipe.rhs_once and site.kind != "embedding"  # whose rows are rounded where looked up
+    sites = {path: found for path, found in sites.items() if once(*found)}
     keys = iter(())
-    if any(needs_key(recipe) for _, recipe in sites.values()):
+    if any(recipe.needs_key for _, recipe in sites.values()):
         if "quantize" not in (kwargs.get("rngs") or {}):
             raise ValueError("lb.nn.prepare: a recipe rounds weights stochastically. Pass rngs={'quantize': key}.")
         keys = iter(jax.random.split(kwargs["rngs"]["quantize"], len(sites)))

@@ -26,7 +26,6 @@ from lowbit_jax.nn.site import (
     fitted_scale,
     initial_activation_scale,
     initial_weight_scale,
-    needs_key,
 )
 from lowbit_jax.nn.weight import PreparedKernel, to_nearest
 from lowbit_jax.ops import LinearRecipe
@@ -210,7 +209,7 @@ class BoundProduct:
             scales["lhs"] = self._scale("lhs", lhs)
         if "rhs" in recipe.learned and not isinstance(rhs, QTensor) and not recipe.rhs_ready:
             scales["rhs"] = self._scale("rhs", rhs)
-        key = self.layer.make_rng("quantize") if needs_key(recipe) else None
+        key = self.layer.make_rng("quantize") if recipe.needs_key else None
         return self.product.compute(args, kwargs, key=key, scales=scales or None)
 
     def _scale(self, side: str, arrived: Array) -> Array:

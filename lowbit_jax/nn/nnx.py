@@ -31,7 +31,6 @@ from lowbit_jax.nn.site import (
     einsum_contraction,
     fitted_scale,
     initial_scales,
-    needs_key,
 )
 from lowbit_jax.nn.weight import PreparedKernel
 from lowbit_jax.ops import LinearRecipe
@@ -196,7 +195,7 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
     for layer, paths in found:
         if paths[0] in assigned:
             product = _product(layer, paths[0], assigned[paths[0]], who)
-            if needs_key(product.recipe) and rngs is None:
+            if product.recipe.needs_key and rngs is None:
                 raise ValueError(
                     f"{who}: the recipe of {called(paths[0], type(layer))} rounds stochastically, which takes"
                     " random keys. Pass"
@@ -208,7 +207,7 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
         if layer_type(owner) is None and inside:
             check_owner(type(owner), inside, f"{who}: {called(paths[0], type(owner))}")
     _check_callables(found, products, who)
-    if rngs is not None and not any(needs_key(product.recipe) for product in products.values()):
+    if rngs is not None and not any(product.recipe.needs_key for product in products.values()):
         raise ValueError(
             f"{who} got rngs, but no recipe here rounds stochastically, so nothing would take a key. Drop the argument."
         )
@@ -223,7 +222,7 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
         attribute = attribute_of(layer)
         keep = KeepMaster(layer.promote_dtype)
         scales = initial_scales(product.recipe, product.site, layer.kernel.get_value())
-        stream = _stream(rngs, layer, product) if rngs is not None and needs_key(product.recipe) else None
+        stream = _stream(rngs, layer, product) if rngs is not None and product.recipe.needs_key else None
         if scales or stream is not None:
             setattr(layer, attribute, nnx.data(StatefulProduct(product, scales, stream)))
         else:

@@ -26,7 +26,7 @@ from lowbit_jax.nn.nnx import (
     weight_of,
 )
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import called, needs_key, stacked
+from lowbit_jax.nn.site import called, stacked
 from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
 
 
@@ -65,10 +65,10 @@ def prepare(model: nnx.Module) -> nnx.Module:
     def change(layer: Any, product: Product) -> None:
         if product.site.kind == "embedding":  # its rows are rounded where they are looked up
             return
-        if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or product.recipe.out.rhs is None:
+        if isinstance(layer.kernel, PackedWeight) or product.recipe.rhs_ready or not product.recipe.rhs_once:
             return
         check_stacked(layer, product.site, f"lb.nn.prepare: {called(product.site.path, type(layer))}")
-        key = _draw(_held(layer).rngs) if needs_key(product.recipe) else None
+        key = _draw(_held(layer).rngs) if product.recipe.needs_key else None
         kernel, others = layer.kernel.get_value(), {"scale": _weight_scale(layer), "key": key}
         ready = lambda kernel, others: ready_weight(kernel, product.recipe, product.site, **others)
         prepared = PreparedKernel(stacked(ready, kernel, product.site)(kernel, others))

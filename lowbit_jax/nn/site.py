@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lowbit_jax import rounding
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.ops.einsum import parse
 from lowbit_jax.quantizer import Quantizer
@@ -75,23 +74,11 @@ def einsum_contraction(spec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return numbers[0][1]
 
 
-def quantizers(recipe: LinearRecipe) -> list[Quantizer]:
-    """Every quantizer of the three products."""
-    gemms = (recipe.out, recipe.grad_lhs, recipe.grad_rhs)
-    operands = [gemm.quantizer(side) for gemm in gemms for side in ("lhs", "rhs")]
-    return [quantizer for quantizer in operands if quantizer is not None]
-
-
 def operand(recipe: LinearRecipe, side: Literal["lhs", "rhs"]) -> Quantizer:
     """The quantizer of an operand of the forward product that has one."""
     quantizer = getattr(recipe.out, side)
     assert isinstance(quantizer, Quantizer)
     return quantizer
-
-
-def needs_key(recipe: LinearRecipe) -> bool:
-    """Whether some rounding of the recipe is stochastic."""
-    return any(q.rounding is rounding.stochastic for q in quantizers(recipe))
 
 
 def initial_scales(recipe: LinearRecipe, site: Site, kernel: Array) -> dict[str, Array]:

@@ -104,7 +104,8 @@ def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
             return jnp.mean(jax.lax.map(lambda batch: batch_loss(ready, batch), microbatches))
 
     A gradient by the prepared model itself belongs to its rotated weights; it has another tree than the model's
-    parameters, so that no optimizer of theirs takes it.
+    parameters, so that no optimizer of theirs takes it. A weight whose original a backward product reads stays as it
+    is.
     NNX: `prepare(model)`. Linen: `prepare(model, variables, *args)` answers `(model, variables)`.
     Raises: ValueError when nothing is quantized."""
     if framework(model, "lb.nn.prepare") == "nnx":

@@ -21,6 +21,15 @@ from lowbit_jax.qtensor import QTensor
 from lowbit_jax.rotation import Hadamard, largest_block
 
 
+def refuse_backward(recipe: LinearRecipe) -> None:
+    """Raises NotImplementedError for a recipe with backward products of its own."""
+    if not recipe.plain_backward:
+        raise NotImplementedError(
+            f"lb.conv_general_dilated: recipe {recipe.name or recipe!r} quantizes backward products, which convolutions"
+            " do not run. Give the convolutions a forward-only recipe by a rule."
+        )
+
+
 def conv_general_dilated(
     lhs: Float[Array, "*image"],
     rhs: Float[Array, "*kernel"],
@@ -45,11 +54,7 @@ def conv_general_dilated(
     implementation="kernel", as no kernel convolves; TypeError and ValueError as `lb.dot_general`."""
     if not isinstance(recipe, LinearRecipe):
         raise TypeError(f"lb.conv_general_dilated got recipe={recipe!r}; it takes a LinearRecipe, such as lb.quest(4).")
-    if not recipe.plain_backward:
-        raise NotImplementedError(
-            f"lb.conv_general_dilated: recipe {recipe.name or recipe!r} quantizes backward products, which convolutions"
-            " do not run. Give the convolutions a forward-only recipe by a rule."
-        )
+    refuse_backward(recipe)
     if recipe.implementation in ("kernel", "interpret"):
         raise NotImplementedError(
             f"lb.conv_general_dilated: implementation={recipe.implementation!r}, and no kernel convolves."

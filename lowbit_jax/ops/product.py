@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.ops import backend, int8
 from lowbit_jax.ops.once import once_differentiable
-from lowbit_jax.ops.recipe import Gemm, LinearRecipe
+from lowbit_jax.ops.recipe import Gemm, LinearRecipe, Side
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import PerRow, PerTensor, absmax
 from lowbit_jax.scaling.fit import reciprocal
@@ -115,7 +115,7 @@ def backward_operands(
         )
     rotation = recipe.out.lhs.rotation if rotated and isinstance(recipe.out.lhs, Quantizer) else None
 
-    def operand(side: str, x: Array, axis: int, gemm: Gemm, key: Any) -> Any:
+    def operand(side: Side, x: Array, axis: int, gemm: Gemm, key: Any) -> Any:
         quantizer = getattr(recipe.out, side)
         if not gemm.reads_forward(side):
             return x if rotation is None else rotation.apply(x, axis)

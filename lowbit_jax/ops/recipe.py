@@ -6,8 +6,9 @@ grad_rhs  dw = lhs . g        and here where rhs stood
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
+from lowbit_jax import rounding
 from lowbit_jax.ops.backend import IMPLEMENTATIONS
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import PerRow, PerTensor
@@ -148,6 +149,17 @@ class LinearRecipe:
         return lhs if isinstance(lhs, Quantizer) else None, rhs if isinstance(rhs, Quantizer) else None
 
     @property
+    def quantizers(self) -> list[Quantizer]:
+        """Every quantizer of the three products."""
+        found = [gemm.quantizer(side) for gemm in (self.out, self.grad_lhs, self.grad_rhs) for side in get_args(Side)]
+        return [quantizer for quantizer in found if quantizer is not None]
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether some rounding is stochastic."""
+        return any(quantizer.rounding is rounding.stochastic for quantizer in self.quantizers)
+
+    @property
     def learned(self) -> tuple[str, ...]:
         """Sides of the forward product ("lhs", "rhs") whose scale is a parameter."""
         return tuple(s for s in ("lhs", "rhs") if getattr(self.out, s) is not None and getattr(self.out, s).learned)
@@ -162,6 +174,11 @@ class LinearRecipe:
     def plain_backward(self) -> bool:
         """The backward products are those of autodiff."""
         return self.grad_lhs == Gemm(rhs=FORWARD) and self.grad_rhs == Gemm(lhs=FORWARD)
+
+    @property
+    def rhs_once(self) -> bool:
+        """Whether all products read the weight as the forward quantizes it, so that `quantize_rhs` can do so before."""
+        return self.out.rhs is not None and self.grad_lhs.reads_forward("rhs")
 
     @property
     def inherited_implementation(self) -> str:

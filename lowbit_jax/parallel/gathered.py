@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from lowbit_jax.estimators import LSQ
 from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import needs_key, operand
+from lowbit_jax.nn.site import operand
 from lowbit_jax.parallel.collectives import FLOAT, Reduction, all_gather, all_gather_packed
 from lowbit_jax.parallel.rules import leaf_path
 
@@ -115,7 +115,7 @@ def _check(module: Any, product: Product) -> None:
     site, recipe = product.site, product.recipe
     problem = None
     if isinstance(getattr(module, attribute_of(module)), StatefulProduct):
-        problem = "draws random keys" if needs_key(recipe) else "learns a scale"
+        problem = "draws random keys" if recipe.needs_key else "learns a scale"
     elif site.kind == "conv_general_dilated" or len(site.contract) != 1:
         problem = f"is a {site.kind} that sums over {len(site.contract)} axes of its weight"
     elif not recipe.grad_lhs.reads_forward("rhs") or recipe.rhs_ready:

@@ -365,7 +365,10 @@ class TestSchemes:
         ("scheme", "name"),
         [(schemes.Scheme(), "quest-w4a4"), (schemes.Scheme(bits="e2m1"), "quest-we2m1ae2m1"),
          (schemes.Scheme(method="lsq", bits=2), "lsq-w2a2"), (schemes.Scheme(weight_only=True), "quest-w4a16"),
-         (schemes.Scheme(method="none"), "none"), (schemes.Scheme(rules=("a=none",)), "quest-w4a4-rules")],
+         (schemes.Scheme(method="none"), "none"), (schemes.Scheme(rules=("a=none",)), "quest-w4a4-rules"),
+         (schemes.Scheme(method="fp8", options=("scaling=row", "weight_gradient=False")),
+          "fp8-by-row-weight-gradient-in-high-precision"),
+         (schemes.Scheme(method="nf4", options=("group=32",)), "nf4-g32")],
     )  # fmt: skip
     def test_names(self, scheme, name):
         assert scheme.name == name
@@ -384,5 +387,9 @@ class TestSchemes:
     def test_unknown_method_and_option(self):
         with pytest.raises(ValueError, match="no such method"):
             schemes.Scheme(method="qest").recipe("qest", 4)
+        with pytest.raises(ValueError, match="no option scale"):
+            schemes.Scheme(method="fp8", options=("scale=row",)).quantized(None)
+        with pytest.raises(ValueError, match="'scaling' is not name=value"):
+            schemes.Scheme(method="fp8", options=("scaling",)).quantized(None)
         with pytest.raises(ValueError, match="pact"):
             schemes.Scheme(method="pact", weight_only=True).recipe("pact", 4)
