@@ -2,6 +2,7 @@
 
     python -m recipes.compare                                    # 48 runs of the tiny model, 45 s each on 2 cores
     python -m recipes.compare --bits 1 2 --seeds 2 --steps 150   # minutes
+    python -m recipes.compare --bits --schemes fp8 fp8:scaling=row nvfp4 block_scaled:format=mxfp4,stochastic=true
 
 Every method sees the same initial weights and the same batches for a seed, so differences are paired. A run that is
 finished is not run again. What to expect at this size (seeds differ by 0.01 to 0.03 nats): straight-through behind at
@@ -24,6 +25,8 @@ class Compare:
     methods: tuple[str, ...] = ("quest", "lsq", "straight_through")
     """Names of lb.methods.names(); the unquantized twin always runs."""
     bits: tuple[int, ...] = (1, 2, 3, 4, 8)
+    schemes: tuple[str, ...] = dataclasses.field(default=(), metadata={"numbers": False})
+    """More, as method or method:option=value,option=value; --bits without a number leaves them alone."""
     seeds: int = dataclasses.field(default=3, metadata={"numbers": False})
     data: str = "stdlib"
     tokenizer: str = "bytes"
@@ -39,15 +42,16 @@ class Compare:
 
 def main(config: Compare) -> list[dict]:
     """Trains every cell; answers with the rows of the table."""
-    if config.seeds < 1 or not config.methods or not config.bits:
-        raise ValueError("recipes.compare needs at least one seed, one method and one width.")
+    cells = [schemes.Scheme(method="none")]
+    cells += [schemes.Scheme(method=method, bits=bits) for bits in config.bits for method in config.methods]
+    cells += map(schemes.Scheme.of, config.schemes)
+    if config.seeds < 1 or len(cells) == 1:
+        raise ValueError("recipes.compare needs at least one seed, and one method and width or one scheme.")
     size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
                         learning_rate=config.learning_rate)  # fmt: skip
     corpus = text.load(config.data, tokenizer=config.tokenizer)
     settings = run_directory.fields_that_matter(config, text=corpus.fingerprint, size=repr(size))
     folder = config.out or pathlib.Path("runs") / f"compare-{config.preset}-{run_directory.short_hash(settings)}"
-    cells = [schemes.Scheme(method="none")]
-    cells += [schemes.Scheme(method=method, bits=bits) for bits in config.bits for method in config.methods]
     losses: dict[str, list[float]] = {scheme.name: [] for scheme in cells}
     with run_directory.locked(folder), run_directory.StopRequest() as stop:
         run_directory.claim(folder, settings)
@@ -107,10 +111,12 @@ def show(rows: list[dict], folder: pathlib.Path, config: Compare, corpus: text.C
     display.table(title, ["run", "loss", "above unquantized", "above QuEST"], lines)
     series: dict[str, list] = {}
     for row in rows:
-        if row["method"] != "none":
+        if row["bits"] is not None:
             series.setdefault(row["method"], []).append((row["bits"], row["loss"][0], row["loss"][1] or 0.0))
-    plots.by_bits(folder / "compare.png", series, baseline=rows[0]["loss"][0], title=f"{config.preset}, {corpus.note}")
-    print(f"plot: {folder / 'compare.png'}; numbers: {folder / 'compare.json'}")
+    plot = folder / "compare.png"
+    if series:
+        plots.by_bits(plot, series, baseline=rows[0]["loss"][0], title=f"{config.preset}, {corpus.note}")
+    print(f"{f'plot: {plot}; ' if series else ''}numbers: {folder / 'compare.json'}")
 
 
 if __name__ == "__main__":

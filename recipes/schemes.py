@@ -30,6 +30,12 @@ class Scheme:
                 " cannot take effect."
             )
 
+    @classmethod
+    def of(cls, text: str) -> "Scheme":
+        """From `method` or `method:option=value,option=value`."""
+        method, _, options = text.partition(":")
+        return cls(method=method, options=tuple(filter(None, options.split(","))))
+
     @property
     def name(self) -> str:
         """Fit for a folder: quest-w4a4, lsq-w2a2, quest-w4a16, none."""

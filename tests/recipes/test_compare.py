@@ -68,9 +68,10 @@ def test_float16_comes_with_a_loss_scale(tmp_path, monkeypatch, dtype, scaled):
     monkeypatch.setattr(compare.llama, "build", lambda *_, **__: None)
     monkeypatch.setattr(compare.schemes.Scheme, "apply", lambda *_: None)
     (tmp_path / "words.txt").write_text("a word " * 2000)
-    compare.main(compare.Compare(preset="smoke", bits=(2,), methods=("quest",), seeds=1, dtype=dtype,
-                                 data=str(tmp_path / "words.txt"), out=tmp_path / "out"))  # fmt: skip
+    rows = compare.main(compare.Compare(preset="smoke", bits=(), schemes=("fp8:scaling=row",), seeds=1, dtype=dtype,
+                                        data=str(tmp_path / "words.txt"), out=tmp_path / "out"))  # fmt: skip
     assert [plan.optimizer().loss_scale for plan in plans] == [scaled, scaled]
+    assert [row["name"] for row in rows] == ["none", "fp8-by-row"]
 
 
 def test_nothing_to_compare():

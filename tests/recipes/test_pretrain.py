@@ -368,7 +368,7 @@ class TestSchemes:
          (schemes.Scheme(method="none"), "none"), (schemes.Scheme(rules=("a=none",)), "quest-w4a4-rules"),
          (schemes.Scheme(method="fp8", options=("scaling=row", "weight_gradient=False")),
           "fp8-by-row-weight-gradient-in-high-precision"),
-         (schemes.Scheme(method="nf4", options=("group=32",)), "nf4-g32")],
+         (schemes.Scheme.of("nf4:group=32,double_quantization=false"), "nf4-g32-float32-scales")],
     )  # fmt: skip
     def test_names(self, scheme, name):
         assert scheme.name == name
