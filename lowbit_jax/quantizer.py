@@ -294,7 +294,8 @@ class Quantizer:
                 if center is None:
                     scale = lax.stop_gradient(self.fit(seen, self.format, axes))
                 else:
-                    scale = lax.stop_gradient(zero_point.fitted(self.fit, seen, center, self._integers, axes))
+                    noisy = self.rounding is rounding.stochastic
+                    scale = lax.stop_gradient(zero_point.fitted(self.fit, seen, center, self._integers, axes, noisy))
                 _check_fitted(self.fit, scale, tile_scale_shape)
                 if not carries_nan(self.fit):
                     scale = lax.stop_gradient(_nan_of(tiles, axes, scale))

@@ -33,8 +33,8 @@ def quantizer(bits: int | None, head_dim: int) -> lb.Quantizer | None:
     Raises: ValueError for bits outside 2 to 8."""
     if bits is None:
         return None
-    if not 2 <= bits <= 8:
-        raise ValueError(f"kv_cache: {bits} bits; keys and values take 2 to 8 bits, or None for floats.")
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"kv_cache: {bits!r} bits; keys and values take 2 to 8 bits, or None for floats.")
     rotation = lb.Hadamard(lb.rotation.largest_block(head_dim, 128))
     return lb.Quantizer(format=INTEGERS[bits - 2], scale_format=lb.scaling.BFLOAT16, rotation=rotation)
 

@@ -161,8 +161,14 @@ class Llama(nnx.Module):
         self, tokens: Int[Array, "batch time"], cache: KVCache, at: Int[Array, ""]
     ) -> tuple[Float[Array, "batch time vocab"], KVCache]:
         """The logits of `tokens`, which stand at the positions from `at` on, and the cache with them; on one device. It
-        holds the positions before `at`, and room for these."""
-        table = rotary_table(jax.tree.leaves(cache)[0].shape[2], self.config.head_dim, self.config.rope_theta)
+        holds the positions before `at`, and room for these. Raises: ValueError for more tokens than positions."""
+        room = jax.tree.leaves(cache)[0].shape[2]
+        if tokens.shape[1] > room:
+            raise ValueError(
+                f"Llama.extend: {tokens.shape[1]} tokens, and the cache has {room} positions. Make a longer one by"
+                " init_cache, or read fewer at a time."
+            )
+        table = rotary_table(room, self.config.head_dim, self.config.rope_theta)
         rotary = jax.lax.dynamic_slice_in_dim(table, at, tokens.shape[1], axis=1)
         layer = lambda x, block, cache: block.extend(x, rotary, cache, at)
         x, cache = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))(

@@ -39,10 +39,13 @@ def generate(
 
 def check(prompt: np.ndarray, tokens: int, temperature: float, vocab_size: int) -> None:
     """Raises: ValueError for what cannot be sampled."""
-    if len(prompt) == 0 or tokens < 1 or not 0 <= temperature < np.inf or np.max(prompt) >= vocab_size:
+    strange = [int(i) for i in prompt if not 0 <= i < vocab_size]
+    outside = f", among them {strange[0]}" if strange else ""
+    if len(prompt) == 0 or tokens < 1 or not 0 <= temperature < np.inf or outside:
         raise ValueError(
-            f"sampling: {len(prompt)} prompt ids below {vocab_size}, {tokens} new tokens, temperature {temperature}. It"
-            " needs a prompt within the vocabulary, at least one new token and a finite temperature of 0 or more."
+            f"sampling: {len(prompt)} prompt ids{outside}, {tokens} new tokens, temperature {temperature}. It"
+            f" needs a prompt within the vocabulary of {vocab_size}, at least one new token and a finite temperature of 0"
+            " or more."
         )
 
 

@@ -56,9 +56,9 @@ def _method(who: str, name: str) -> Callable[..., LinearRecipe]:
 
 
 def source(name: str) -> str:
-    """Where a method comes from: the `Source:` line of its docstring. Raises: ValueError as `get`."""
-    text = inspect.getdoc(_method("source", name)) or ""
-    return next((line.partition("Source:")[2].strip() for line in text.splitlines() if "Source:" in line), "")
+    """Where a method comes from: what stands after `Source:` in its docstring. Raises: ValueError as `get`."""
+    text = (inspect.getdoc(_method("source", name)) or "").partition("Source:")[2].partition("\n\n")[0]
+    return " ".join(text.partition("Raises:")[0].split())
 
 
 __all__ = [

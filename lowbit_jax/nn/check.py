@@ -69,6 +69,11 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
     """Raises where a subclass reads the weight in code of its own, a product that the quantizer would not see."""
     weight = "embedding" if base.__name__ == "Embed" else "kernel"
     for klass in type(layer).__mro__[: type(layer).__mro__.index(base)]:
+        if readers := _READERS & set(vars(klass)):
+            raise ValueError(
+                f"{where}: {klass.__name__}.{min(readers)} decides what the layer receives for its `{weight}`, which"
+                " packing would not see. Change the parameter itself, or leave the layer out by a rule."
+            )
         for name, member in vars(klass).items():
             if name != "__init__" and weight in _names_used(member):
                 raise ValueError(
@@ -76,6 +81,9 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
                     " precision."
                     f" Let it call super().__call__, or leave the layer out by a rule and use lb.dot_general in {name}."
                 )
+
+
+_READERS = {"param", "variable", "get_variable"}  # of linen.Module
 
 
 def check_owner(owner: type, weights: Iterable[str], where: str) -> None:

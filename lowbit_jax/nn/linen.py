@@ -296,9 +296,9 @@ def _intercept(run: Run, call: Callable, args: tuple, kwargs: dict, context: Any
     recipe = run.quantization.recipe(path, node.by_name)
     if recipe is None:
         return call(*args, **kwargs)
+    check_subclass(module, base, f"{WHO}: {called(path, type(module))}")
     if context.orig_method.func is not own_call(base, method):
         # A subclass or a lifted class: the layer's own call comes through here later.
-        check_subclass(module, base, f"{WHO}: {called(path, type(module))}")
         run.entered.setdefault(path, type(module))
         return call(*args, **kwargs)
     if path in run.entered:

@@ -72,7 +72,8 @@ def convert(model: Any, *args: Any, layout: str | None = None, implementation: s
     `lb.convert(model, variables, *args)` answers `(model, variables)`; `args` are inputs of one call (shapes are
     enough), which tell how the weights are used. Layers stacked for a scan stay stacked. A stochastic rounding becomes
     nearest. Packed and training form compute with the same values; sums may be ordered differently, and a weight
-    rotated alone rotates its activation here instead: outputs agree to about `K * eps` of the compute dtype.
+    rotated alone rotates its activation here instead: outputs agree to about `K * eps` of the dtype that the
+    weight is kept or computed in, the coarser.
 
     `layout` is "bitstream-le/1", the smallest, or "planes/1", which the GPU kernels read (the default where JAX runs on
     a GPU). With "planes/1", `implementation` says what multiplies: "auto" (the kernel on a CUDA GPU, else XLA),

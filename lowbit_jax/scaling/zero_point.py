@@ -55,16 +55,21 @@ def _middle(fmt: IntFormat) -> float:
 
 
 def fitted(
-    fit: Fit, tiles: Float[Array, "*tiles"], center: Float[Array, "*scales"], fmt: IntFormat, axes: tuple[int, ...]
-) -> Float[Array, "*scales"]:
+    fit: Fit, tiles: Float[Array, "*tiles"], center: Float[Array, "*scales"], fmt: IntFormat, axes: tuple[int, ...],
+    stochastic: bool = False,
+) -> Float[Array, "*scales"]:  # fmt: skip
     """The scale that `fit` finds for the tiles moved evenly about 0; 1 for a tile of zeros. `CandidateSearch` judges
-    each candidate with the zero point that goes with it."""
+    each candidate with the zero point that goes with it.
+
+    A zero point is a whole level, so that one end of the tile may lie up to half a step outside of the grid. Where
+    rounding is stochastic, which that would bias, the tile is fitted to a step less (with 3 levels and more)."""
     evenly = about_its_middle(fmt)
     span = fmt.high - fmt.low
     most = np.nextafter(np.finfo(np.float32).max / np.float32(span), np.float32(0))  # times span, it is finite
     usable = lambda scale: jnp.where(scale == 0, jnp.ones_like(scale), jnp.minimum(scale, most))
     if not isinstance(fit, CandidateSearch):
-        return usable(fit(tiles - center, evenly, axes))
+        room = span / (span - 1) if stochastic and span > 1 else 1.0
+        return usable(fit(tiles - center, evenly, axes) * room)
 
     def rounded(scale: Array) -> Array:
         zero = zero_points(center, scale, fmt)

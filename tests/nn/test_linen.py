@@ -246,6 +246,17 @@ class Adding(nn.Dense):
         return nn.relu(super().__call__(x))
 
 
+class Magnitudes(nn.Dense):
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return abs(value) if name == "kernel" else value
+
+
+class Twice(nn.Dense):
+    def back(self, h):
+        return h @ self.variables["params"]["kernel"].T
+
+
 def test_subclasses_may_add_but_not_go_around(x, key):
     adding = lb.quantize(Adding(8, use_bias=False), INT4)
     variables = adding.init(key, x)
@@ -255,6 +266,10 @@ def test_subclasses_may_add_but_not_go_around(x, key):
     )
     with pytest.raises(ValueError, match="this Around never called Dense.__call__"):
         lb.quantize(Around(8)).init(key, x)
+    with pytest.raises(ValueError, match="Magnitudes.param decides what the layer receives for its `kernel`"):
+        lb.quantize(Magnitudes(8)).init(key, x)
+    with pytest.raises(ValueError, match="Twice.back uses `kernel` itself"):
+        lb.quantize(Twice(8)).init(key, x)
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,15 @@ def test_few_bits_stay_near_and_their_bytes_are_few(model, tokens, bits, most):
     assert count(model.init_cache(3, CONTEXT)) == heads * SIZE.head_dim * 4
 
 
-@pytest.mark.parametrize("bits", [1, 9])
+@pytest.mark.parametrize("bits", [1, 9, "4"])
 def test_other_widths_are_refused(model, bits):
-    with pytest.raises(ValueError, match=f"kv_cache: {bits} bits"):
+    with pytest.raises(ValueError, match=f"kv_cache: {bits!r} bits"):
         model.init_cache(1, CONTEXT, bits)
+
+
+def test_more_tokens_than_positions_are_refused(model):
+    with pytest.raises(ValueError, match="Llama.extend: 9 tokens, and the cache has 8 positions"):
+        model.extend(jnp.zeros((1, 9), jnp.int32), model.init_cache(1, 8), jnp.int32(0))
 
 
 class Windows(nnx.Module):

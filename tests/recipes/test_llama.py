@@ -327,7 +327,8 @@ class TestSampling:
         assert (draw(key) != draw(jax.random.key(5))).any()
 
     @pytest.mark.parametrize("change", [{"prompt": np.zeros(0, int)}, {"prompt": np.asarray([11])}, {"tokens": 0},
-                                        {"temperature": -1.0}, {"temperature": np.nan}])  # fmt: skip
+                                        {"prompt": np.asarray([-1])}, {"temperature": -1.0},
+                                        {"temperature": np.nan}])  # fmt: skip
     def test_what_cannot_be_sampled(self, change):
         with pytest.raises(ValueError, match="sampling: "):
             sampling.check(**({"prompt": np.asarray([1]), "tokens": 3, "temperature": 1.0, "vocab_size": 11} | change))
