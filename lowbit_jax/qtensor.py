@@ -374,7 +374,8 @@ def _check_marks(packed: QTensor, who: str) -> None:
         raise ValueError(
             f"{who}: marks are {marks.dtype}{list(marks.shape)}; {runs} marks a row are uint8 [..., {size}]."
         )
-    groups = np.asarray(packing.unpack(marks, 1, runs)).reshape(*marks.shape[:-1], -1, support.group // support.run)
+    count = packed.length // support.group
+    groups = np.asarray(packing.unpack(marks, 1, runs)).reshape(*marks.shape[:-1], count, support.group // support.run)
     kept = groups.sum(-1) * support.run
     if (index := _first(kept != support.kept)) is not None:
         raise ValueError(

@@ -305,7 +305,8 @@ class Quantizer:
             scale = jnp.where(jnp.any(lax.stop_gradient(tiles) != 0, axis=axes, keepdims=True), scale, 0.0)
         if rounded and self.scale_format != FLOAT32:
             stored = self.scale_format.load(self.scale_format.store(lax.stop_gradient(scale), self.format))
-            scale = scale + lax.stop_gradient(stored - scale) if self.learned else stored
+            # a difference of 0 carries the gradient; stored - scale would lose a scale far beyond what is stored
+            scale = stored + (scale - lax.stop_gradient(scale)) if self.learned else stored
         if self.fit is not rms_optimal or self.scale_format != FLOAT32:
             inv_scale = reciprocal(scale)
         support = None

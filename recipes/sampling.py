@@ -43,9 +43,9 @@ def check(prompt: np.ndarray, tokens: int, temperature: float, vocab_size: int) 
     outside = f", among them {strange[0]}" if strange else ""
     if len(prompt) == 0 or tokens < 1 or not 0 <= temperature < np.inf or outside:
         raise ValueError(
-            f"sampling: {len(prompt)} prompt ids{outside}, {tokens} new tokens, temperature {temperature}. It"
-            f" needs a prompt within the vocabulary of {vocab_size}, at least one new token and a finite temperature of 0"
-            " or more."
+            f"sampling: {len(prompt)} prompt ids{outside}, {tokens} new tokens, temperature {temperature}. It needs a"
+            f" prompt within the vocabulary of {vocab_size}, at least one new token and a finite temperature of 0 or"
+            " more."
         )
 
 

@@ -37,6 +37,9 @@ def test_what_quantize_gives_is_valid(name):
     for tensor in (packed(name), jax.tree.map(np.asarray, packed(name))):  # as a checkpoint may hand it out
         tensor.validate()
         assert np.isfinite(tensor.dequantize()).all()
+    q = KINDS[name]
+    scale = jnp.float32(0.1) if q.learned else None
+    q.quantize(jnp.zeros((0, 64)), key=jax.random.key(0) if q.uses_key else None, scale=scale).validate()
 
 
 @pytest.mark.parametrize("name", ["quest 3", "ternary, tensor", "nvfp4"])

@@ -228,6 +228,16 @@ def test_packed_equals_fake_on_rows_with_infinities_and_nans(key, slots):
     assert not np.isinf(fake).any()
 
 
+def test_a_learned_scale_beyond_its_format_saturates():
+    """In the fake form as in the packed one, with its gradient; 448 is the largest value of E4M3."""
+    scale_format, estimator = scaling.CastScale("float8_e4m3fn"), estimators.LSQ()
+    quantizer = lb.Quantizer(format=formats.INT4, fit=scaling.Learned(), estimator=estimator, scale_format=scale_format)
+    x, scale = jnp.full((1, 4), 1e10), jnp.full((1,), 1e10)
+    fake, slope = jax.jit(jax.value_and_grad(lambda scale: quantizer(x, scale=scale).mean()))(scale)
+    assert fake == quantizer.quantize(x, scale=scale).dequantize().mean() == 448 * 7
+    assert slope[0] > 0
+
+
 def test_a_nan_in_a_tile_of_a_learned_scale():
     """It has no code: packed it spoils the tile, while the fake form keeps it to itself."""
     quantizer = dataclasses.replace(lb.methods.get("lsq").out.lhs, tiling=scaling.PerRow())

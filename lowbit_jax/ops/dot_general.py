@@ -6,7 +6,6 @@ un-rotated first (or, for packed weights, the activation follows it into the rot
 """
 
 import functools
-import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.gptq import gptq
 from lowbit_jax.ops import backend, coded_product, integer_product
+from lowbit_jax.ops.merged import merge, merged_axis, merged_batch
 from lowbit_jax.ops.packed_product import PackedProduct, has_kernel
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.product import Dims, Forward, backward_operands, plain_product, product
@@ -108,7 +108,7 @@ def quantize_rhs(
     _check_recipe("quantize_rhs", recipe)
     if recipe.out.rhs is None or recipe.rhs_ready:
         return rhs
-    merged, axis, restore = _merge(rhs, _rhs_axes("quantize_rhs", dimension_numbers, rhs.ndim))
+    merged, axis, restore = merge(rhs, _rhs_axes("quantize_rhs", dimension_numbers, rhs.ndim))
     return restore(_operand(recipe.out.rhs, merged, axis, recipe.shared_rotation, key, scale)).astype(rhs.dtype)
 
 
@@ -131,7 +131,7 @@ def pack_rhs(
         raise ValueError(
             "pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack."
         )
-    merged, axis, _ = _merge(rhs, _rhs_axes("pack_rhs", dimension_numbers, rhs.ndim))
+    merged, axis, _ = merge(rhs, _rhs_axes("pack_rhs", dimension_numbers, rhs.ndim))
     if gram is not None:
         return gptq(quantizer, merged, gram, axis=axis, scale=scale)
     return quantizer.quantize(merged, axis=axis, key=key, scale=scale)
@@ -210,36 +210,6 @@ def _rhs_axes(who: str, dimension_numbers: DimensionNumbers, ndim: int) -> tuple
     return axes
 
 
-def _merge(x, axes):
-    """One contraction axis in place of several adjacent ones (moved last where they are not), and the way back."""
-    if len(axes) == 1:
-        return x, axes[0], lambda y: y
-    shape = x.shape
-    length = math.prod(shape[a] for a in axes)
-    if axes == tuple(range(axes[0], axes[0] + len(axes))):
-        merged = x.reshape(*shape[: axes[0]], length, *shape[axes[-1] + 1 :])
-        return merged, axes[0], lambda y: y.reshape(shape)
-    last = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
-    moved = last.shape
-    back = lambda y: jnp.moveaxis(y.reshape(moved), range(len(moved) - len(axes), len(moved)), axes)
-    return last.reshape(*moved[: x.ndim - len(axes)], length), x.ndim - len(axes), back
-
-
-def _merged_axis(axes: tuple[int, ...], ndim: int) -> int:
-    """Where the contraction axis lies after `_merge`."""
-    return axes[0] if axes == tuple(range(axes[0], axes[0] + len(axes))) else ndim - len(axes)
-
-
-def _merged_batch(batch, axes, ndim):
-    """Where the batch axes lie after `_merge`."""
-    if len(axes) == 1:
-        return batch
-    if axes == tuple(range(axes[0], axes[0] + len(axes))):
-        return tuple(b if b < axes[0] else b - len(axes) + 1 for b in batch)
-    kept = [a for a in range(ndim) if a not in axes]
-    return tuple(kept.index(b) for b in batch)
-
-
 def _one_contraction(lhs, rhs, dimension_numbers):
     packed = isinstance(rhs, QTensor)
     (lc, rc), (lb, rb) = dimension_numbers
@@ -263,12 +233,12 @@ def _one_contraction(lhs, rhs, dimension_numbers):
                 f" differ in length: {', '.join(f'{a} and {b}' for a, b in sizes if a != b)}. Check dimension_numbers,"
                 " or in a layer the size of its input."
             )
-    lhs, lhs_axis, _ = _merge(lhs, lhs_axes)
-    lhs_batch = _merged_batch(lhs_batch, lhs_axes, lhs.ndim + len(lhs_axes) - 1)
-    rhs_batch = _merged_batch(rhs_batch, rhs_axes, rhs_ndim)
+    lhs, lhs_axis, _ = merge(lhs, lhs_axes)
+    lhs_batch = merged_batch(lhs_batch, lhs_axes, lhs.ndim + len(lhs_axes) - 1)
+    rhs_batch = merged_batch(rhs_batch, rhs_axes, rhs_ndim)
     if packed:
         rhs_axis = rhs.ndim + rhs.axis
-        if rhs_axis != (named := _merged_axis(rhs_axes, rhs_ndim)):
+        if rhs_axis != (named := merged_axis(rhs_axes, rhs_ndim)):
             raise ValueError(
                 f"lb.dot_general: the packed rhs of shape {rhs.shape} lies along axis {rhs_axis}, and dimension_numbers"
                 f" contract axis {named}. Pack it along that one: quantizer.quantize(w, axis={named}), or pack_rhs."
@@ -279,5 +249,5 @@ def _one_contraction(lhs, rhs, dimension_numbers):
                 f" {lhs.shape[lhs_axis]}. Check the size of the layer's input, or pack this layer's own weight."
             )
     else:
-        rhs, rhs_axis, _ = _merge(rhs, rhs_axes)
+        rhs, rhs_axis, _ = merge(rhs, rhs_axes)
     return lhs, rhs, Dims(lhs_axis, rhs_axis, lhs_batch, rhs_batch)

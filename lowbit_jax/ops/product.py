@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.ops import backend, int8
+from lowbit_jax.ops.merged import merge
 from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.recipe import Gemm, LinearRecipe, Side
 from lowbit_jax.quantizer import Quantizer
@@ -233,11 +234,13 @@ def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, d
     other_axes = [a for a in range(scales.ndim) if a not in order]
     assert all(scales.shape[a] == 1 for a in other_axes), "one scale a row or a tensor"
     weighted = once_differentiable(g).astype(jnp.float32) * jnp.transpose(scales, (*order, *other_axes)).reshape(along)
-    whole_rows = isinstance(quantizer.tiling, PerRow | PerTensor) and quantizer.rotation is None
+    whole_rows = isinstance(quantizer.tiling, PerRow | PerTensor)
+    whole_rows &= quantizer.rotation is None and quantizer.sparsity is None
     if whole_rows:
         codes, own = quantizer.elements(weighted, axis=contracted, key=key)
     else:
-        codes, own = quantizer(weighted, axis=contracted, key=key), None
+        merged, axis, restore = merge(weighted, contracted)
+        codes, own = restore(quantizer(merged, axis=axis, key=key)), None
     pair = (codes, values) if side == 0 else (values, codes)
     grids = [q.element_format or q.format for q in (quantizer, kept)]  # the latter is not read where it is no int8
     formats = (grids[0], grids[1]) if side == 0 else (grids[1], grids[0])

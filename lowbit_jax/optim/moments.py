@@ -42,7 +42,7 @@ FIELDS: dict[str, dict[str, str | None]] = {
     "ScaleByOptimisticGradientState": {"is_initial_step": None, "previous_gradient": FIRST},
     "TraceState": {"trace": FIRST},
     "EmaState": {"ema": FIRST},
-    "MuonState": {"mu": FIRST},
+    "MuonState": {"mu": FIRST, "ns_coeffs": None},
     "FactoredState": {"v_row": None, "v_col": None, "v": SECOND},
 }
 EMBEDDINGS = (r"(^|/|_)(embed|emb|wte|wpe)",)  # searched in paths, lower case

@@ -1,5 +1,6 @@
 """Backward products with quantized operands, against the six-operand formula written out (METHODS 2.2)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -151,6 +152,42 @@ def test_folded_batches(key):
         e_w, s_w = grid_and_scales(INT8, flat_w, 1)
         np.testing.assert_allclose(dx[i].reshape(8, 5), folded(flat_g, s_w.T, e_w), atol=1e-5)
         np.testing.assert_allclose(dw[..., i].reshape(12, 5), folded(flat_g.T, s_x.T, e_x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        dict(rotation=lb.Hadamard(8)),
+        dict(tiling=lb.scaling.Group(8)),
+        dict(sparsity=lb.sparsity.NofM(2, 4)),
+    ],
+    ids=lambda slots: next(iter(slots)),
+)
+def test_folded_tokens_of_several_axes_are_one_axis(key, slots):
+    """Rotations, groups and supports lie along all tokens, however a batch is shaped."""
+    x, w, g = setup(key)
+    x, g = (jnp.concatenate([a, a[:4] / 2]) for a in (x, g))  # 16 tokens
+    recipe = dataclasses.replace(
+        FOLDED, grad_rhs=lb.Gemm(lhs=lb.FORWARD, rhs=dataclasses.replace(INT8, **slots), fold=True)
+    )
+    flat = gradients(x, w, g, recipe)[2]
+    shaped = gradients(x.reshape(8, 2, 32), w, g.reshape(8, 2, 6), recipe, (((2,), (0,)), ((), ())))[2]
+    np.testing.assert_allclose(shaped, flat, atol=1e-5)
+
+
+def test_requantized_operands_are_the_forwards(key):
+    """Q'(Q(w)) along the outputs and Q'(Q(x)) along the tokens, in place of Q(w) and Q(x)."""
+    x, w, g = setup(key)
+    coarse = dataclasses.replace(INT8, format=formats.INT3)
+    again = lb.Requantized(INT8)
+    recipe = lb.LinearRecipe(
+        out=lb.Gemm(lhs=coarse, rhs=coarse), grad_lhs=lb.Gemm(rhs=again), grad_rhs=lb.Gemm(lhs=again)
+    )
+    _, dx, dw = gradients(x, w, g, recipe)
+    np.testing.assert_allclose(dx, g @ INT8(coarse(w, axis=0), axis=1).T, atol=1e-4)
+    np.testing.assert_allclose(dw, INT8(coarse(x), axis=0).T @ g, atol=1e-4)
+    ready = lb.ops.quantize_rhs(w, NUMBERS, recipe)
+    np.testing.assert_allclose(gradients(x, ready, g, recipe.with_rhs_ready())[1], dx, atol=1e-5)
 
 
 def test_folding_a_weight_that_was_quantized_before(key):

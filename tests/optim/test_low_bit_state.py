@@ -34,6 +34,11 @@ def gradients(steps, shape, seed=0):
     return [(rng.normal(size=shape) + 0.3).astype(np.float32) * size.astype(np.float32) for _ in range(steps)]
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_the_smallest_arrays_are_stored_too_if_asked(name):
+    assert len(stored_in(ALL[name](min_size=0).init(PARAMS))) >= 1
+
+
 def stepper(tx):
     @jax.jit
     def step(params, state, grads):
