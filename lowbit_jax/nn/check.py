@@ -65,6 +65,9 @@ def _differentiate(recipe: LinearRecipe, site: Site, dtype: Any):
     return back(y)
 
 
+_READERS = {"param", "variable", "get_variable"}  # of linen.Module
+
+
 def check_subclass(layer: Any, base: type, where: str) -> None:
     """Raises where a subclass reads the weight in code of its own, a product that the quantizer would not see."""
     weight = "embedding" if base.__name__ == "Embed" else "kernel"
@@ -81,9 +84,6 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
                     " precision."
                     f" Let it call super().__call__, or leave the layer out by a rule and use lb.dot_general in {name}."
                 )
-
-
-_READERS = {"param", "variable", "get_variable"}  # of linen.Module
 
 
 def check_owner(owner: type, weights: Iterable[str], where: str) -> None:
