@@ -3,6 +3,7 @@
 `pyproject.toml` makes warnings errors; `tests/typechecker.py` tells how to check the shapes in every signature too.
 """
 
+import functools
 import os
 import pathlib
 
@@ -10,6 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # expected values are those of fl
 
 import jax
 import pytest
+from jax._src.interpreters import mlir
 
 import tests.typechecker  # noqa: F401  # found by name by --jaxtyping-packages
 
@@ -23,6 +25,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 if jax.__version_info__ < (0, 11):  # the older of its code generators takes 0.6 of the time; JAX 0.12 has one only
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+# One context of MLIR for all programs: JAX makes one for each, 4 ms of work and a megabyte that lives as long as it.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 4)  # a 2 x 2 mesh
 
