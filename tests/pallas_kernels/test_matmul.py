@@ -1,6 +1,7 @@
 """The packed products, kernel body and XLA reference, against float64."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -16,6 +17,12 @@ from pallas_kernels.matmul_a8 import longest, matmul_a8
 from pallas_kernels.matmul_a16 import _step, default_tile, dequantize, matmul_a16
 
 SMALL = dict(rows=16, columns=32)
+pack = jax.jit(planes.pack, static_argnums=(1, 2))
+
+
+def at_once(call, *arrays, **options):
+    """As one program, which compiles in a fraction of what its operations take one by one."""
+    return jax.jit(functools.partial(call, **options))(*arrays)
 
 
 def relative(y, reference):
@@ -35,7 +42,7 @@ def product_a16(bits, m, n, k, group, zeros, dtype, seed=0):
     each = np.repeat(zero, size, 0).T if zeros == "array" else zero
     w = (codes - each) * np.repeat(scales, size, 0).T.astype(np.float64)
     given = None if zeros is None else jnp.asarray(zero) if zeros == "array" else zero
-    operands = x, planes.pack(jnp.asarray(codes), bits), jnp.asarray(scales), given
+    operands = x, pack(jnp.asarray(codes), bits), jnp.asarray(scales), given
     return operands, np.asarray(x, np.float64) @ w.T
 
 
@@ -71,7 +78,7 @@ def test_16_bit_activations(bits, m, n, k, group, zeros, dtype, rows, split):
     tolerance = float(jnp.finfo(dtype).eps)  # the rounding of the result; sums are float32
     tile = Tile(rows=rows, columns=32, split=split)
     for options in (dict(impl="interpret", tile=tile), dict(impl="xla")):
-        y = matmul_a16(x, words, scales, given, bits=bits, group=group, **options)
+        y = at_once(matmul_a16, x, words, scales, zeros=given, bits=bits, group=group, **options)
         assert y.dtype == dtype and y.shape == (m, n)
         assert relative(y, reference) < tolerance
 
@@ -88,14 +95,15 @@ SIDE_BY_SIDE = [  # bits, m, n, k, group, zeros, tile rows, split, parts
 def test_parts_of_the_contraction_side_by_side(bits, m, n, k, group, zeros, rows, split, parts):
     (x, words, scales, given), reference = product_a16(bits, m, n, k, group, zeros, BF16)
     tile = Tile(rows=rows, columns=32, split=split, parts=parts)
-    y = matmul_a16(x, words, scales, given, bits=bits, group=group, out_dtype=jnp.float32, impl="interpret", tile=tile)
+    options = dict(bits=bits, out_dtype=jnp.float32, impl="interpret", tile=tile)
+    y = at_once(matmul_a16, x, words, scales, zeros=given, group=group, **options)
     assert relative(y, reference) < 1e-5
     random = np.random.default_rng(bits)
     codes, u = random.integers(-128, 128, (m, k)), random.integers(0, 1 << bits, (n, k))
     x_scales, w_scales = random.random(m).astype(np.float32) + 0.5, random.random(n).astype(np.float32) + 0.5
-    middle, words = ((1 << bits) - 1) / 2, planes.pack(jnp.asarray(u, jnp.uint8), bits, 8)
-    y = matmul_a8(jnp.asarray(codes, jnp.int8), x_scales, words, w_scales, bits=bits, x_zero=-0.5, w_zero=middle,
-                  out_dtype=jnp.float32, impl="interpret", tile=tile)  # fmt: skip
+    middle, words = ((1 << bits) - 1) / 2, pack(jnp.asarray(u, jnp.uint8), bits, 8)
+    codes8 = jnp.asarray(codes, jnp.int8)
+    y = at_once(matmul_a8, codes8, x_scales, words, w_scales, x_zero=-0.5, w_zero=middle, **options)
     expected = (codes + 0.5) @ (u - middle).T * x_scales[:, None].astype(np.float64) * w_scales[None]
     assert relative(y, expected) < 1e-6
 
@@ -110,7 +118,7 @@ def test_parts_are_right_or_refused(bits, k, group, rows, parts, taken):
     """Words are cut between their blocks alone, also where a turn of the loop is a part of one."""
     (x, words, scales, zeros), reference = product_a16(bits, 5, 64, k, group, "array", BF16)
     options = dict(bits=bits, group=group, impl="interpret", tile=Tile(rows=rows, columns=32, parts=parts))
-    run = lambda: matmul_a16(x, words, scales, zeros, out_dtype=jnp.float32, **options)
+    run = lambda: at_once(matmul_a16, x, words, scales, zeros, out_dtype=jnp.float32, **options)
     if taken:
         assert relative(run(), reference) < 1e-5
     else:
@@ -125,9 +133,9 @@ def test_parts_are_right_or_refused(bits, k, group, rows, parts, taken):
 def test_parts_beside_int8_are_right_or_refused(bits, k, rows, parts, taken):
     random = np.random.default_rng(bits)
     codes, x = random.integers(0, 1 << bits, (64, k)), random.integers(-127, 128, (5, k))
-    words = planes.pack(jnp.asarray(codes, jnp.uint8), bits, 8)
+    words = pack(jnp.asarray(codes, jnp.uint8), bits, 8)
     options = dict(bits=bits, out_dtype=jnp.float32, impl="interpret", tile=Tile(rows=rows, columns=32, parts=parts))
-    run = lambda: matmul_a8(jnp.asarray(x, jnp.int8), jnp.ones(5), words, jnp.ones(64), **options)
+    run = lambda: at_once(matmul_a8, jnp.asarray(x, jnp.int8), jnp.ones(5), words, jnp.ones(64), **options)
     if taken:
         np.testing.assert_array_equal(run(), x @ (codes - float(1 << bits - 1)).T)
     else:
@@ -181,7 +189,7 @@ def test_scales_of_16_bits_and_results_of_32(scale_dtype):
     codes = np.asarray(planes.unpack(words, 4, 32, 128), np.float64)
     w = (codes - np.repeat(exact[2], 64, 0).T) * np.repeat(exact[1], 64, 0).T
     for options in (dict(impl="interpret", tile=Tile(**SMALL)), dict(impl="xla")):
-        y = matmul_a16(x, words, scales, zeros, bits=4, group=64, out_dtype=jnp.float32, **options)
+        y = at_once(matmul_a16, x, words, scales, zeros, bits=4, group=64, out_dtype=jnp.float32, **options)
         assert y.dtype == jnp.float32
         assert relative(y, exact[0] @ w.T) < 128 * 2.0**-23
 
@@ -206,10 +214,8 @@ def test_an_infinite_activation_stays_infinite(bits, zeros):
     x[0, 3] = np.inf
     sign = 1 if codes[0, 0] else -1
     for options in (dict(impl="interpret", tile=Tile(**SMALL)), dict(impl="xla")):
-        y = matmul_a16(
-            jnp.asarray(x, BF16), planes.pack(jnp.asarray(codes), bits), jnp.ones((2, 32)), zeros, bits=bits, group=32,
-            **options,
-        )  # fmt: skip
+        x16, words = jnp.asarray(x, BF16), pack(jnp.asarray(codes), bits)
+        y = at_once(matmul_a16, x16, words, jnp.ones((2, 32)), zeros=zeros, bits=bits, group=32, **options)
         np.testing.assert_array_equal(np.asarray(y[0], np.float32), sign * np.inf)
         assert np.isfinite(np.asarray(y[1], np.float32)).all()
 
@@ -224,7 +230,7 @@ def kernel_operands(function, *arguments):
 
 def test_default_zero_points_cost_nothing_beside_the_kernel():
     """No padding, no sums of x, no tables of constants: the operands as they came."""
-    x, words = jnp.ones((1, 512), BF16), planes.pack(jnp.zeros((40, 512), jnp.uint8), 4)
+    x, words = jnp.ones((1, 512), BF16), pack(jnp.zeros((40, 512), jnp.uint8), 4)
     tile = Tile(**SMALL)
     for zeros in (None, 8, 7.5):
         run = lambda x, zeros=zeros: matmul_a16(x, words, jnp.ones((4, 40)), zeros, bits=4, group=128, tile=tile)
@@ -232,7 +238,7 @@ def test_default_zero_points_cost_nothing_beside_the_kernel():
         assert shapes == [(1, 512), (4, 40), *[w.shape for w in words]]
         assert beside.count("broadcast_in_dim") <= 1 and not set(beside) - {"broadcast_in_dim"}  # jnp.ones
     codes, row, channel = jnp.ones((1, 512), jnp.int8), jnp.ones(1), jnp.ones(40)
-    words = planes.pack(jnp.zeros((40, 512), jnp.uint8), 2, 8)
+    words = pack(jnp.zeros((40, 512), jnp.uint8), 2, 8)
     run = lambda codes, sums: matmul_a8(codes, row, words, channel, bits=2, x_sums=sums, tile=tile)
     shapes, beside = kernel_operands(run, codes, jnp.ones(1, jnp.int32))
     assert shapes == [(1, 512), (1,), (40,), (1,), *[w.shape for w in words]] and not beside
@@ -251,12 +257,13 @@ def test_int8_activations_are_exact(bits, m, n, k, rows, split):
     random = np.random.default_rng(bits)
     codes = random.integers(0, 1 << bits, (n, k)).astype(np.uint8)
     x = random.integers(-128, 128, (m, k)).astype(np.int8)
-    words = planes.pack(jnp.asarray(codes), bits, 8)
+    words = pack(jnp.asarray(codes), bits, 8)
     ones = jnp.ones(m, jnp.float32), jnp.ones(n, jnp.float32)
     zero = 0 if bits == 1 else 1 << (bits - 1)
     exact = x.astype(np.int64) @ (codes.astype(np.int64) - zero).T  # below 2^24 or rounded once
     for options in (dict(impl="interpret", tile=Tile(rows=rows, columns=32, split=split)), dict(impl="xla")):
-        y = matmul_a8(jnp.asarray(x), ones[0], words, ones[1], bits=bits, w_zero=zero, out_dtype=jnp.float32, **options)
+        options |= dict(bits=bits, w_zero=zero, out_dtype=jnp.float32)
+        y = at_once(matmul_a8, jnp.asarray(x), ones[0], words, ones[1], **options)
         np.testing.assert_array_equal(y, exact.astype(np.float32))
 
 
@@ -274,11 +281,11 @@ def test_many_rows_of_int8_activations_on_hopper_multiply_unpacked_codes(bits, m
     monkeypatch.setattr(module_i8, "matmul_i8", by_xla)
     random = np.random.default_rng(bits)
     codes, x = random.integers(0, 1 << bits, (33, 160)), random.integers(-128, 128, (512, 160))
-    words = planes.pack(jnp.asarray(codes, jnp.uint8), bits, 8)
+    words = pack(jnp.asarray(codes, jnp.uint8), bits, 8)
     sides = jnp.ones(512), jnp.ones(33)
     zero = (1 << bits) / 2 - 0.5
-    y = matmul_a8(jnp.asarray(x, jnp.int8), sides[0], words, sides[1], bits=bits, x_zero=3.0, w_zero=zero,
-                  out_dtype=jnp.float32)  # fmt: skip
+    options = dict(bits=bits, x_zero=3.0, w_zero=zero, out_dtype=jnp.float32)
+    y = at_once(matmul_a8, jnp.asarray(x, jnp.int8), sides[0], words, sides[1], **options)
     np.testing.assert_array_equal(y, (x - 3.0) @ (codes - zero).T)  # halves below 2^23
     assert taken == ["mosaic"]
 
@@ -289,10 +296,11 @@ def test_sums_of_rows_can_be_given(split):
     random = np.random.default_rng(0)
     codes = random.integers(0, 16, (33, 256)).astype(np.uint8)
     x = random.integers(-128, 128, (3, 256)).astype(np.int8)
-    words = planes.pack(jnp.asarray(codes), 4, 8)
+    words = pack(jnp.asarray(codes), 4, 8)
     options = dict(bits=4, x_zero=3.0, w_zero=5.25, out_dtype=jnp.float32, tile=Tile(**SMALL, split=split))
     sides = jnp.ones(3, BF16), jnp.ones(33, F16)
-    run = lambda **more: matmul_a8(jnp.asarray(x), sides[0], words, sides[1], impl="interpret", **options, **more)
+    call = jax.jit(functools.partial(matmul_a8, impl="interpret", **options))
+    run = lambda **more: call(jnp.asarray(x), sides[0], words, sides[1], **more)
     exact = (x - 3.0) @ (codes - 5.25).T
     sums = jnp.asarray(x.astype(np.int32).sum(-1))
     np.testing.assert_array_equal(run(), exact)  # quarters below 2^24
@@ -353,12 +361,12 @@ def test_half_zero_points_and_scales(bits):
     x_scale, w_scale = [(random.random(s) * 4 + 0.1).astype(np.float32) for s in (m, n)]
     zero = ((1 << bits) - 1) / 2
     reference = ((x + 0.5) * x_scale[:, None].astype(np.float64)) @ ((codes - zero) * w_scale[:, None]).T
-    words = planes.pack(jnp.asarray(codes), bits, 8)
+    words = pack(jnp.asarray(codes), bits, 8)
     for impl in ("interpret", "xla"):
-        y = matmul_a8(
-            jnp.asarray(x), jnp.asarray(x_scale), words, jnp.asarray(w_scale), bits=bits, x_zero=-0.5, w_zero=zero,
-            w_sums=jnp.asarray(codes.astype(np.int32).sum(-1)), out_dtype=jnp.float32, impl=impl,
-            tile=Tile(**SMALL) if impl == "interpret" else None,
+        options = dict(impl=impl, tile=Tile(**SMALL) if impl == "interpret" else None)
+        y = at_once(
+            matmul_a8, jnp.asarray(x), jnp.asarray(x_scale), words, jnp.asarray(w_scale), bits=bits, x_zero=-0.5,
+            w_zero=zero, w_sums=jnp.asarray(codes.astype(np.int32).sum(-1)), out_dtype=jnp.float32, **options,
         )  # fmt: skip
         assert relative(y, reference) < 1e-6
 
@@ -375,9 +383,9 @@ def test_only_packed_bytes_are_held():
 
 def test_bad_calls_say_what_is_wrong():
     x, scales = jnp.zeros((2, 256), jnp.bfloat16), jnp.ones((1, 32), jnp.float32)
-    words = planes.pack(jnp.zeros((32, 256), jnp.uint8), 4)
+    words = pack(jnp.zeros((32, 256), jnp.uint8), 4)
     codes, row = jnp.zeros((2, 256), jnp.int8), jnp.ones(2, jnp.float32)
-    narrow = planes.pack(jnp.zeros((32, 256), jnp.uint8), 4, 8)
+    narrow = pack(jnp.zeros((32, 256), jnp.uint8), 4, 8)
     a16 = lambda x=x, words=words, scales=scales, zeros=None, bits=4, **more: matmul_a16(
         x, words, scales, zeros, bits=bits, **{"impl": "xla"} | more
     )
