@@ -14,6 +14,10 @@ from lowbit_jax.gptq import damped, gptq
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 
 K, N = 96, 24
+# One program for each, which compiles in a fraction of what its operations take one by one.
+pack = jax.jit(lambda quantizer, w: quantizer.quantize(w, axis=0), static_argnums=0)
+unpack = jax.jit(lambda packed: packed.dequantize())
+chosen = jax.jit(gptq, static_argnums=0, static_argnames="axis")
 QUANTIZERS = {
     "int4 groups": lb.Quantizer(format=formats.INT4, tiling=scaling.Group(32), scale_format=scaling.BFLOAT16),
     "uint3 zero points": lb.Quantizer(format=formats.UINT3, tiling=scaling.Group(48), zero_point=True),
@@ -42,7 +46,7 @@ def transcribed(quantizer, w, x):
     gram = np.asarray(gram_of(x), np.float64)
     gram = turned(turned(gram).T)
     factor = np.linalg.cholesky(np.linalg.inv(gram)).T
-    packed = quantizer.quantize(jnp.asarray(w), axis=0)
+    packed = pack(quantizer, jnp.asarray(w))
     tiles, _ = quantizer.tiling.split(jnp.zeros(w.shape), 0)
     scale = jnp.broadcast_to(quantizer.scale_format.load(packed.scales), tiles.shape).reshape(w.shape)
     zero = 0.0
@@ -62,7 +66,7 @@ def transcribed(quantizer, w, x):
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_equals_the_transcription(name):
     quantizer, (x, w) = QUANTIZERS[name], operands()
-    packed = gptq(quantizer, jnp.asarray(w), gram_of(x), axis=0)
+    packed = chosen(quantizer, jnp.asarray(w), gram_of(x), axis=0)
     packed.validate()
     got, wanted = np.asarray(packed.values(jnp.float32)), transcribed(quantizer, w, x)
     step = np.abs(wanted).max() / 4
@@ -70,25 +74,25 @@ def test_equals_the_transcription(name):
     same = (np.abs(got - wanted) < 1e-3 * step).all(axis=0)
     assert same.mean() > 0.8
     off = lambda w_hat: np.sum((x @ (w_hat - w)) ** 2)
-    nearest = np.asarray(quantizer.quantize(jnp.asarray(w), axis=0).dequantize())
-    assert off(np.asarray(packed.dequantize())) < 0.75 * off(nearest)
+    nearest = np.asarray(unpack(pack(quantizer, jnp.asarray(w))))
+    assert off(np.asarray(unpack(packed))) < 0.75 * off(nearest)
 
 
 @pytest.mark.parametrize("name", ["uint3 zero points", "quest 4"])
 def test_inputs_that_do_not_go_together_leave_nearest_levels(name):
     _, w = operands()
     w, quantizer = jnp.asarray(w), QUANTIZERS[name]
-    alike = gptq(quantizer, w, 3 * jnp.eye(K), axis=0)
-    np.testing.assert_array_equal(alike.dequantize(), quantizer.quantize(w, axis=0).dequantize())
+    alike = chosen(quantizer, w, 3 * jnp.eye(K), axis=0)
+    np.testing.assert_array_equal(unpack(alike), unpack(pack(quantizer, w)))
 
 
 def test_axes_and_learned_scales():
     x, w = operands()
     quantizer = lb.Quantizer(format=formats.INT4, fit=scaling.Learned(), estimator=lb.estimators.LSQ())
     scale = quantizer.initial_scale(jnp.asarray(w), axis=0)
-    first = gptq(quantizer, jnp.asarray(w), gram_of(x), axis=0, scale=scale)
-    last = gptq(quantizer, jnp.asarray(w.T.reshape(4, 6, K)), gram_of(x), axis=-1, scale=scale.reshape(4, 6))
-    np.testing.assert_array_equal(last.dequantize().reshape(N, K).T, first.dequantize())
+    first = chosen(quantizer, jnp.asarray(w), gram_of(x), axis=0, scale=scale)
+    last = chosen(quantizer, jnp.asarray(w.T.reshape(4, 6, K)), gram_of(x), axis=-1, scale=scale.reshape(4, 6))
+    np.testing.assert_array_equal(unpack(last).reshape(N, K).T, unpack(first))
 
 
 def test_a_row_of_zeros_and_dead_inputs():
@@ -96,7 +100,7 @@ def test_a_row_of_zeros_and_dead_inputs():
     w[:, 3] = 0
     x[:, 5] = 0
     for quantizer in (lb.Quantizer(format=formats.INT4), dataclasses.replace(lb.quest_quantizer(4), rotation=None)):
-        found = np.asarray(gptq(quantizer, jnp.asarray(w), gram_of(x), axis=0).dequantize())
+        found = np.asarray(unpack(chosen(quantizer, jnp.asarray(w), gram_of(x), axis=0)))
         assert np.all(found[:, 3] == 0) and np.all(np.isfinite(found))
 
 

@@ -13,6 +13,11 @@ import lowbit_jax as lb
 from lowbit_jax.ops import pack_rhs
 from lowbit_jax.ops.plane_tensor import to_planes
 
+# One program for each, which compiles in a fraction of what its operations take one by one.
+call = nnx.jit(lambda model, x: model(x))
+pack = jax.jit(pack_rhs, static_argnums=(1, 2))
+in_planes = jax.jit(to_planes, static_argnums=(1, 2))
+
 
 class Model(nnx.Module):
     def __init__(self, rngs):
@@ -26,11 +31,11 @@ class Model(nnx.Module):
 def test_nnx_models_convert_and_explain(key):
     model = lb.quantize(Model(nnx.Rngs(0)), lb.quest(4))
     x = jax.random.normal(key, (5, 256), jnp.bfloat16)
-    expected = np.asarray(lb.convert(model)(x), np.float32)
+    expected = np.asarray(call(lb.convert(model), x), np.float32)
     by_xla = lb.convert(model, layout="planes/1")
-    np.testing.assert_array_equal(np.asarray(by_xla(x), np.float32), expected)
+    np.testing.assert_array_equal(np.asarray(call(by_xla, x), np.float32), expected)
     interpreted = lb.convert(model, layout="planes/1", implementation="interpret")
-    got = np.asarray(nnx.jit(lambda m, x: m(x))(interpreted, x), np.float32)
+    got = np.asarray(call(interpreted, x), np.float32)
     assert np.mean(np.abs(got - expected)) < 0.05 * np.mean(np.abs(expected))  # a code at a tie may move by one
     kernels = lambda m: {row.kernel for row in lb.explain(m).rows if row.product == "out" and row.operand == "weight"}
     assert kernels(by_xla) == {"xla (matmul_w4a8 on a GPU), packed"}
@@ -40,11 +45,11 @@ def test_nnx_models_convert_and_explain(key):
 def test_linen_modules_convert(key):
     dense = lb.quantize(linen.Dense(64, dtype=jnp.bfloat16), lb.quest(2, activations=False))
     x = jax.random.normal(key, (3, 128), jnp.bfloat16)
-    variables = dense.init(key, x)
+    variables = jax.jit(dense.init)(key, x)
     packed, packed_variables = lb.convert(dense, variables, x, layout="planes/1", implementation="interpret")
     np.testing.assert_allclose(
-        np.asarray(packed.apply(packed_variables, x), np.float32),
-        np.asarray(dense.apply(variables, x), np.float32),
+        np.asarray(jax.jit(packed.apply)(packed_variables, x), np.float32),
+        np.asarray(jax.jit(dense.apply)(variables, x), np.float32),
         atol=0.05,
     )
 
@@ -80,10 +85,11 @@ def test_words_of_another_layout_are_refused(key, activations, word_bits):
     """However they are read: as values, by XLA's product, by the kernel."""
     weight, x = jax.random.normal(key, (128, 32)), jax.random.normal(key, (4, 128), jnp.bfloat16)
     recipe, numbers = lb.quest(4, activations=activations), (((1,), (0,)), ((), ()))
-    packed = pack_rhs(weight, numbers, recipe)
+    packed = pack(weight, numbers, recipe)
+    product = jax.jit(lambda x, w: lb.dot_general(x, w, numbers, recipe=recipe))
     for implementation in ("reference", "interpret", "auto"):
-        planes = to_planes(packed, word_bits, implementation)
-        lb.dot_general(x, planes, numbers, recipe=recipe)
+        planes = in_planes(packed, word_bits, implementation)
+        product(x, planes)
         stale = dataclasses.replace(planes, layout="planes/0")
         for read in (stale.dequantize, stale.elements, lambda w=stale: lb.dot_general(x, w, numbers, recipe=recipe)):
             with pytest.raises(ValueError, match="planes/0"):
@@ -94,8 +100,8 @@ def test_words_of_another_layout_are_refused(key, activations, word_bits):
 def test_scales_reach_the_kernel_as_they_are_stored(key, scale_format):
     recipe = lb.quest(4, activations=False)
     quantizer = dataclasses.replace(recipe.forward_quantizers[1], scale_format=scale_format)
-    packed = quantizer.quantize(jax.random.normal(key, (128, 32)), axis=0)
-    planes = to_planes(packed, 16)
+    packed = jax.jit(lambda w: quantizer.quantize(w, axis=0))(jax.random.normal(key, (128, 32)))
+    planes = in_planes(packed, 16)
     table = planes.scale_table()
     assert table.shape == (1, 32) and table.dtype == scale_format.dtype
     np.testing.assert_array_equal(

@@ -51,6 +51,10 @@ def gradients(x, w, g, recipe, numbers=NUMBERS):
     return y, *back(g)
 
 
+pack = jax.jit(lambda recipe, w: pack_rhs(w, NUMBERS, recipe), static_argnums=0)
+in_planes = jax.jit(to_planes, static_argnums=(1, 2))
+
+
 def assert_close(a, b, tolerance):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
@@ -60,12 +64,12 @@ def assert_close(a, b, tolerance):
 def test_packed_products(name):
     recipe = RECIPES[name]
     x, w = operands()
-    packed = jax.jit(lambda w: pack_rhs(w, NUMBERS, recipe))(w)
+    packed = pack(recipe, w)
     run = jax.jit(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe))
     values = jax.jit(lambda packed: packed.values())
     by_xla = jax.jit(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe.with_implementation("reference")))
     expected, whole = {"auto": run(x, packed), "reference": by_xla(x, packed)}, values(packed)
-    planes = jax.jit(lambda packed: to_planes(packed, word_bits(recipe.out.lhs)))(packed)
+    planes = in_planes(packed, word_bits(recipe.out.lhs))
     assert planes.shape == packed.shape and planes.layout == "planes/1"
     np.testing.assert_array_equal(values(planes), whole)
     for implementation in ("auto", "reference", "interpret"):
@@ -80,8 +84,8 @@ def test_packed_products(name):
 
 def test_gradients_through_a_packed_product_are_the_references():
     x, w = operands()
-    packed = jax.jit(lambda w: pack_rhs(w, NUMBERS, lb.quest(4)))(w)
-    planes = jax.jit(lambda packed: to_planes(packed, 8, "interpret"))(packed)
+    packed = pack(lb.quest(4), w)
+    planes = in_planes(packed, 8, "interpret")
     loss = lambda x, w: jnp.sum(lb.dot_general(x, w, NUMBERS, recipe=lb.quest(4)).astype(jnp.float32) * 0.5)
     gradient = jax.jit(jax.grad(loss))
     assert_close(gradient(x, planes), gradient(x, packed), 0)
@@ -149,13 +153,18 @@ def test_long_contractions_are_summed_in_parts(monkeypatch):
     g = jnp.ones((3, 5, 16), jnp.bfloat16)
     recipe = lb.quest(4, backward=8).with_implementation("interpret")
     gradient = lambda w: jax.vjp(lambda w: lb.dot_general(x, w, NUMBERS, recipe=recipe), w)[1](g)[0]
-    run = lambda: jax.jit(lambda w: gradient(w))(w)  # a function of its own, so that it is traced anew
-    kernels = lambda: str(jax.make_jaxpr(lambda w: gradient(w))(w)).count("pallas_call[")
-    whole, once = run(), kernels()
+
+    def run():
+        """The result and how many kernels the program has; a function of its own, so that it is traced anew."""
+        traced = jax.jit(lambda w: gradient(w)).trace(w)
+        return traced.lower().compile()(w), str(traced.jaxpr).count("pallas_call[")
+
+    whole, once = run()
     monkeypatch.setattr(integer_product, "_too_large", lambda *_: None)
     monkeypatch.setattr(integer_product, "_TERMS", 6)  # 15 tokens: three parts
-    assert kernels() > once
-    assert_close(run(), whole, 2.0**-8)
+    parted, kernels = run()
+    assert kernels > once
+    assert_close(parted, whole, 2.0**-8)
 
 
 def test_a_prepared_weight_leaves_the_activation_to_the_kernel():
@@ -188,16 +197,14 @@ def test_a_training_product_keeps_codes_and_bits():
 def test_what_cannot_run_says_why():
     x, w = operands()
     recipe = lb.quest(4)
-    packed = pack_rhs(w, NUMBERS, recipe)
-    sparse = pack_rhs(w, NUMBERS, lb.quest(4, sparsity="2:4"))
-    floats = pack_rhs(w, NUMBERS, lb.quest("e2m1"))
+    packed, sparse, floats = (pack(r, w) for r in (recipe, lb.quest(4, sparsity="2:4"), lb.quest("e2m1")))
     run = lambda x, w, recipe=recipe: lb.dot_general(x, w, NUMBERS, recipe=recipe)
     for call, error, said in [
-        (lambda: run(x, to_planes(packed, 8, "kernel")), NotImplementedError, "NVIDIA GPU"),
+        (lambda: run(x, in_planes(packed, 8, "kernel")), NotImplementedError, "NVIDIA GPU"),
         (lambda: run(x, w, recipe.with_implementation("kernel")), NotImplementedError, "NVIDIA GPU"),
         (lambda: run(x.astype(jnp.float32), w, recipe.with_implementation("kernel")), NotImplementedError, "float32"),
         (lambda: run(x, w, lb.quest("e2m1").with_implementation("kernel")), NotImplementedError, "uniform grids"),
-        (lambda: run(x, to_planes(packed, 16, "interpret")), NotImplementedError, "16-bit activations"),
+        (lambda: run(x, in_planes(packed, 16, "interpret")), NotImplementedError, "16-bit activations"),
         (lambda: to_planes(packed, 8, "gpu"), ValueError, "'gpu'"),
         (lambda: to_planes(sparse, 8), ValueError, "sparse"),
         (lambda: to_planes(floats, 8), ValueError, "e2m1"),
@@ -256,7 +263,7 @@ def test_the_cotangents_kernel_runs_where_it_was_measured_to_be_faster(monkeypat
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 def test_packed_products_for_cuda_are_kernels():
     x, w = operands(k=256, free=(64,))
-    packed = to_planes(pack_rhs(w, NUMBERS, lb.quest(4)), 8)
+    packed = in_planes(pack(lb.quest(4), w), 8)
     product = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=lb.quest(4))
     here = jax.jit(product).trace(x, packed).lower().as_text()
     there = lowered_for(gpu("NVIDIA H200"), product, x, packed)
@@ -268,7 +275,7 @@ def test_packed_products_for_cuda_are_kernels():
 def test_groups_that_run_out_of_registers_are_xlas():
     recipe = dataclasses.replace(GROUPED, out=lb.Gemm(rhs=dataclasses.replace(GROUPED.out.rhs, tiling=Group(2048))))
     x, w = operands(k=4096, free=(64,))
-    packed = to_planes(pack_rhs(w, NUMBERS, recipe), 16)
+    packed = in_planes(pack(recipe, w), 16)
     product = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe)
     assert "matmul_w4a16" not in lowered_for(gpu("NVIDIA H200"), product, x, packed)
     words = planes.pack(jnp.zeros((32, 4096), jnp.uint8), 4)
