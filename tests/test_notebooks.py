@@ -30,6 +30,8 @@ SHORTER = {  # fewer steps, layers and widths; every other line as it stands
         "steps=300": "steps=40",
         "digits(8192, 0)": "digits(1024, 0)",
         "for bits in (4, 3, 2, 1)}}": "for bits in (4, 2)}}",
+        "(256, 256), (2, 3, 4)": "(256, 256), (2,)",
+        "np.arange(3)": "np.arange(1)",
     },
     "02_packed_kernels": {
         "nnx.Linear(512, 1024,": "nnx.Linear(512, 512,",  # its kernel is then of the shape of `down`'s

@@ -306,7 +306,7 @@ class TestLinen:
 
     @pytest.fixture
     def variables(self, model, key):
-        return model.init(key, IDS)
+        return jax.jit(model.init)(key, IDS)
 
     def test_equals_nnx_and_its_packed_form(self, model, variables):
         twin = Tied(nnx.Rngs(0))
@@ -321,15 +321,16 @@ class TestLinen:
         np.testing.assert_allclose(jax.jit(model.apply)(packed, IDS), got, rtol=1e-4, atol=1e-4)
 
     def test_the_tree_stays_and_files_hold_it(self, model, variables, key):
-        plain = TiedLinen().init(key, IDS)
+        plain = jax.eval_shape(TiedLinen().init, key, IDS)
         assert jax.tree.structure(plain) == jax.tree.structure(variables)
         _, packed = lb.convert(model, variables, IDS)
         again = serialization.from_bytes(packed, serialization.to_bytes(packed))
-        np.testing.assert_array_equal(model.apply(again, IDS), model.apply(packed, IDS))
+        run = jax.jit(model.apply)
+        np.testing.assert_array_equal(run(again, IDS), run(packed, IDS))
 
     def test_alone_and_under_scan(self, key):
         embed = lb.quantize(nn.Embed(V, D), W8)
-        variables = embed.init(key, IDS)
+        variables = jax.jit(embed.init)(key, IDS)
         rows = jax.jit(embed.apply)(variables, IDS)
         wanted = jax.jit(W8.out.rhs)(variables["params"]["embedding"])[IDS]
         np.testing.assert_allclose(rows, wanted, rtol=1e-6)
@@ -346,10 +347,11 @@ class TestLinen:
                 return nn.Dense(4)(nn.Embed(V, D)(ids))
 
         model = lb.quantize(Compact(), lb.quest(4), rules=[("Embed_0", W4G)])
-        variables = model.init(key, IDS)
+        variables = jax.jit(model.init)(key, IDS)
         table = lb.explain(model, variables, IDS)
         assert {row.layer for row in table.rows if row.quantized} == {"Embed_0", "Dense_0"} and not table.missing
         _, packed = lb.convert(model, variables, IDS)
-        np.testing.assert_allclose(model.apply(packed, IDS), model.apply(variables, IDS), atol=1e-4)
-        _, prepared = (got := lb.nn.prepare(model, variables, IDS))
-        np.testing.assert_allclose(got[0].apply(prepared, IDS), model.apply(variables, IDS), atol=1e-4)
+        expected = jax.jit(model.apply)(variables, IDS)
+        np.testing.assert_allclose(jax.jit(model.apply)(packed, IDS), expected, atol=1e-4)
+        ready, prepared = lb.nn.prepare(model, variables, IDS)
+        np.testing.assert_allclose(jax.jit(ready.apply)(prepared, IDS), expected, atol=1e-4)

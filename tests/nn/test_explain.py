@@ -168,7 +168,7 @@ class Keyword(linen.Module):
 
 def test_inputs_by_keyword_are_inputs():
     model, x = lb.quantize(Keyword(), lb.quest(3)), jnp.ones((2, 96))
-    variables = model.init(jax.random.key(0), x=x)
+    variables = jax.jit(model.init)(jax.random.key(0), x=x)
     for explanation in (lb.explain(model, x=x), lb.explain(model, variables, x=jax.ShapeDtypeStruct(x.shape, x.dtype))):
         for product in ("out", "grad_lhs", "grad_rhs"):
             assert {r.ran for r in rows_of(explanation, "up", product)} == {RAN[product]}

@@ -133,7 +133,7 @@ def test_linen_calibration(key):
         lb.calibrate(model, variables)
     with pytest.raises(ValueError, match="no activation scale is learned"):
         quantized = lb.quantize(LinenNet())
-        lb.calibrate(quantized, quantized.init(key, x), x)
+        lb.calibrate(quantized, jax.jit(quantized.init)(key, x), x)
 
 
 def test_learned_activation_scales_need_one_entry():
@@ -144,7 +144,7 @@ def test_learned_activation_scales_need_one_entry():
 
 def test_a_float_model_gets_its_scales_from_calibration(key):
     model, x = lb.quantize(LinenNet(), LSQ), jax.random.normal(key, (64, 32))
-    variables = LinenNet().init(key, x)
+    variables = jax.jit(LinenNet().init)(key, x)
     for run in (lambda: model.apply(variables, x), lambda: lb.convert(model, variables, x)):
         with pytest.raises(ValueError, match=r"the layer 'Dense_0' has no .hs_scale.*lb\.calibrate"):
             run()
@@ -247,7 +247,7 @@ def test_an_nnx_loop_that_loses_the_scales_is_told_the_way_out(key):
 @pytest.mark.parametrize("turns", [lambda d, x: 10 * d(10 * d(x)), linen_loop, linen_lifted])
 def test_linen_layers_that_run_twice_get_the_mean(turns, key):
     model, x = lb.quantize(LinenTwice(turns), LSQ), jax.random.normal(key, (64, 32))
-    variables = model.init(key, x)
+    variables = jax.jit(model.init)(key, x)
     new = lb.calibrate(model, variables, x)
     layer = new["params"]["d"]
     np.testing.assert_allclose(layer["lhs_scale"], mean_of_two_turns(x, layer["kernel"]), rtol=1e-5)
@@ -263,7 +263,7 @@ def test_a_stack_beside_a_loop_that_shares_a_layer(key):
         return linen_loop(d, linen.scan(lambda s, x, _: (10 * s(x), None), **options)(stack, x, None)[0])
 
     model, x = lb.quantize(LinenTwice(turns), LSQ), jax.random.normal(key, (64, 32))
-    new = lb.calibrate(model, model.init(key, x), x)["params"]
+    new = lb.calibrate(model, jax.jit(model.init)(key, x), x)["params"]
     np.testing.assert_allclose(new["stack"]["lhs_scale"][0], lsq_start(x), rtol=1e-5)
     assert new["stack"]["lhs_scale"][1] > 5 * new["stack"]["lhs_scale"][0] and new["d"]["lhs_scale"].shape == ()
 
@@ -300,7 +300,7 @@ def test_calibration_on_zeros_keeps_the_scales(key):
     lb.calibrate(model, jnp.zeros((4, 32)))
     np.testing.assert_array_equal(model.layers[0].dot_general.lhs_scale[...], before)
     quantized = lb.quantize(LinenNet(), LSQ)
-    variables = quantized.init(key, jnp.ones((4, 32)))
+    variables = jax.jit(quantized.init)(key, jnp.ones((4, 32)))
     new = lb.calibrate(quantized, variables, jnp.zeros((4, 32)))
     np.testing.assert_array_equal(new["params"]["Dense_0"]["lhs_scale"], variables["params"]["Dense_0"]["lhs_scale"])
 

@@ -48,8 +48,8 @@ def test_layers_against_numpy(layer, shape, kernel_shape, x, key):
 
 def test_einsum_keeps_its_bias(x, key):
     layer = nn.Einsum((32, 8), "bk,kn->bn", bias_init=nn.initializers.normal())
-    variables = layer.init(key, x)
-    y = lb.quantize(layer, INT4).apply(variables, x) - variables["params"]["bias"][None]
+    variables = jax.jit(layer.init)(key, x)
+    y = jax.jit(lb.quantize(layer, INT4).apply)(variables, x) - variables["params"]["bias"][None]
     check_dense(y, x, kernel_of(variables))
 
 
@@ -126,17 +126,18 @@ def test_the_original_and_what_jit_kept_of_it_stay(x, variables):
 @pytest.mark.parametrize("lift", [nn.remat, nn.jit])
 def test_lifted_layers(lift, x, key):
     layer = lb.quantize(lift(nn.Dense)(8, use_bias=False), INT4)
-    variables = layer.init(key, x)
-    check_dense(layer.apply(variables, x), x, kernel_of(variables))
+    variables = jax.jit(layer.init)(key, x)
+    check_dense(jax.jit(layer.apply)(variables, x), x, kernel_of(variables))
     check_dense(layer.apply(variables, x, method=lift(nn.Dense).__call__), x, kernel_of(variables))
 
 
 def test_vmapped_layers(x, key):
     options = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=3)
     layer = lb.quantize(nn.vmap(nn.Dense, **options)(8, use_bias=False), INT4)
-    variables = layer.init(key, x)
+    variables = jax.jit(layer.init)(key, x)
+    y = jax.jit(layer.apply)(variables, x)
     for i in range(3):
-        check_dense(layer.apply(variables, x)[i], x, kernel_of(variables)[i])
+        check_dense(y[i], x, kernel_of(variables)[i])
 
 
 def test_quantized_layers_inside_a_plain_model(x, key):
@@ -152,12 +153,12 @@ def test_quantized_layers_inside_a_plain_model(x, key):
         def __call__(self, x):
             return self.a(x)
 
-    variables = Outer().init(key, x)
+    variables = jax.jit(Outer().init)(key, x)
     assert set(variables["params"]) == {"Dense_0", "Dense_1"}
     hidden = x @ variables["params"]["Dense_1"]["kernel"]
-    check_dense(Outer().apply(variables, x), np.asarray(hidden), kernel_of(variables, "Dense_0"))
-    variables = Inner().init(key, x)
-    check_dense(Inner().apply(variables, x), x, kernel_of(variables, "a"))
+    check_dense(jax.jit(Outer().apply)(variables, x), np.asarray(hidden), kernel_of(variables, "Dense_0"))
+    variables = jax.jit(Inner().init)(key, x)
+    check_dense(jax.jit(Inner().apply)(variables, x), x, kernel_of(variables, "a"))
     with pytest.raises(ValueError, match="'a' was quantized before"):
         lb.quantize(Inner()).init(key, x)
     outer = lb.quantize(Inner(), rules=[("a", None)])
@@ -179,7 +180,7 @@ def test_modules_compare_copy_and_pickle_like_any_other(x, key):
         count.append(1)
         return quantized.apply(variables, x)
 
-    variables = quantized.init(key, x)
+    variables = jax.jit(quantized.init)(key, x)
     run(variables, x), run(variables, x)
     assert len(count) == 1
 
@@ -187,7 +188,7 @@ def test_modules_compare_copy_and_pickle_like_any_other(x, key):
 def test_bfloat16_layers_fit_the_float32_master(key):
     recipe = lb.LinearRecipe(out=lb.Gemm(rhs=INT4.out.rhs))
     layer = lb.quantize(nn.Dense(8, dtype=jnp.bfloat16, use_bias=False), recipe)
-    variables = layer.init(key, jnp.eye(32))
+    variables = jax.jit(layer.init)(key, jnp.eye(32))
     expected = fake_int4(kernel_of(variables), 0).astype(jnp.bfloat16)
     np.testing.assert_array_equal(layer.apply(variables, jnp.eye(32)), expected)
     rounded_first = fake_int4(kernel_of(variables).astype(jnp.bfloat16), 0).astype(jnp.bfloat16)
@@ -206,7 +207,7 @@ def test_sharding_metadata_stays(x, key):
 def test_stochastic_rounding_draws_from_its_stream(x, key):
     quantizer = dataclasses.replace(lb.quest_quantizer(4), rounding=lb.rounding.stochastic)
     layer = lb.quantize(nn.Dense(8), lb.LinearRecipe(out=lb.Gemm(lhs=quantizer, rhs=quantizer)))
-    variables = layer.init(key, x)
+    variables = jax.jit(layer.init)(key, x)
     draw = lambda seed: np.asarray(layer.apply(variables, x, rngs={"quantize": jax.random.key(seed)}))
     assert np.array_equal(draw(0), draw(0)) and not np.array_equal(draw(0), draw(1))
     with pytest.raises(Exception, match='needs PRNG for "quantize"'):
@@ -259,7 +260,7 @@ class Twice(nn.Dense):
 
 def test_subclasses_may_add_but_not_go_around(x, key):
     adding = lb.quantize(Adding(8, use_bias=False), INT4)
-    variables = adding.init(key, x)
+    variables = jax.jit(adding.init)(key, x)
     product = fake_int4(x, 1) @ fake_int4(kernel_of(variables), 0)
     np.testing.assert_allclose(
         adding.apply(variables, x), np.maximum(product, 0), rtol=0, atol=32 * 2.0**-22 * np.abs(product).max()

@@ -77,16 +77,23 @@ class TestLossScaleAndCompression:
         assert distance(state["params"], before[0]) > 0 and any(np.any(e) for e in jax.tree.leaves(state["errors"]))
 
 
-class TestLearnedSteps:
-    scheme = schemes.Scheme(method="lsq", bits=4)
+LEARNED = schemes.Scheme(method="lsq", bits=4)
 
-    def test_calibration_on_a_mesh_is_that_of_one_device(self):
+
+@pytest.fixture(scope="module")
+def one():
+    """The model on one device, its steps calibrated."""
+    return LEARNED.apply(build(), batch(9))
+
+
+class TestLearnedSteps:
+    def test_calibration_on_a_mesh_is_that_of_one_device(self, one):
         """Cut over data to the bit. Over fsdp and tensor the weights' own steps are sums in another order (1e-7), and
         an activation at a decision point may round to the other side: one of 16384 moves a mean by 1e-4."""
-        expected = self.steps(self.scheme.apply(build(), batch(9)))
+        expected = self.steps(one)
         for sizes, tolerance in ((dict(data=4), 0), (dict(fsdp=2, tensor=2), 1e-3)):
             model = build(Layout(mesh=lb.parallel.make_mesh(**sizes)))
-            found = self.steps(self.scheme.apply(model, batch(9)))
+            found = self.steps(LEARNED.apply(model, batch(9)))
             for name, value in expected.items():
                 np.testing.assert_allclose(found[name], value, rtol=tolerance, err_msg=f"{sizes} {name}")
             down = nnx.state(model, nnx.Param)["blocks"]["mlp"]["down"]["kernel"][...]
@@ -99,10 +106,9 @@ class TestLearnedSteps:
         named = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
         return {name: value for name, value in named.items() if "hs_scale" in name}
 
-    def test_gradients_of_steps_on_shards_are_those_of_the_whole_batch(self):
+    def test_gradients_of_steps_on_shards_are_those_of_the_whole_batch(self, one):
         """LSQ divides by the root of the elements of the whole activation: each of four devices counting its own would
         double the gradient. Int8 sums err by about 1%."""
-        one = self.scheme.apply(build(), batch(9))
         graph, params, rest = nnx.split(one, nnx.Param, ...)
         _, expected = jax.jit(lambda p, t: gradients.whole(graph, p, rest, t))(params, batch(0))
         layout = Layout(mesh=lb.parallel.make_mesh(data=4), reduce=8)
