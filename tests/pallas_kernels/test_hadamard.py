@@ -20,6 +20,8 @@ from tests.pallas_kernels import ptx_scalar
 
 SMALL = Tile(rows=16, columns=16, warps=1, stages=1)
 ALPHA = 0.6
+pack = jax.jit(planes.pack, static_argnums=(1, 2))
+unpack = jax.jit(planes.unpack, static_argnums=(1, 2, 3))
 
 
 def rotated(x, block):
@@ -30,7 +32,7 @@ def rotated(x, block):
 
 def bits_of(mask, m, k):
     padded = jnp.pad(mask, ((0, 0), (0, planes.padded_n(m) - m), (0, 0)))
-    return np.asarray(planes.unpack((padded,), 1, m, k))
+    return np.asarray(unpack((padded,), 1, m, k))
 
 
 def quantize(x, axis, **options):
@@ -89,10 +91,10 @@ def test_codes_scales_sums_masks_and_words(bits, m, k, block, dtype, axis, midri
     np.testing.assert_array_equal(
         np.where(at_limit, 0, bits_of(got.mask, m, k)), np.where(at_limit, 0, np.abs(v) <= trust)
     )
-    expected = planes.pack(jnp.asarray(np.asarray(got.codes, np.int32) - low, jnp.uint8), bits, 8)
+    expected = pack(jnp.asarray(np.asarray(got.codes, np.int32) - low, jnp.uint8), bits, 8)
     for words, wanted in zip(got.words, expected, strict=True):
         np.testing.assert_array_equal(words, wanted)
-    padding = planes.pack(jnp.asarray(bits_of(got.mask, m, k)), 1, 8)[0][:, :m]
+    padding = pack(jnp.asarray(bits_of(got.mask, m, k)), 1, 8)[0][:, :m]
     np.testing.assert_array_equal(got.mask, padding)  # bits behind the end of a row are 0
     assert not ((np.asarray(got.codes[1], np.float32) + half) * np.asarray(got.scales[1])).any()  # zeros stay zeros
 
@@ -131,7 +133,7 @@ def test_gradients_are_masked_and_rotated_back(block, dtype, axis):
     random = np.random.default_rng(0)
     g = jnp.asarray(random.standard_normal((m, k)), dtype)
     kept = random.integers(0, 2, (m, k)).astype(np.uint8)
-    words = planes.pack(jnp.asarray(kept), 1, 8)[0][:, :m]
+    words = pack(jnp.asarray(kept), 1, 8)[0][:, :m]
     expected = rotated(np.asarray(g, np.float64) * kept, block)
     largest = np.abs(np.asarray(g, np.float64)).reshape(m, -1, block or 1).sum(2).max() / np.sqrt(block or 1)
     for impl in ("interpret", "xla"):
