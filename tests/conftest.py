@@ -3,10 +3,10 @@
 `pyproject.toml` makes warnings errors; `tests/typechecker.py` tells how to check the shapes in every signature too.
 """
 
-import functools
 import gc
 import os
 import pathlib
+import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # expected values are those of float32 products; a GPU may use TF32
 
@@ -28,8 +28,9 @@ if jax.__version_info__ < (0, 11):  # the older of its code generators takes 0.6
     # One module of LLVM for a program, and not some for threads, takes 0.85 of what is left.
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-# One context of MLIR for all programs: JAX makes one for each, 4 ms of work and a megabyte that lives as long as it.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+# One context of MLIR a thread: JAX makes one for each program, 4 ms of work and a megabyte that lives as long as it.
+_of_thread, _make = threading.local(), mlir.make_ir_context
+mlir.make_ir_context = lambda: vars(_of_thread).get("context") or vars(_of_thread).setdefault("context", _make())
 # Collecting garbage at each 700 new objects takes a twentieth of the time, and tracing leaves little.
 gc.set_threshold(50_000, 20, 20)
 if os.environ["JAX_PLATFORMS"] == "cpu":
