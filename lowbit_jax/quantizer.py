@@ -386,7 +386,9 @@ _SLOTS = {
         {"tensor": "lb.scaling.PerTensor()", "row": "lb.scaling.PerRow()"}, "PerRow() or Group(32)",
     ),
     "fit": _Slot(
-        "a function", examples=_named("scaling", "absmax", "rms_optimal", "mean_abs"), example="lb.scaling.absmax"
+        "a function",
+        examples=_named("scaling", "absmax", "absmax_edge", "rms_optimal", "mean_abs"),
+        example="lb.scaling.absmax",
     ),
     "rounding": _Slot(
         "a function", examples=_named("rounding", "nearest", "stochastic", "toward_zero"), example="lb.rounding.nearest"

@@ -24,7 +24,8 @@ def fp8(scaling: Fp8Scaling = "tensor", *, weight_gradient: bool = True) -> Line
       (DeepSeek-V3, arXiv:2412.19437, section 3.3; "Float8BlockScaling"); 128 divides both sizes of the weight, and the
       tokens.
 
-    `weight_gradient=False` keeps the weight's gradient in high precision (torchao's "gw_hp").
+    `weight_gradient=False` keeps the weight's gradient in high precision; by rows, the activation's gradient then reads
+    the weight under one scale a tensor (torchao's "rowwise_with_gw_hp").
     Source: Micikevicius et al. 2022, arXiv:2209.05433. Raises: ValueError for another word."""
     if scaling not in get_args(Fp8Scaling):
         raise ValueError(f"fp8(scaling={scaling!r}): it is one of {', '.join(map(repr, get_args(Fp8Scaling)))}.")
@@ -32,9 +33,12 @@ def fp8(scaling: Fp8Scaling = "tensor", *, weight_gradient: bool = True) -> Line
     weight = _of(E4M3, Block(128, 128)) if scaling == "block" else wide
     cotangent = _of(E5M2, PerTensor()) if scaling == "tensor" else wide
     grad_rhs = Gemm(lhs=FORWARD if scaling == "tensor" else wide, rhs=cotangent)
+    again = FORWARD
+    if scaling == "row":
+        again = wide if weight_gradient else _of(E4M3, PerTensor())
     return LinearRecipe(
         out=Gemm(lhs=wide, rhs=weight),
-        grad_lhs=Gemm(lhs=cotangent, rhs=wide if scaling == "row" else FORWARD),
+        grad_lhs=Gemm(lhs=cotangent, rhs=again),
         grad_rhs=grad_rhs if weight_gradient else Gemm(),
         name=f"fp8 by {scaling}" + ("" if weight_gradient else ", weight gradient in high precision"),
     )

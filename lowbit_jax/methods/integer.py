@@ -9,7 +9,7 @@ from lowbit_jax.formats.catalogue import INT8, TERNARY, element_format
 from lowbit_jax.methods.qat import _bits
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
-from lowbit_jax.scaling import Block, Group, PerRow, PerTensor, absmax, mean_abs
+from lowbit_jax.scaling import Block, Group, PerRow, PerTensor, absmax, absmax_edge, mean_abs
 
 ZeroPoints = Literal["none", "weights", "activations", "both"]
 
@@ -21,25 +21,34 @@ def absmax_integer(
     activations: bool = True,
     group: int | None = None,
     zero_points: ZeroPoints = "none",
+    preserve_max: bool = True,
 ) -> LinearRecipe:
     """Two's-complement integers by absmax: for each row, or for each `group` along the contraction.
 
-    Without zero points the scheme of AQT and Qwix. With those of "weights" (as 4-bit files by GPTQ and AWQ have them),
-    of "activations" or of "both" a tile is spanned from its least to its largest element. Source: Jacob et al. 2017,
-    arXiv:1712.05877. Raises: ValueError for bits outside 2 to 8, an unknown word for `zero_points`, and those of
-    activations that are not quantized."""
+    `preserve_max=False` puts the largest magnitude on the edge of the last bucket instead of on the largest level:
+    without zero points, this is what Qwix does unless told otherwise, and AQT on the formats MIDTREAD2 to 8, which have
+    no lowest integer. With zero points of "weights" (as 4-bit files by GPTQ and AWQ have them), of "activations" or of
+    "both" a tile is spanned from its least to its largest element.
+    Source: Jacob et al. 2017, arXiv:1712.05877. Raises: ValueError for bits outside 2 to 8, an unknown word for
+    `zero_points`, those of activations that are not quantized, and those beside preserve_max=False."""
     tiling = PerRow() if group is None else Group(group)
     _check_zero_points(zero_points, activations)
+    if zero_points != "none" and not preserve_max:
+        raise ValueError(
+            f"absmax_integer(zero_points={zero_points!r}, preserve_max=False): zero points span a tile from end to end."
+            " Leave out one of them."
+        )
     make = lambda b, moved: Quantizer(
         format=element_format(f"int{_bits(b, 'absmax_integer', least=2)}"),
         tiling=tiling,
-        fit=absmax,
+        fit=absmax if preserve_max else absmax_edge,
         estimator=StraightThrough(),
         zero_point=zero_points in (moved, "both"),
     )
     wide = bits if weight_bits is None else weight_bits
     name = f"absmax W{wide}A{bits if activations else 16}" + ("" if group is None else f" g{group}")
     name += "" if zero_points == "none" else f", zero points of {zero_points}"
+    name += "" if preserve_max else ", to the edge"
     lhs = make(bits, "activations") if activations else None
     return LinearRecipe(out=Gemm(lhs=lhs, rhs=make(wide, "weights")), name=name)
 

@@ -7,6 +7,7 @@ from lowbit_jax.scaling.fit import (
     Learned,
     Percentile,
     absmax,
+    absmax_edge,
     mean_abs,
     rms_optimal,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Tiling",
     "TwoLevel",
     "absmax",
+    "absmax_edge",
     "check_finite",
     "first_nonfinite",
     "gaussian_mse",

@@ -69,6 +69,14 @@ def absmax(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) ->
     return settled(on_level(amax, fmt.reach), amax, fmt)
 
 
+def absmax_edge(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
+    """max|x| lies half a gap beyond the largest level, where the last bucket of nearest rounding ends: finer steps than
+    `absmax`, and the largest magnitude errs by up to half of one. On integers the default of AQT and Qwix (127.5 for
+    INT8); on floats the last gap is wide."""
+    amax = largest_magnitude(tiles, axes)
+    return settled(on_level(amax, fmt.reach + fmt.top_gap / 2), amax, fmt)
+
+
 def rms_optimal(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """rms(x) times the scale of least squared error on a Gaussian (QuEST: step = 2 alpha*/(2^b - 1) rms).
 
@@ -177,7 +185,7 @@ def carries_nan(fit: Fit) -> bool:
     """Whether this fit is known to answer NaN for a tile that holds one: whether it is one of those above."""
     if isinstance(fit, CandidateSearch):
         return carries_nan(fit.base)
-    return isinstance(fit, Percentile) or any(fit is own for own in (absmax, rms_optimal, mean_abs))
+    return isinstance(fit, Percentile) or any(fit is own for own in (absmax, absmax_edge, rms_optimal, mean_abs))
 
 
 def lsq_initial(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from lowbit_jax import rounding
 from lowbit_jax.formats.base import MAX_CODE_BITS, Codebook, IntFormat
-from lowbit_jax.scaling.fit import CandidateSearch, Fit, Learned, Percentile, mean_abs, rms_optimal
+from lowbit_jax.scaling.fit import CandidateSearch, Fit, Learned, Percentile, absmax_edge, mean_abs, rms_optimal
 from lowbit_jax.scaling.scale_format import CastScale
 
 
@@ -22,7 +22,7 @@ def check(fmt: Any, fit: Any, how: Any, scale_format: Any, sparsity: Any) -> Non
     way_out = None
     if not isinstance(fmt, IntFormat):
         way_out = f"format={fmt.name}): its levels are not integers. Use lb.formats.UINT1 to UINT8 or INT1 to INT8"
-    elif isinstance(fit, Learned | Percentile) or fit in (rms_optimal, mean_abs):
+    elif isinstance(fit, Learned | Percentile) or fit in (rms_optimal, mean_abs, absmax_edge):
         told = getattr(fit, "__name__", None) or str(fit)
         way_out = f"fit={told}): it scales what lies about 0. Use absmax, or CandidateSearch() to clip"
     elif how is rounding.toward_zero:

@@ -45,7 +45,7 @@ CASES = {
     ),
     "fp8 row, weight gradient": (
         methods.fp8("row", weight_gradient=False),
-        dict(out=(E4M3_ROW, E4M3_ROW), grad_lhs=(E4M3_ROW, E4M3_ROW), grad_rhs=(None, None)),
+        dict(out=(E4M3_ROW, E4M3_ROW), grad_lhs=(E4M3_ROW, E4M3_TENSOR), grad_rhs=(None, None)),
     ),
     "fp8 block": (
         methods.fp8("block"),

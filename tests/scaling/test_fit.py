@@ -32,6 +32,7 @@ def test_fits_follow_their_formulas(key, fmt):
     smallest = min(abs(v) for v in fmt.levels if v)
     expected = {
         scaling.absmax: np.abs(x64).max(1) / fmt.max_finite,
+        scaling.absmax_edge: np.abs(x64).max(1) / (1.5 * fmt.levels[-1] - 0.5 * fmt.levels[-2]),
         scaling.rms_optimal: np.sqrt((x64**2).mean(1)) * scaling.optimal_scale(fmt),
         scaling.mean_abs: np.abs(x64).mean(1) / smallest,
         scaling.Percentile(99.0): np.quantile(np.abs(x64), 0.99, axis=1) / fmt.max_finite,
