@@ -3,15 +3,17 @@
     least  sum over outputs of  d G d^T,     d = w - w_hat,  G = the sum of x^T x over what the weight meets
 
 Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, with the scales (and zero points) of the weight as it came
-("static groups") and the indices in their own order.
+("static groups") and the indices in their own order. Here an output whose sum is no smaller than with nearest levels
+keeps those.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.linalg import cho_solve
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
 from lowbit_jax.qtensor import QTensor
@@ -32,9 +34,10 @@ def gptq(
 ) -> QTensor:
     """`quantizer.quantize(w, axis=axis)` with its levels chosen for small errors of x w, and the same scales.
 
-    gram: the sum of x^T x for inputs x along `axis`, without the quantizer's rotation; positive definite, as `damped`
-    makes it. scale: a learned one.
-    Raises: ValueError for a gram of another size, and a quantizer with a support or a stochastic rounding."""
+    gram: the sum of x^T x for inputs x along `axis`, without the quantizer's rotation, as `damped` makes it. Where
+    float32 cannot factor it, its diagonal grows, tenfold by tenfold, until it can. scale: a learned one.
+    Raises: ValueError for a gram of another size or not finite (inside of `jit` that leaves nearest levels), and a
+    quantizer with a support or a stochastic rounding."""
     length = w.shape[axis]
     if tuple(gram.shape) != (length, length):
         raise ValueError(
@@ -48,14 +51,29 @@ def gptq(
         )
     if quantizer.uses_key:
         raise ValueError("gptq chooses levels by errors, and a stochastic rounding by chance. Use rounding.nearest.")
-    gram = gram.astype(jnp.float32)
+    gram = jnp.asarray(gram, jnp.float32)
+    if not isinstance(gram, jax.core.Tracer) and not jnp.all(jnp.isfinite(gram)):
+        raise ValueError(
+            "gptq: the gram is not finite in float32. Inputs x of its sum of x^T x are not, or are of about 1e19 and"
+            " more: leave them out, or divide all by one number, which changes no level."
+        )
     if quantizer.rotation is not None:
         gram = quantizer.rotation.apply(quantizer.rotation.apply(gram, 0), 1)
+    mean = jnp.mean(jnp.diagonal(gram))
+    gram = gram / jnp.where(mean > 0, mean, 1)
     factor = _factor(gram)
 
     def choose(u: Array, scale: Array) -> Array:
         rows = lambda x: jnp.moveaxis(join(jnp.broadcast_to(x, u.shape), w.shape), axis, -1)
-        levels = _compensated(quantizer, rows(u), rows(scale), factor)
+        u_rows, scale_rows = rows(u), rows(scale)
+        levels = _compensated(quantizer, u_rows, scale_rows, factor)
+        nearest = quantizer.rounding(u_rows, quantizer.format, None)
+
+        def cost(levels: Array) -> Array:
+            d = (levels - u_rows) * scale_rows
+            return jnp.sum(jnp.matmul(d, gram, precision=lax.Precision.HIGHEST) * d, axis=-1, keepdims=True)
+
+        levels = jnp.where(cost(levels) < cost(nearest), levels, nearest)
         tiles, _ = quantizer.tiling.split(jnp.moveaxis(levels, -1, axis), axis)
         return tiles
 
@@ -64,9 +82,11 @@ def gptq(
 
 def damped(gram: Float[Array, "*stack k k"], damping: float = DAMPING) -> Float[Array, "*stack k k"]:
     """With `damping` times the mean of its diagonal added to the diagonal, float32. Raises: ValueError unless it is
-    positive."""
-    if not damping > 0:
-        raise ValueError(f"gptq(damping={damping}): it is a positive share of the mean of the diagonal, such as 0.01.")
+    positive and finite."""
+    if not 0 < damping < math.inf:
+        raise ValueError(
+            f"gptq(damping={damping}): it is a positive, finite share of the mean of the diagonal, such as 0.01."
+        )
     gram = gram.astype(jnp.float32)
     mean = jnp.mean(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
@@ -74,9 +94,15 @@ def damped(gram: Float[Array, "*stack k k"], damping: float = DAMPING) -> Float[
 
 
 def _factor(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
-    """The upper Cholesky factor U of the gram's inverse, U^T U."""
-    inverse = cho_solve((jnp.linalg.cholesky(gram), True), jnp.eye(len(gram), dtype=gram.dtype))
-    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    """The upper Cholesky factor U of the gram's inverse, U^T U, for a gram with 1 as the mean of its diagonal.
+
+    It is the inverse of R in R R^T = gram, R upper: one Cholesky decomposition, its indices from the last to the first.
+    What is missing to a positive definite gram is added to the diagonal. NaN for one that is not finite."""
+    shares, identity = jnp.asarray([0.0, *(10.0**e for e in range(-7, 1))]), jnp.eye(len(gram), dtype=gram.dtype)
+    open_ = lambda tried: (tried[0] < len(shares)) & ~jnp.all(jnp.isfinite(tried[1]))
+    more = lambda tried: (tried[0] + 1, jnp.linalg.cholesky((gram + shares[tried[0]] * identity)[::-1, ::-1]))
+    _, lower = lax.while_loop(open_, more, (0, jnp.full_like(gram, jnp.nan)))
+    return solve_triangular(lower[::-1, ::-1], identity, lower=False)
 
 
 @functools.partial(jax.jit, static_argnums=0)
