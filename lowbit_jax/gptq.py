@@ -12,7 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
@@ -52,7 +52,7 @@ def gptq(
     if quantizer.uses_key:
         raise ValueError("gptq chooses levels by errors, and a stochastic rounding by chance. Use rounding.nearest.")
     gram = jnp.asarray(gram, jnp.float32)
-    if not isinstance(gram, jax.core.Tracer) and not jnp.all(jnp.isfinite(gram)):
+    if not isinstance(gram, core.Tracer) and not jnp.all(jnp.isfinite(gram)):
         raise ValueError(
             "gptq: the gram is not finite in float32. Inputs x of its sum of x^T x are not, or are of about 1e19 and"
             " more: leave them out, or divide all by one number, which changes no level."

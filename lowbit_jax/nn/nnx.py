@@ -7,6 +7,8 @@ random streams, where a recipe asks for them, live in a small module in place of
 """
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.errors import TraceContextError
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from lowbit_jax.nn.bridge import way_inside
 from lowbit_jax.nn.check import carried, check_owner, check_site, check_subclass
@@ -129,6 +132,60 @@ def layer_type(module: Any) -> tuple[type, LayerType] | None:
     return next(((base, LAYERS[base]) for base in type(module).__mro__ if base in LAYERS), None)
 
 
+_runs: set[tuple] = set()  # of layers, as the programs of lb.calibrate or lb.nn.gptq run them
+_traces = itertools.count()
+
+
+def ran(path: str, numbers: int, mark: Float[Array, " 2"]) -> None:
+    """Notes that the program runs the layer, which then adds 1 to so many numbers. mark: which layer of a stack, and
+    how often it has added before; alike, and counted once, when a gradient inside of the model runs it anew."""
+    trace = next(_traces)
+    jax.debug.callback(lambda mark: _runs.add((path, numbers, trace, *np.asarray(mark).tolist())), mark)
+
+
+def runs() -> dict[str, int]:
+    """How many ones the runs of each layer had to add since this was last asked; at least one too many where some of
+    what they wrote was lost."""
+    jax.effects_barrier()
+    counted = Counter()
+    for path, numbers, *_ in _runs:
+        counted[path] += numbers
+    _runs.clear()
+    return counted
+
+
+def add_to(variable: nnx.Variable, part: Array, who: str, path: str) -> None:
+    """Adds to what a variable holds; under `nnx.vmap` the sum over the batch, where that does not map the variable."""
+    try:
+        variable.set_value(_added(lax.stop_gradient(variable.get_value()), lax.stop_gradient(part)))
+    except TraceContextError as error:
+        raise ValueError(
+            f"{who}: the layer {path!r} runs inside of a JAX transformation that closes over it (jax.vmap, jax.jit,"
+            " jax.lax.scan, jax.checkpoint, jax.grad), where it cannot write what it met. Call it on the whole batch,"
+            " or use Flax's transformation with the layer as an argument: nnx.jit, nnx.scan, nnx.remat,"
+            " nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, x)."
+        ) from error
+
+
+LOSES = (
+    "a transformation loses what a layer writes: a plain jax.lax.scan or jax.jit inside the model (nnx.scan and nnx.jit"
+    " keep it), or an nnx.scan that gets the layer with the axis None (give it"
+    " nnx.StateAxes({lowbit_jax.nn.nnx.Scale: nnx.Carry, ...: None}))"
+)
+
+
+@jax.custom_batching.custom_vmap
+def _added(total: Array, part: Array) -> Array:
+    return total + part
+
+
+@_added.def_vmap
+def _added_over_a_batch(size: int, batched: list[bool], total: Array, part: Array) -> tuple[Array, bool]:
+    if batched[0]:
+        return total + (part if batched[1] else part[None]), True
+    return _added(total, jnp.sum(part, axis=0)), False
+
+
 class StatefulProduct(nnx.Module):
     """A `Product` with what its recipe must keep: learned scales (parameters) and a stream of random keys."""
 
@@ -157,26 +214,30 @@ class StatefulProduct(nnx.Module):
         if side not in self.calibrating.split():
             return held.get_value()
         lhs, rhs = [a for a in args if not isinstance(a, str)][:2]
-        start, calls, fits, total = jnp.moveaxis(held.get_value(), -1, 0)
+        start, calls, _, _, index = jnp.moveaxis(held.get_value(), -1, 0)
         arrived = lax.stop_gradient(lhs if side == "lhs" else rhs)
         fitted = fitted_scale(side, arrived, self.product.recipe, self.product.site, jnp.zeros_like(start))
-        held.set_value(jnp.stack([start, calls + 1, fits + jnp.sign(fitted), total + fitted], axis=-1))
+        ran(f"{self.product.site.path}/{side}", start.size, jnp.stack([index.ravel()[0], calls.ravel()[0]]))
+        zero, one = jnp.zeros_like(start), jnp.ones_like(start)
+        for part in ([zero, one, zero, zero, zero], [zero, zero, jnp.sign(fitted), fitted, zero]):
+            add_to(held, jnp.stack(part, axis=-1), "lb.calibrate", self.product.site.path)
         return jnp.where(fitted == 0, start, fitted)
 
     def start_calibration(self, side: str) -> None:
         """Fits the scale of a side in each call from now on. Its variable, which loops hand on with the layer, holds
-        four numbers: the scale from before, and of the calls their number, that of the fits (an operand of zeros fits
-        none) and their sum."""
+        five numbers: the scale from before, of the calls their number, that of the fits (an operand of zeros fits
+        none) and their sum, and which scale of a stack it is."""
         held: Scale = vars(self)[f"{side}_scale"]
-        start = held.get_value()
-        held.set_value(jnp.stack([start, *[jnp.zeros_like(start)] * 3], axis=-1))
+        start = held.get_value().astype(jnp.float32)
+        index = jnp.arange(start.size, dtype=jnp.float32).reshape(start.shape)
+        held.set_value(jnp.stack([start, *[jnp.zeros_like(start)] * 3, index], axis=-1))
         self.calibrating += f" {side}"
 
-    def calibrated(self, side: str) -> Array:
-        """The mean of what the calls fitted; NaN where there was none."""
-        start, calls, fits, total = jnp.moveaxis(vars(self)[f"{side}_scale"].get_value(), -1, 0)
+    def calibrated(self, side: str) -> tuple[Array, Array]:
+        """The mean of what the calls fitted, NaN where there was none; and the number of calls, for each scale."""
+        start, calls, fits, total, _ = jnp.moveaxis(vars(self)[f"{side}_scale"].get_value(), -1, 0)
         mean = jnp.where(fits == 0, start, total / jnp.maximum(fits, 1))
-        return jnp.where(calls == 0, jnp.nan, mean)
+        return jnp.where(calls == 0, jnp.nan, mean), calls
 
 
 def hook(module: Any) -> Product | None:

@@ -1,13 +1,18 @@
 """NNX: learned scales from one batch, those of activations and of weights that a norm makes at every call."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import core
 from jaxtyping import Array
 
-from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, layer_type, modules, normed_layers
+from lowbit_jax.nn.nnx import LOSES, StatefulProduct, attribute_of, layer_type, modules, normed_layers, runs
+
+WHO = "lb.calibrate"
 
 
 def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
@@ -15,23 +20,44 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
     held = _held(model)
     if not held:
         raise ValueError(
-            "lb.calibrate: no activation scale is learned here. Quantize with a method that learns it, such as"
+            f"{WHO}: no activation scale is learned here. Quantize with a method that learns it, such as"
             " lb.methods.get('lsq', bits=4); the others read their scales off each batch."
         )
+    refuse_traced(WHO, model, args, kwargs)
+    runs()  # forgets those of a call that raised
     scales = _scales_of_call(model, args, kwargs)
-    unset = lambda scale: bool(jnp.any(jnp.isnan(scale)))
-    missed = sorted(path for path, new in scales.items() if any(map(unset, new.values())))
-    if missed:
+    counted = runs()
+    lost = sorted(
+        path
+        for path, sides in scales.items()
+        if any(jnp.sum(calls) < counted.get(f"{path}/{side}", 0) for side, (_, calls) in sides.items())
+    )
+    if lost:
+        raise ValueError(f"{WHO}: this call set no scale in {_named(lost)}, or not from all of its runs: {LOSES}.")
+    unset = sorted(path for path, sides in scales.items() if any(jnp.any(jnp.isnan(s)) for s, _ in sides.values()))
+    if unset:
         raise ValueError(
-            f"lb.calibrate: this call set no scale in {', '.join(map(repr, missed[:4]))}: it does not reach them, they"
-            " got NaN, or a transformation loses what a layer writes: a plain jax.lax.scan or jax.jit inside the model"
-            " (nnx.scan and nnx.jit keep it), or an nnx.scan that gets the layer with the axis None (give it"
-            " nnx.StateAxes({lowbit_jax.nn.nnx.Scale: nnx.Carry, ...: None}))."
+            f"{WHO}: this call set no scale in {_named(unset)}: it does not reach them, or they got NaN (find it"
+            " by lb.check_finite). Pass inputs that run these layers, or leave them out by a rule."
         )
     for path, (product, sides) in held.items():
         for side in sides:
-            _scale(product, side).set_value(scales[path][side])
+            scale = _scale(product, side)
+            scale.set_value(scales[path][side][0].astype(scale.get_value().dtype))
     return model
+
+
+def refuse_traced(who: str, model: nnx.Module, *inputs: Any) -> None:
+    """Raises ValueError inside of a transformation of the model or the inputs."""
+    if any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves((nnx.state(model), inputs))):
+        raise ValueError(
+            f"{who} got a model or inputs that are being traced (by nnx.jit, jax.vmap, jax.grad), and looks at the"
+            " numbers that it finds. Call it outside of the transformation; it compiles the calls of the model itself."
+        )
+
+
+def _named(paths: list[str]) -> str:
+    return ", ".join(map(repr, paths[:4])) + (", ..." if len(paths) > 4 else "")
 
 
 def _held(model: nnx.Module) -> dict[str, tuple[StatefulProduct, tuple[str, ...]]]:
@@ -50,23 +76,44 @@ def _scale(product: StatefulProduct, side: str) -> nnx.Variable:
     return vars(product)[f"{side}_scale"]
 
 
-def _scales_of_call(model: nnx.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Array]]:
-    """What one compiled call of a copy sets, so that statistics, keys and weights stay as they are; NaN where it sets
-    nothing. What is no array is not traced."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves]
+def _scales_of_call(
+    model: nnx.Module, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, dict[str, tuple[Array, Array]]]:
+    """What one compiled call of a copy sets and how often, so that statistics, keys and weights stay as they are; NaN
+    where it sets nothing."""
     graph, state = nnx.split(model)
+    arrays, call = split_arrays(args, kwargs)
 
     @jax.jit
-    def run(state: Any, given: list) -> dict[str, dict[str, Array]]:
+    def run(state: Any, arrays: list) -> dict[str, dict[str, tuple[Array, Array]]]:
         copy = nnx.merge(graph, state)
         held = _held(copy)
         for product, sides in held.values():
             for side in sides:
                 product.start_calibration(side)
-        filled = [g if a else leaf for g, a, leaf in zip(given, is_array, leaves, strict=True)]
-        args, kwargs = tree.unflatten(filled)
-        copy(*args, **kwargs)
+        call(copy, arrays)
         return {path: {s: product.calibrated(s) for s in sides} for path, (product, sides) in held.items()}
 
-    return run(state, [leaf if a else None for leaf, a in zip(leaves, is_array, strict=True)])
+    return run(state, arrays)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """A call without its arrays, what else it is given staying as it is; hashable where that is.
+
+    others: the leaves in the order of the tree, None for each array."""
+
+    tree: Any  # a PyTreeDef
+    others: tuple[Any, ...]
+
+    def __call__(self, function: Callable[..., Any], arrays: list) -> Any:
+        rest = iter(arrays)
+        args, kwargs = self.tree.unflatten([next(rest) if leaf is None else leaf for leaf in self.others])
+        return function(*args, **kwargs)
+
+
+def split_arrays(args: tuple, kwargs: dict[str, Any]) -> tuple[list, Call]:
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    is_array = lambda leaf: hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    return arrays, Call(tree, tuple(None if is_array(leaf) else leaf for leaf in leaves))

@@ -31,10 +31,16 @@ from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_we
 
 
 def convert(model: nnx.Module, storage: Storage, grams: Mapping[str, Array] = MappingProxyType({})) -> nnx.Module:
-    """The packed view; see `lb.convert`. grams: of the inputs of layers, by path, for levels by GPTQ."""
+    """The packed view; see `lb.convert`. grams: of the inputs of layers, by path, for levels by GPTQ; those of layers
+    that share their weight are summed."""
     products = _quantized(model, "lb.convert", "nothing to pack")
     _check_plain(model, "lb.convert")
     packed: dict[Any, tuple[Any, PackedWeight]] = {}  # weights that layers share stay one
+    met: dict[Any, Array] = {}
+    for layer, paths in modules(model):
+        if paths[0] in products and (gram := grams.get(products[paths[0]].site.path)) is not None:
+            as_used = _as_used(layer, products[paths[0]])
+            met[as_used] = met[as_used] + gram if as_used in met else gram
 
     def change(layer: Any, product: Product) -> None:
         name = called(product.site.path, type(layer))
@@ -46,10 +52,10 @@ def convert(model: nnx.Module, storage: Storage, grams: Mapping[str, Array] = Ma
         recipe = to_nearest(product.recipe)
         if recipe.out.rhs is not None:
             check_stacked(layer, product.site, f"lb.convert: {name}")
-            as_used = id(held), recipe, dataclasses.replace(product.site, path=""), id(_weight_scale(layer))
+            as_used = _as_used(layer, product)
             if as_used not in packed:
                 kernel = packed_stack(held.get_value(), recipe, product.site, _weight_scale(layer), storage,
-                                      grams.get(product.site.path))  # fmt: skip
+                                      met.get(as_used))  # fmt: skip
                 packed[as_used] = held, PackedWeight(kernel)
             setattr(layer, weight_name(layer), packed[as_used][1])
         _replace(layer, dataclasses.replace(product, recipe=recipe), drop=("rhs_scale", "rngs"))
@@ -76,6 +82,12 @@ def prepare(model: nnx.Module) -> nnx.Module:
         _replace(layer, dataclasses.replace(product, recipe=product.recipe.with_rhs_ready()), drop=("rhs_scale",))
 
     return edited(model, products, change)
+
+
+def _as_used(layer: Any, product: Product) -> tuple:
+    """What is alike for layers whose packed weights are one."""
+    site = dataclasses.replace(product.site, path="")
+    return id(weight_of(layer)), to_nearest(product.recipe), site, id(_weight_scale(layer))
 
 
 def _check_plain(model: Any, who: str) -> None:

@@ -1,6 +1,8 @@
 """NNX: weights packed by GPTQ, from the inputs that their layers meet."""
 
-from collections.abc import Iterable
+import functools
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +13,21 @@ from jax import lax
 from jaxtyping import Array
 
 from lowbit_jax.gptq import damped
-from lowbit_jax.nn.nnx import PackedWeight, attribute_of, edited, hook, layer_type, modules, weight_of
+from lowbit_jax.nn.nnx import (
+    LOSES,
+    PackedWeight,
+    Scale,
+    add_to,
+    attribute_of,
+    edited,
+    hook,
+    layer_type,
+    modules,
+    ran,
+    runs,
+    weight_of,
+)
+from lowbit_jax.nn.nnx_calibrate import Call, refuse_traced, split_arrays
 from lowbit_jax.nn.nnx_convert import convert
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import Site, called
@@ -23,21 +39,37 @@ WHO = "lb.nn.gptq"
 
 def gptq(model: nnx.Module, batches: Iterable[Any], storage: Storage, damping: float) -> nnx.Module:
     """See `lb.nn.gptq`."""
-    grams = _grams(model, batches)
-    for path, gram in grams.items():
-        traces = np.asarray(jnp.trace(gram, axis1=-2, axis2=-1))
-        if not np.all(np.isfinite(traces)):
-            raise ValueError(f"{WHO}: an input of the layer {path!r} is not finite. Find it by lb.check_finite.")
-        if not np.all(traces > 0):
+    met = _grams(model, batches)
+    counted = runs()
+    for path, (gram, calls) in met.items():
+        traces, calls = np.asarray(jnp.trace(gram, axis1=-2, axis2=-1)), np.asarray(calls)
+        if calls.sum() < counted.get(path, 0):
+            raise ValueError(f"{WHO}: not all runs of the layer {path!r} in these batches left their inputs: {LOSES}.")
+        if not np.all(calls > 0):
             raise ValueError(
-                f"{WHO}: the layer {path!r} met no input but zeros in these batches. Pass batches that reach it, or"
+                f"{WHO}: these batches do not run the layer {path!r}{_of_stack(calls == 0)}. Pass batches that do, or"
                 " leave it out by a rule."
             )
-    return convert(model, storage, {path: damped(gram, damping) for path, gram in grams.items()})
+        if not np.all(np.isfinite(traces)):
+            raise ValueError(
+                f"{WHO}: the sum of x^T x of the layer {path!r}{_of_stack(~np.isfinite(traces))} is not finite in"
+                " float32: an input x is not finite (find it by lb.check_finite), or about 1e19 and larger."
+            )
+        if not np.all(traces > 0):
+            raise ValueError(
+                f"{WHO}: the layer {path!r}{_of_stack(traces <= 0)} met no input but zeros (or below 1e-19) in these"
+                " batches. Pass others, or leave it out by a rule."
+            )
+    return convert(model, storage, {path: damped(gram, damping) for path, (gram, _) in met.items()})
 
 
-class _Met(nnx.Variable):
-    """The sum of x^T x of a layer."""
+def _of_stack(which: np.ndarray) -> str:
+    """The first layer of a stack of which that is true, in words."""
+    return f" (number {', '.join(map(str, np.argwhere(which)[0]))} of its stack)" if which.ndim else ""
+
+
+class _Met(Scale):
+    """What a layer met; handed on by transformations as its learned scales are."""
 
 
 class _Observed(nnx.Module):
@@ -47,6 +79,8 @@ class _Observed(nnx.Module):
         self.inner = inner
         self.site = nnx.static(product.site)
         self.gram = _Met(jnp.zeros((*stack, product.site.length, product.site.length), jnp.float32))
+        index = jnp.arange(math.prod(stack), dtype=jnp.float32).reshape(stack)
+        self.calls = _Met(jnp.stack([index, jnp.zeros_like(index)], axis=-1))  # which layer of a stack, and how often
 
     def __call__(self, *args: Any, **kwargs: Any) -> Array:
         if isinstance(args[0], str):
@@ -55,13 +89,16 @@ class _Observed(nnx.Module):
         else:
             lhs, _, ((axes, _), _) = args[:3]
         x = jnp.moveaxis(lhs, axes, range(lhs.ndim - len(axes), lhs.ndim)).reshape(-1, self.site.length)
-        x = x.astype(jnp.float32)
-        self.gram.set_value(self.gram.get_value() + lax.dot(x.T, x, precision=lax.Precision.HIGHEST))
+        x = lax.stop_gradient(x).astype(jnp.float32)
+        gram = lax.dot(x.T, x, precision=lax.Precision.HIGHEST)
+        ran(self.site.path, 1, self.calls.get_value())
+        add_to(self.calls, jnp.asarray([0.0, 1.0]), WHO, self.site.path)
+        add_to(self.gram, gram, WHO, self.site.path)
         return self.inner(*args, **kwargs)
 
 
-def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, Array]:
-    """By the path of each layer that is one weight's product with one input."""
+def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, tuple[Array, Array]]:
+    """Sum of x^T x and number of runs, by the path of each layer that is one weight's product with one input."""
     layers = {}
     for layer, paths in modules(model):
         product = hook(layer) if layer_type(layer) else None
@@ -85,20 +122,26 @@ def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, Array]:
 
     graph, met, rest = nnx.split(edited(model, layers, observe), _Met, ...)
 
-    @jax.jit
-    def run(met: Any, rest: Any, arguments: tuple) -> Any:
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(met: Any, rest: Any, arrays: list, call: Call) -> Any:
         copy = nnx.merge(graph, met, rest)
-        copy(*arguments)
+        call(copy, arrays)
         return nnx.state(copy, _Met)
 
     count = 0
+    runs()  # forgets those of a call that raised
     for batch in batches:
-        met = run(met, rest, batch if isinstance(batch, tuple) else (batch,))
+        refuse_traced(WHO, model, batch)
+        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
+        arrays, call = split_arrays(() if kwargs else batch if isinstance(batch, tuple) else (batch,), kwargs)
+        met = run(met, rest, arrays, call)
         count += 1
     if not count:
-        raise ValueError(f"{WHO} got no batches. Give one or more arrays, or tuples of the arguments of a call.")
+        raise ValueError(
+            f"{WHO} got no batches. Give one or more, each an array, or a tuple or dict of the arguments of a call."
+        )
     observed = [module for _, module in nnx.iter_modules(nnx.merge(graph, met, rest)) if isinstance(module, _Observed)]
-    return {module.site.path: module.gram.get_value() for module in observed}
+    return {module.site.path: (module.gram.get_value(), module.calls.get_value()[..., 1]) for module in observed}
 
 
 def _plain(site: Site) -> bool:

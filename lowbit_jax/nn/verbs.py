@@ -134,11 +134,14 @@ def gptq(
         packed = lb.nn.gptq(lb.quantize(model, lb.quest(3, activations=False)), [tokens_1, tokens_2])
 
     For models that were trained in full precision; one that was trained with its quantizer has moved its weights
-    itself. batches: each an array, or a tuple of the arguments of one call. Scales are those of `lb.convert`, and so is
-    all that is no product of one weight with one input: convolutions, embeddings, batched products.
+    itself. batches: each an array, a tuple of the arguments of one call, or a dict of its arguments by name; what is no
+    array in them stays as it is. damping: a share of the mean of a layer's x^T x, added to its diagonal. Scales are
+    those of `lb.convert`, and so is all that is no product of one weight with one input: convolutions, embeddings,
+    batched products. Layers that share a weight are packed for the inputs of all.
     Source: Frantar et al. 2022, arXiv:2210.17323; see `lowbit_jax.gptq`.
-    Raises: TypeError for what is no NNX module; ValueError without batches, when they do not reach a layer, for inputs
-    that are not finite, for sparse weights, and as `lb.convert`."""
+    Raises: TypeError for what is no NNX module; ValueError without batches, when they do not run a layer or a
+    transformation inside of the model loses some of its inputs, for inputs that are not finite, for sparse weights,
+    inside of `jit`, and as `lb.convert`."""
     if framework(model, "lb.nn.gptq") != "nnx":
         raise TypeError("lb.nn.gptq takes an nnx module. In Linen pack weights by lowbit_jax.gptq.gptq.")
     from lowbit_jax.nn import nnx_gptq
@@ -173,7 +176,8 @@ def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
     NNX: `calibrate(model, *args)` sets them in place and returns the model; statistics, keys and weights stay. A loop
     has to carry the scales of a layer that its turns share. Linen: `calibrate(model, variables, *args)` returns new
     variables, with the scales that those of the float model lack; where a loop shares a layer, not inside `jit`.
-    Raises: ValueError when no activation scale is learned, or the call does not set one."""
+    Raises: ValueError when no activation scale is learned, when the call does not set one, or a transformation inside
+    of an NNX model loses one of its runs, and for an NNX model inside of `jit`."""
     if framework(model, "lb.calibrate") == "nnx":
         from lowbit_jax.nn import nnx_calibrate
 
