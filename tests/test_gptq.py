@@ -11,6 +11,7 @@ from flax import nnx
 import lowbit_jax as lb
 from lowbit_jax import formats, scaling
 from lowbit_jax.gptq import damped, gptq
+from lowbit_jax.nn.nnx import Scale
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 
 K, N = 96, 24
@@ -112,8 +113,41 @@ def test_refusals():
         gptq(lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4)), jnp.asarray(w), gram_of(x), axis=0)
     with pytest.raises(ValueError, match="by chance"):
         gptq(lb.Quantizer(rounding=lb.rounding.stochastic), jnp.asarray(w), gram_of(x), axis=0)
-    with pytest.raises(ValueError, match="damping=0"):
-        damped(gram_of(x), 0.0)
+    for damping in (0.0, -0.1, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"damping={damping}.*positive, finite"):
+            damped(gram_of(x), damping)
+    with pytest.raises(ValueError, match="gram is not finite"):
+        gptq(QUANTIZERS["nf4 tensor"], jnp.asarray(w), jnp.full((K, K), jnp.nan), axis=0)
+
+
+@pytest.mark.parametrize("damping", [None, 1e-7])
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+def test_a_gram_that_float32_cannot_factor(damping, size):
+    """Of rank 3: its Cholesky decomposition fails, and gave levels whose errors were a thousand times the nearest's."""
+    random = np.random.default_rng(0)
+    x, w = random.standard_normal((64, 3)) @ random.standard_normal((3, K)), jnp.asarray(operands()[1])
+    gram = jnp.asarray(size * (x.T @ x), jnp.float32)
+    quantizer = QUANTIZERS["quest 4"]
+    packed = gptq(quantizer, w, gram if damping is None else damped(gram, damping), axis=0)
+    off = lambda w_hat: np.sum((x @ np.asarray(w_hat - w, np.float64)) ** 2)
+    assert off(packed.dequantize()) < 0.1 * off(quantizer.quantize(w, axis=0).dequantize())
+
+
+def test_no_output_errs_more_than_with_nearest_levels():
+    """Few inputs that go together by chance: one index after the other, some outputs would."""
+    random = np.random.default_rng(1)
+    x, w = random.standard_normal((5, 4)), random.standard_normal((4, 500)).astype(np.float32)
+    quantizer = lb.Quantizer(format=formats.INT3)
+    off = lambda w_hat: np.sum((x @ (np.asarray(w_hat, np.float64) - w)) ** 2, axis=0)
+    nearest = off(quantizer.quantize(jnp.asarray(w), axis=0).dequantize())
+    found = off(gptq(quantizer, jnp.asarray(w), jnp.asarray(x.T @ x, jnp.float32), axis=0).dequantize())
+    assert np.all(found <= nearest * (1 + 1e-4)) and found.sum() < 0.9 * nearest.sum()
+
+
+def test_a_gram_that_is_not_finite_leaves_nearest_levels_under_jit():
+    quantizer, w = QUANTIZERS["uint3 zero points"], jnp.asarray(operands()[1])
+    packed = jax.jit(lambda gram: gptq(quantizer, w, gram, axis=0))(jnp.full((K, K), jnp.nan))
+    np.testing.assert_array_equal(packed.dequantize(), quantizer.quantize(w, axis=0).dequantize())
 
 
 W3 = lb.methods.get("absmax_integer", bits=3, activations=False)
@@ -185,7 +219,106 @@ def test_what_has_no_gram_is_packed_as_convert_packs_it():
     assert call(packed, x).shape == (20, 5)
 
 
+class Calls(nnx.Module):
+    """Square layers of a size that compiles fast, called as `how` says."""
+
+    def __init__(self, how, layers=1):
+        make = lambda i: nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(i))
+        self.how, self.layers = how, nnx.List([make(i) for i in range(layers)])
+
+    def __call__(self, *args, **kwargs):
+        return self.how(*self.layers, *args, **kwargs)
+
+
+def inputs(seed=0, rows=32):
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((rows, 2)) @ random.standard_normal((2, 8)) + 0.1 * random.standard_normal((rows, 8))
+    return jnp.asarray(x, jnp.float32)
+
+
+def words(how, *batches):
+    return lb.nn.gptq(lb.quantize(Calls(how), W3), batches).layers[0].kernel.get_value().words
+
+
+def plain(layer, x):
+    return layer(x)
+
+
+over_the_batch = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))
+
+
+def test_layers_that_share_a_kernel_are_packed_for_the_inputs_of_both():
+    model = Calls(lambda a, b, x, y: (a(x), b(y)), layers=2)
+    model.layers[1].kernel = model.layers[0].kernel
+    x, y = inputs(0), 3 * inputs(1)
+    packed = lb.nn.gptq(lb.quantize(model, W3), [(x, y)])
+    assert packed.layers[0].kernel is packed.layers[1].kernel
+    np.testing.assert_array_equal(packed.layers[0].kernel.get_value().words, words(plain, x, y))
+    assert np.any(words(plain, x, y) != words(plain, x))
+
+
+def test_batches_of_flags_and_of_arguments_by_name():
+    def how(layer, x, deterministic, scale=1.0):
+        return layer(x if deterministic else 0 * x) * scale
+
+    expected, x = words(plain, inputs()), inputs()
+    np.testing.assert_array_equal(words(how, (x, True)), expected)
+    np.testing.assert_array_equal(words(how, {"x": x, "deterministic": True, "scale": 2.0}), expected)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        over_the_batch,
+        nnx.remat(plain),
+        nnx.jit(plain),
+        lambda layer, x: nnx.cond(jnp.sum(x) > jnp.inf, lambda layer, x: layer(-x), plain, layer, x),
+        lambda layer, x: nnx.grad(lambda x, layer: jnp.sum(nnx.remat(plain)(layer, x)))(x, layer),  # runs it twice
+        lambda layer, x: nnx.fori_loop(0, 1, lambda _, c: (c[0], c[0](c[1])), (layer, x))[1],
+    ],
+)
+def test_transformations_that_keep_what_a_layer_meets(how):
+    np.testing.assert_array_equal(words(how, inputs(0), inputs(1)), words(plain, inputs(0), inputs(1)))
+
+
+def test_a_loop_that_carries_what_its_layer_meets():
+    def turn(x, layer):
+        layer(x)
+        return jnp.roll(x, 1, axis=-1)
+
+    axes = nnx.StateAxes({Scale: nnx.Carry, ...: None})
+    loop = nnx.scan(turn, in_axes=(nnx.Carry, axes), out_axes=nnx.Carry, length=2)
+    unrolled = lambda layer, x: turn(turn(x, layer), layer)
+    np.testing.assert_array_equal(words(lambda layer, x: loop(x, layer), inputs()), words(unrolled, inputs()))
+
+
 class TestRefused:
+    @pytest.mark.parametrize("first", [plain, lambda layer, x: x])
+    def test_a_loop_that_loses_what_its_layer_meets(self, first):
+        """All of it, or a part."""
+        loop = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, None), out_axes=nnx.Carry, length=3)
+        with pytest.raises(ValueError, match=r"not all runs of the layer 'layers/0'.*axis None.*StateAxes"):
+            words(lambda layer, x: loop(first(layer, x), layer), inputs())
+
+    @pytest.mark.parametrize("through", [jax.vmap, jax.checkpoint, jax.jit])
+    def test_closures_by_the_name_of_their_layer(self, through):
+        with pytest.raises(ValueError, match=r"lb\.nn\.gptq: the layer 'layers/0' runs inside.*nnx\.vmap\(lambda"):
+            words(lambda layer, x: through(lambda x: layer(x))(x), inputs())
+        with pytest.raises(ValueError, match="lb\\.nn\\.gptq: a layer runs inside"):
+            words(lambda layer, x: through(lambda x: nnx.remat(plain)(layer, x))(x), inputs())
+
+    def test_jit(self):
+        with pytest.raises(ValueError, match="being traced"):
+            jax.jit(lambda x: words(plain, x))(inputs())
+
+    def test_layers_that_do_not_run_and_inputs_too_large_or_too_small_to_square(self):
+        with pytest.raises(ValueError, match="do not run the layer 'layers/0'"):
+            words(lambda layer, x: x, inputs())
+        with pytest.raises(ValueError, match="not finite in float32.*1e19 and larger"):
+            words(plain, 1e20 * inputs())
+        with pytest.raises(ValueError, match="no input but zeros .or below 1e-19"):
+            words(plain, 1e-24 * inputs())
+
     def test_no_batches_none_that_reach_and_not_finite_ones(self):
         model = lb.quantize(Mlp(nnx.Rngs(0)), W3)
         with pytest.raises(ValueError, match="got no batches"):

@@ -159,12 +159,16 @@ def add_to(variable: nnx.Variable, part: Array, who: str, path: str) -> None:
     try:
         variable.set_value(_added(lax.stop_gradient(variable.get_value()), lax.stop_gradient(part)))
     except TraceContextError as error:
-        raise ValueError(
-            f"{who}: the layer {path!r} runs inside of a JAX transformation that closes over it (jax.vmap, jax.jit,"
-            " jax.lax.scan, jax.checkpoint, jax.grad), where it cannot write what it met. Call it on the whole batch,"
-            " or use Flax's transformation with the layer as an argument: nnx.jit, nnx.scan, nnx.remat,"
-            " nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, x)."
-        ) from error
+        raise closed_over(who, f"the layer {path!r}") from error
+
+
+def closed_over(who: str, layer: str) -> ValueError:
+    return ValueError(
+        f"{who}: {layer} runs inside of a JAX transformation that closes over it (jax.vmap, jax.jit, jax.lax.scan,"
+        " jax.checkpoint, jax.grad), where it cannot write what it met. Call it on the whole batch, or use Flax's"
+        " transformation with the layer as an argument: nnx.jit, nnx.scan, nnx.remat, nnx.grad,"
+        " nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, x)."
+    )
 
 
 LOSES = (

@@ -1,16 +1,25 @@
 """NNX: learned scales from one batch, those of activations and of weights that a norm makes at every call."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from jax import core
 from jaxtyping import Array
 
-from lowbit_jax.nn.nnx import LOSES, StatefulProduct, attribute_of, layer_type, modules, normed_layers, runs
+from lowbit_jax.nn.nnx import (
+    LOSES,
+    StatefulProduct,
+    attribute_of,
+    closed_over,
+    layer_type,
+    modules,
+    normed_layers,
+    runs,
+)
 
 WHO = "lb.calibrate"
 
@@ -82,7 +91,7 @@ def _scales_of_call(
     """What one compiled call of a copy sets and how often, so that statistics, keys and weights stay as they are; NaN
     where it sets nothing."""
     graph, state = nnx.split(model)
-    arrays, call = split_arrays(args, kwargs)
+    arrays, call = split_arrays(WHO, args, kwargs)
 
     @jax.jit
     def run(state: Any, arrays: list) -> dict[str, dict[str, tuple[Array, Array]]]:
@@ -99,21 +108,25 @@ def _scales_of_call(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """A call without its arrays, what else it is given staying as it is; hashable where that is.
+    """A call of a model without its arrays, what else it is given staying as it is; hashable where that is.
 
     others: the leaves in the order of the tree, None for each array."""
 
+    who: str
     tree: Any  # a PyTreeDef
     others: tuple[Any, ...]
 
-    def __call__(self, function: Callable[..., Any], arrays: list) -> Any:
+    def __call__(self, model: Any, arrays: list) -> Any:
         rest = iter(arrays)
         args, kwargs = self.tree.unflatten([next(rest) if leaf is None else leaf for leaf in self.others])
-        return function(*args, **kwargs)
+        try:
+            return model(*args, **kwargs)
+        except TraceContextError as error:
+            raise closed_over(self.who, "a layer") from error
 
 
-def split_arrays(args: tuple, kwargs: dict[str, Any]) -> tuple[list, Call]:
+def split_arrays(who: str, args: tuple, kwargs: dict[str, Any]) -> tuple[list, Call]:
     leaves, tree = jax.tree.flatten((args, kwargs))
     is_array = lambda leaf: hasattr(leaf, "dtype") and hasattr(leaf, "shape")
     arrays = [leaf for leaf in leaves if is_array(leaf)]
-    return arrays, Call(tree, tuple(None if is_array(leaf) else leaf for leaf in leaves))
+    return arrays, Call(who, tree, tuple(None if is_array(leaf) else leaf for leaf in leaves))

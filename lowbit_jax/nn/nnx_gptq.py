@@ -133,7 +133,7 @@ def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, tuple[Array, 
     for batch in batches:
         refuse_traced(WHO, model, batch)
         kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-        arrays, call = split_arrays(() if kwargs else batch if isinstance(batch, tuple) else (batch,), kwargs)
+        arrays, call = split_arrays(WHO, () if kwargs else batch if isinstance(batch, tuple) else (batch,), kwargs)
         met = run(met, rest, arrays, call)
         count += 1
     if not count:

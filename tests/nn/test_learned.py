@@ -244,6 +244,29 @@ def test_an_nnx_loop_that_loses_the_scales_is_told_the_way_out(key):
         lb.calibrate(lb.quantize(Twice(nnx_loop(None)), LSQ), jax.random.normal(key, (4, 32)))
 
 
+def test_an_nnx_loop_that_loses_some_of_the_runs_is_told_the_way_out(key):
+    turns = nnx_loop(None)
+    model, x = lb.quantize(Twice(lambda d, x: turns(d, 10 * d(x))), LSQ), jax.random.normal(key, (4, 32))
+    before = model.d.dot_general.lhs_scale[...]
+    with pytest.raises(ValueError, match="no scale in 'd', or not from all of its runs.*axis None.*StateAxes"):
+        lb.calibrate(model, x)
+    np.testing.assert_array_equal(model.d.dot_general.lhs_scale[...], before)
+
+
+def test_a_layer_mapped_over_the_batch_gets_the_mean_of_what_its_rows_fit(key):
+    over_the_batch = nnx.vmap(lambda d, x: d(x), in_axes=(None, 0))
+    model, x = lb.quantize(Twice(over_the_batch), LSQ), jax.random.normal(key, (4, 32))
+    lb.calibrate(model, x)
+    np.testing.assert_allclose(model.d.dot_general.lhs_scale[...], lsq_start(x), rtol=1e-5)
+    with pytest.raises(ValueError, match="lb.calibrate: the layer 'd' runs inside.*closes over it"):
+        lb.calibrate(lb.quantize(Twice(lambda d, x: jax.vmap(d)(x)), LSQ), x)
+
+
+def test_nnx_calibration_inside_of_jit_is_refused(key):
+    with pytest.raises(ValueError, match="lb.calibrate got .* being traced"):
+        nnx.jit(lb.calibrate)(lb.quantize(net(), LSQ), jnp.ones((4, 32)))
+
+
 @pytest.mark.parametrize("turns", [lambda d, x: 10 * d(10 * d(x)), linen_loop, linen_lifted])
 def test_linen_layers_that_run_twice_get_the_mean(turns, key):
     model, x = lb.quantize(LinenTwice(turns), LSQ), jax.random.normal(key, (64, 32))
