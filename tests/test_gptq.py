@@ -257,6 +257,14 @@ def test_layers_that_share_a_kernel_are_packed_for_the_inputs_of_both():
     assert np.any(words(plain, x, y) != words(plain, x))
 
 
+def test_parts_that_were_quantized_by_themselves_keep_their_inputs_apart():
+    """By the paths that they have in the model, not those in their parts, which are all alike."""
+    model = Calls(lambda a, b, x: (a(x), b(jnp.roll(x, 1, axis=-1))), layers=2)
+    model.layers = nnx.List([lb.quantize(layer, W3) for layer in model.layers])
+    packed = lb.nn.gptq(model, [inputs()])
+    np.testing.assert_array_equal(packed.layers[0].kernel.get_value().words, words(plain, inputs()))
+
+
 def test_batches_of_flags_and_of_arguments_by_name():
     def how(layer, x, deterministic, scale=1.0):
         return layer(x if deterministic else 0 * x) * scale

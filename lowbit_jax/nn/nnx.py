@@ -201,6 +201,7 @@ class StatefulProduct(nnx.Module):
             self.rngs = rngs
 
         self.calibrating = ""  # sides to fit in each call, a word each, which NNX keeps out of the state
+        self.path = ""  # of the layer, while it is calibrated
 
     @property
     def __call__(self) -> Callable[..., Array]:
@@ -221,13 +222,13 @@ class StatefulProduct(nnx.Module):
         start, calls, _, _, index = jnp.moveaxis(held.get_value(), -1, 0)
         arrived = lax.stop_gradient(lhs if side == "lhs" else rhs)
         fitted = fitted_scale(side, arrived, self.product.recipe, self.product.site, jnp.zeros_like(start))
-        ran(f"{self.product.site.path}/{side}", start.size, jnp.stack([index.ravel()[0], calls.ravel()[0]]))
+        ran(f"{self.path}/{side}", start.size, jnp.stack([index.ravel()[0], calls.ravel()[0]]))
         zero, one = jnp.zeros_like(start), jnp.ones_like(start)
         for part in ([zero, one, zero, zero, zero], [zero, zero, jnp.sign(fitted), fitted, zero]):
-            add_to(held, jnp.stack(part, axis=-1), "lb.calibrate", self.product.site.path)
+            add_to(held, jnp.stack(part, axis=-1), "lb.calibrate", self.path)
         return jnp.where(fitted == 0, start, fitted)
 
-    def start_calibration(self, side: str) -> None:
+    def start_calibration(self, side: str, path: str) -> None:
         """Fits the scale of a side in each call from now on. Its variable, which loops hand on with the layer, holds
         five numbers: the scale from before, of the calls their number, that of the fits (an operand of zeros fits
         none) and their sum, and which scale of a stack it is."""
@@ -235,7 +236,7 @@ class StatefulProduct(nnx.Module):
         start = held.get_value().astype(jnp.float32)
         index = jnp.arange(start.size, dtype=jnp.float32).reshape(start.shape)
         held.set_value(jnp.stack([start, *[jnp.zeros_like(start)] * 3, index], axis=-1))
-        self.calibrating += f" {side}"
+        self.calibrating, self.path = f"{self.calibrating} {side}", path
 
     def calibrated(self, side: str) -> tuple[Array, Array]:
         """The mean of what the calls fitted, NaN where there was none; and the number of calls, for each scale."""

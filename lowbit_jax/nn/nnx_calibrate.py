@@ -97,9 +97,9 @@ def _scales_of_call(
     def run(state: Any, arrays: list) -> dict[str, dict[str, tuple[Array, Array]]]:
         copy = nnx.merge(graph, state)
         held = _held(copy)
-        for product, sides in held.values():
+        for path, (product, sides) in held.items():
             for side in sides:
-                product.start_calibration(side)
+                product.start_calibration(side, path)
         call(copy, arrays)
         return {path: {s: product.calibrated(s) for s in sides} for path, (product, sides) in held.items()}
 

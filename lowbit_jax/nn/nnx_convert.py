@@ -38,7 +38,7 @@ def convert(model: nnx.Module, storage: Storage, grams: Mapping[str, Array] = Ma
     packed: dict[Any, tuple[Any, PackedWeight]] = {}  # weights that layers share stay one
     met: dict[Any, Array] = {}
     for layer, paths in modules(model):
-        if paths[0] in products and (gram := grams.get(products[paths[0]].site.path)) is not None:
+        if (gram := grams.get(paths[0])) is not None:
             as_used = _as_used(layer, products[paths[0]])
             met[as_used] = met[as_used] + gram if as_used in met else gram
 

@@ -1,5 +1,6 @@
 """NNX: weights packed by GPTQ, from the inputs that their layers meet."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -111,7 +112,8 @@ def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, tuple[Array, 
                 " support would have to be chosen with the levels. Leave it out by a rule, or use lb.convert."
             )
         if quantizer is not None:
-            layers |= dict.fromkeys(paths, product)
+            site = dataclasses.replace(product.site, path=paths[0])  # a part quantized by itself has its own
+            layers |= dict.fromkeys(paths, dataclasses.replace(product, site=site))
 
     def observe(layer: Any, product: Product) -> None:
         weight = weight_of(layer).get_value()

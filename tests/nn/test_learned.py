@@ -62,6 +62,14 @@ def test_calibration_fits_each_layer_to_what_reaches_it(key):
     np.testing.assert_allclose(model.layers[2].dot_general.lhs_scale[...], lsq_start(hidden), rtol=1e-5)
 
 
+def test_calibration_of_parts_that_were_quantized_by_themselves(key):
+    model = nnx.Sequential(*[lb.quantize(nnx.Linear(8, 8, rngs=nnx.Rngs(i)), LSQ) for i in range(2)])
+    x = 5 * jax.random.normal(key, (64, 8))
+    lb.calibrate(model, x)
+    for layer, arrived in zip(model.layers, (x, model.layers[0](x)), strict=True):
+        np.testing.assert_allclose(layer.dot_general.lhs_scale[...], lsq_start(arrived), rtol=1e-5)
+
+
 class Stack(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs))(rngs.split(3))
