@@ -98,7 +98,8 @@ def _factor(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
 
     It is the inverse of R in R R^T = gram, R upper: one Cholesky decomposition, its indices from the last to the first.
     What is missing to a positive definite gram is added to the diagonal. NaN for one that is not finite."""
-    shares, identity = jnp.asarray([0.0, *(10.0**e for e in range(-7, 1))]), jnp.eye(len(gram), dtype=gram.dtype)
+    shares = jnp.asarray([0.0, *(10.0**e for e in range(-7, 1))], gram.dtype)
+    identity = jnp.eye(len(gram), dtype=gram.dtype)
     open_ = lambda tried: (tried[0] < len(shares)) & ~jnp.all(jnp.isfinite(tried[1]))
     more = lambda tried: (tried[0] + 1, jnp.linalg.cholesky((gram + shares[tried[0]] * identity)[::-1, ::-1]))
     _, lower = lax.while_loop(open_, more, (0, jnp.full_like(gram, jnp.nan)))

@@ -93,7 +93,7 @@ class _Observed(nnx.Module):
         x = lax.stop_gradient(x).astype(jnp.float32)
         gram = lax.dot(x.T, x, precision=lax.Precision.HIGHEST)
         ran(self.site.path, 1, self.calls.get_value())
-        add_to(self.calls, jnp.asarray([0.0, 1.0]), WHO, self.site.path)
+        add_to(self.calls, jnp.asarray([0.0, 1.0], jnp.float32), WHO, self.site.path)
         add_to(self.gram, gram, WHO, self.site.path)
         return self.inner(*args, **kwargs)
 
