@@ -144,8 +144,8 @@ def ran(path: str, numbers: int, mark: Float[Array, " 2"]) -> None:
 
 
 def runs() -> dict[str, int]:
-    """How many ones the runs of each layer had to add since this was last asked; at least one too many where some of
-    what they wrote was lost."""
+    """How many ones the runs of each layer had to add since this was last asked; more than were added where some were
+    lost. (Not told apart: an inner function that JAX traced once, whose first run is lost and whose second is not.)"""
     jax.effects_barrier()
     counted = Counter()
     for path, numbers, *_ in _runs:

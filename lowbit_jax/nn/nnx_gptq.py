@@ -64,7 +64,7 @@ def gptq(model: nnx.Module, batches: Iterable[Any], storage: Storage, damping: f
     return convert(model, storage, {path: damped(gram, damping) for path, (gram, _) in met.items()})
 
 
-def _of_stack(which: np.ndarray) -> str:
+def _of_stack(which: np.ndarray | np.bool) -> str:
     """The first layer of a stack of which that is true, in words."""
     return f" (number {', '.join(map(str, np.argwhere(which)[0]))} of its stack)" if which.ndim else ""
 
