@@ -17,8 +17,10 @@ def x64():
 
 
 def layer_and_gradient(name: str):
-    layer = lb.quantize(nnx.Linear(128, 16, param_dtype=jnp.float32, rngs=nnx.Rngs(0)), lb.methods.get(name))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 128)), jnp.float32)
+    recipe = lb.methods.get(name)
+    rngs = nnx.Rngs(quantize=0) if recipe.needs_key else None
+    layer = lb.quantize(nnx.Linear(128, 32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)), recipe, rngs=rngs)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 128)), jnp.float32)
     loss = lambda layer: jnp.sum(layer(x) ** 2)
     grads = nnx.jit(nnx.grad(loss))(layer)
     return np.asarray(nnx.jit(lambda layer: layer(x))(layer)), [np.asarray(g) for g in jax.tree.leaves(grads)]

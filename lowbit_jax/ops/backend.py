@@ -132,7 +132,7 @@ def pack_planes(codes: UInt8[Array, "n k"], bits: int, word_bits: int) -> tuple[
     return _planes().pack(codes, bits, word_bits)
 
 
-def unpack_planes(words: tuple[Int[Array, "blocks rows 32"], ...], bits: int, n: int, k: int) -> UInt8[Array, "n k"]:
+def unpack_planes(words: tuple[Int[Array, "_ _ 32"], ...], bits: int, n: int, k: int) -> UInt8[Array, "n k"]:
     """The codes of `pack_planes`."""
     return _planes().unpack(tuple(words), bits, n, k)
 
