@@ -64,14 +64,7 @@ SIXTEEN_BITS = [  # bits, m, n, k, group, zeros, dtype, tile rows, split
 ]
 
 
-def some(cases, slow):
-    """Each width at once; second cases of a width, by their places, among the slow tests."""
-    return [pytest.param(*case, marks=[pytest.mark.slow] * (i in slow)) for i, case in enumerate(cases)]
-
-
-@pytest.mark.parametrize(
-    ("bits", "m", "n", "k", "group", "zeros", "dtype", "rows", "split"), some(SIXTEEN_BITS, {1, 3, 5, 7, 11})
-)
+@pytest.mark.parametrize(("bits", "m", "n", "k", "group", "zeros", "dtype", "rows", "split"), SIXTEEN_BITS)
 def test_16_bit_activations(bits, m, n, k, group, zeros, dtype, rows, split):
     """Widths with one row and with more than a tile; tiles of 32 rows take parts of a block of words at a turn."""
     (x, words, scales, given), reference = product_a16(bits, m, n, k, group, zeros, dtype)
@@ -252,7 +245,7 @@ INT8 = [  # bits, m, n, k, tile rows, split
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("bits", "m", "n", "k", "rows", "split"), some(INT8, {1, 3, 5, 11}))
+@pytest.mark.parametrize(("bits", "m", "n", "k", "rows", "split"), INT8)
 def test_int8_activations_are_exact(bits, m, n, k, rows, split):
     random = np.random.default_rng(bits)
     codes = random.integers(0, 1 << bits, (n, k)).astype(np.uint8)
