@@ -10,16 +10,8 @@ from flax.errors import TraceContextError
 from jax import core
 from jaxtyping import Array
 
-from lowbit_jax.nn.nnx import (
-    LOSES,
-    StatefulProduct,
-    attribute_of,
-    closed_over,
-    layer_type,
-    modules,
-    normed_layers,
-    runs,
-)
+from lowbit_jax.nn.met import LOSES, closed_over, runs
+from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, layer_type, modules, normed_layers
 
 WHO = "lb.calibrate"
 

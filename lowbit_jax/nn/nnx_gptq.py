@@ -14,20 +14,8 @@ from jax import lax
 from jaxtyping import Array
 
 from lowbit_jax.gptq import damped
-from lowbit_jax.nn.nnx import (
-    LOSES,
-    PackedWeight,
-    Scale,
-    add_to,
-    attribute_of,
-    edited,
-    hook,
-    layer_type,
-    modules,
-    ran,
-    runs,
-    weight_of,
-)
+from lowbit_jax.nn.met import LOSES, add_to, ran, runs
+from lowbit_jax.nn.nnx import PackedWeight, Scale, attribute_of, edited, hook, layer_type, modules, weight_of
 from lowbit_jax.nn.nnx_calibrate import Call, refuse_traced, split_arrays
 from lowbit_jax.nn.nnx_convert import convert
 from lowbit_jax.nn.product import Product
