@@ -15,7 +15,8 @@ Fp8Scaling = Literal["tensor", "row", "block"]
 def fp8(scaling: Fp8Scaling = "tensor", *, weight_gradient: bool = True) -> LinearRecipe:
     """FP8 training: E4M3 operands scaled by their present absmax, in all three products.
 
-    scaling: who shares a scale.
+    scaling: who shares a scale:
+
     - "tensor": all of an operand; the cotangent in E5M2 ("current scaling" of Transformer Engine, "tensorwise" of
       torchao). Backward products reuse the forward's operands.
     - "row": a row of each product (torchao's "rowwise"). A row of the forward is no row of a backward product, so these
