@@ -47,6 +47,9 @@ def main(config: Compare) -> list[dict]:
     cells += map(schemes.Scheme.of, config.schemes)
     if config.seeds < 1 or len(cells) == 1:
         raise ValueError("recipes.compare needs at least one seed, and one method and width or one scheme.")
+    names = [scheme.name for scheme in cells]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"recipes.compare: {', '.join(twice)} would run twice. Name each method once for a width.")
     size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
                         learning_rate=config.learning_rate)  # fmt: skip
     corpus = text.load(config.data, tokenizer=config.tokenizer)

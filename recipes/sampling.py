@@ -19,22 +19,40 @@ def generate(
     softmax(logits / temperature); 0 takes the most likely.
 
     A `Llama` caches keys and values, in `cache_bits` (2 to 8; None: its own dtype), and reads each token once; where
-    `context` positions are full it reads the later half of them again and goes on. Other models, and one that is laid
-    out over a mesh, read a window of the last `context` ids for every token.
+    `context` positions are full it reads the later half of them again and goes on. Other models, one that is laid out
+    over a mesh, and one that is quantized in tiles of several tokens, read a window of the last `context` ids for every
+    token.
     Raises: ValueError for `cache_bits` of a model that caches nothing, and outside 2 to 8."""
     prompt = np.asarray(prompt, np.int32)[-context:]
     window = np.zeros((context,), np.int32)
     window[: len(prompt)] = prompt
     graph, state = nnx.split(model)
-    caches = isinstance(model, Llama) and model.placement is None
+    caches = isinstance(model, Llama) and model.placement is None and _reads_single_tokens(graph, state)
     if cache_bits is not None and not caches:
         raise ValueError(
             f"sampling: cache_bits={cache_bits}, and this {type(model).__name__} reads whole windows, without a cache."
-            " Leave it out, or pass a Llama that lies on one device."
+            " Leave it out, or pass a Llama that lies on one device and whose activations are not quantized in tiles of"
+            " several tokens."
         )
     drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(prompt)), key, jnp.float32(temperature), caches,
                   cache_bits, vocab_size, tokens)  # fmt: skip
     return np.concatenate([prompt, np.asarray(drawn)])
+
+
+def _reads_single_tokens(graph, state) -> bool:
+    """Whether the model's quantizers can cut one token."""
+
+    def read(state):
+        model = nnx.merge(graph, state)
+        return model.extend(jnp.zeros((1, 1), jnp.int32), model.init_cache(1, 1), jnp.int32(0))[0]
+
+    try:
+        jax.eval_shape(read, state)
+    except ValueError as error:
+        if " cuts axis " in str(error):
+            return False
+        raise
+    return True
 
 
 def check(prompt: np.ndarray, tokens: int, temperature: float, vocab_size: int) -> None:

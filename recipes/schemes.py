@@ -41,8 +41,10 @@ class Scheme:
         """Fit for a folder: quest-w4a4, lsq-w2a2, quest-w4a16, none."""
         if self.method == "none":
             return "none"
-        words = self._own_recipe().name.lower().replace(",", "").replace(" ", "-")
-        return words + ("-rules" if self.rules else "")
+        named = lambda options: self._own_recipe(options).name.lower().replace(",", "").replace(" ", "-")
+        without = lambda option: tuple(other for other in self.options if other != option)
+        untold = [option for option in self.options if named(self.options) == named(without(option))]
+        return "-".join([named(self.options), *(["rules"] if self.rules else []), *untold])
 
     def apply(self, model: nnx.Module, tokens: np.ndarray) -> nnx.Module:
         """The quantized view of `model`, learned steps set from `tokens`; `model` itself for "none"."""
@@ -50,7 +52,8 @@ class Scheme:
         return lb.calibrate(quantized, tokens) if any(map(_learns, self._all_rules())) else quantized
 
     def quantized(self, model: nnx.Module) -> nnx.Module:
-        """As `apply`, but learned steps are those of a fresh model: for weights that come from elsewhere."""
+        """As `apply`, but learned steps are those of a fresh model: for weights that come from elsewhere. The keys of
+        stochastic roundings are the same whatever the seed of a run."""
         if self.method == "none":
             return model
         rules = self._all_rules()
@@ -60,17 +63,18 @@ class Scheme:
     def _all_rules(self) -> list[tuple[str, lb.LinearRecipe | None]]:
         if self.method == "none":
             return []
-        return [*map(self._rule, self.rules), ("blocks", self._own_recipe())]
+        return [*map(self._rule, self.rules), ("blocks", self._own_recipe(self.options))]
 
-    def _own_recipe(self) -> lb.LinearRecipe:
-        return self.recipe(self.method, self.bits, **dict(map(_option, self.options)))
+    def _own_recipe(self, options: tuple[str, ...]) -> lb.LinearRecipe:
+        return self.recipe(self.method, self.bits, options)
 
-    def recipe(self, method: str, bits: Bits | None, **options: Any) -> lb.LinearRecipe:
-        options = options if bits is None else options | {"bits": bits}
-        if self.weight_only:
-            options["activations"] = False
-        if self.backward is not None:
-            options["backward"] = self.backward
+    def recipe(self, method: str, bits: Bits | None, more: tuple[str, ...] = ()) -> lb.LinearRecipe:
+        given = {"bits": bits, "activations": False if self.weight_only else None, "backward": self.backward}
+        options = {name: value for name, value in given.items() if value is not None}
+        for name, value in map(_option, more):
+            if name in options:
+                raise ValueError(f"schemes: the option {name!r} of {method!r} is given twice.")
+            options[name] = value
         try:
             return lb.methods.get(method, **options)
         except TypeError as error:  # an option that this method does not have

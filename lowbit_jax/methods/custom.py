@@ -14,21 +14,32 @@ from lowbit_jax.scaling import FLOAT32, Block, CandidateSearch, Group, PowerOfTw
 
 
 def block_scaled(
-    format: BlockFormat | str = "mxfp8", *, gradients: BlockFormat | str | None = None, stochastic: bool = False
-) -> LinearRecipe:
+    format: BlockFormat | str = "mxfp8", *, gradients: BlockFormat | str | None = None, stochastic: bool = False,
+    scale_rounding: str | None = None,
+) -> LinearRecipe:  # fmt: skip
     """All six operands in a block format, each quantized from the original along the sum of its own product: MXFP8,
     MXFP6, MXFP4 and MXINT8 (OCP), HBFP and MSFP, by name or as the format itself.
 
     `gradients`: another format for the cotangents, such as "mxfp8_e5m2". `stochastic` rounds the cotangents
-    stochastically, which takes keys. The block divides both sizes of the weight, and the tokens.
+    stochastically, which takes keys. `scale_rounding`: another mode of `PowerOfTwo` than the format's own; "floor",
+    OCP's, clips what lies above the largest level; "rceil", as in Transformer Engine, does not, which unbiased
+    stochastic rounding needs. The block divides both sizes of the weight (of its outputs the last axis) and the tokens;
+    a rectangle, as of HBFP8, the axis before the activation's last.
     Source: Rouhani et al. 2023, arXiv:2310.10537, and the format's own. Raises: ValueError for a format that is unknown
-    or no block format."""
+    or no block format, another mode, and one for a format whose scales are no powers of two."""
     fmt = _block_format(format, "format")
-    forward = block_quantizer(fmt, estimator=StraightThrough())
     backward = fmt if gradients is None else _block_format(gradients, "gradients")
+    scales = {} if scale_rounding is None else {"scale_format": PowerOfTwo(scale_rounding)}
+    if scales and NVFP4 in (fmt, backward):
+        raise ValueError(
+            f"block_scaled({fmt.name!r}, scale_rounding={scale_rounding!r}): the scales of nvfp4 are no powers of two."
+            " Leave it out."
+        )
+    forward = block_quantizer(fmt, estimator=StraightThrough(), **scales)
     rounded = rounding.stochastic if stochastic else rounding.nearest
-    cotangent = block_quantizer(backward, rounding=rounded, estimator=StraightThrough())
+    cotangent = block_quantizer(backward, rounding=rounded, estimator=StraightThrough(), **scales)
     name = fmt.name + ("" if backward == fmt else f", gradients {backward.name}")
+    name += f", scales {scale_rounding}" if scales else ""
     return LinearRecipe(
         out=Gemm(lhs=forward, rhs=forward),
         grad_lhs=Gemm(lhs=cotangent, rhs=forward),
@@ -53,8 +64,9 @@ def nvfp4(*, stochastic: bool = True, rotation: int | None = 16, four_over_six: 
     The weight's scales are of 16 x 16 tiles, so that the backward reuses its codes; activation and cotangent have runs
     of 16. Cotangents round stochastically, which takes keys (`stochastic=False`: nearest); the operands of the weight's
     gradient are rotated by a Hadamard matrix of `rotation` rows with fixed random signs (None: not). `four_over_six`
-    puts the largest magnitude of a block of the forward on 6 or on 4, whichever errs less. What the paper keeps in high
-    precision, the first and last blocks, is a matter of rules.
+    puts the largest magnitude of a block of the forward on 6 or on 4, whichever errs less: not of that paper, but as
+    Quartet II has it (arXiv:2601.22813). What the paper keeps in high precision, the first and last blocks, is a matter
+    of rules.
     Source: NVIDIA 2025, arXiv:2509.25149, section 4."""
     plain = block_quantizer(NVFP4, estimator=StraightThrough())
     activation = plain
@@ -75,14 +87,15 @@ def nvfp4(*, stochastic: bool = True, rotation: int | None = 16, four_over_six: 
 
 
 def quartet() -> LinearRecipe:
-    """Quartet, QuEST's heir in MXFP4 with all three products in 4 bits. Takes keys.
+    """Quartet, QuEST's successor in MXFP4 with all three products in 4 bits. Takes keys.
 
     Forward operands are rotated by blocks of 32 and scaled for the least squared error on a Gaussian. Backward products
     are of unbiased, stochastic MXFP4, for which the forward's quantized operands are rotated and quantized again.
 
-    Two choices differ from the authors' code: the power of two nearest to the fitted scale (theirs is rounded down,
-    twice the squared error at worst), and random signs of the backward rotation that stay the same (theirs are drawn at
-    each step; the roundings alone make the products unbiased).
+    Three choices differ from the authors' code: the root mean square in place of the standard deviation, the power of
+    two nearest to the fitted scale (theirs is rounded down, twice the squared error at worst), and random signs of the
+    backward rotation that stay the same (theirs are drawn at each step; the roundings alone make the products
+    unbiased).
     Source: Castro et al. 2025, arXiv:2505.14669, algorithm 1."""
     forward = Quantizer(
         format=E2M1,

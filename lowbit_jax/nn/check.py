@@ -17,7 +17,7 @@ from lowbit_jax.nn.site import Site, initial_scales, operand, stacked
 from lowbit_jax.nn.weight import ready_weight
 from lowbit_jax.ops import LinearRecipe, dot_general
 from lowbit_jax.ops.conv import refuse_backward
-from lowbit_jax.scaling import Block, Group
+from lowbit_jax.scaling import Block, Group, PerRow, PerTensor
 
 
 def check_site(site: Site, recipe: LinearRecipe, kernel: Array | jax.ShapeDtypeStruct, where: str) -> None:
@@ -31,8 +31,9 @@ def check_site(site: Site, recipe: LinearRecipe, kernel: Array | jax.ShapeDtypeS
 @functools.lru_cache(maxsize=1024)  # models repeat their layers
 def _try(site: Site, recipe: LinearRecipe, shape: tuple[int, ...], dtype: Any) -> None:
     jax.eval_shape(lambda kernel: _quantize_all(kernel, recipe, site), jax.ShapeDtypeStruct(shape, dtype))
-    if site.kind != "embedding" and not recipe.plain_backward and not recipe.learned:
-        jax.eval_shape(lambda: _differentiate(recipe, site, dtype))
+    known = all(isinstance(q.tiling, PerTensor | PerRow | Group | Block) for q in recipe.quantizers)
+    if site.kind != "embedding" and not recipe.plain_backward and not recipe.learned and known:
+        jax.eval_shape(lambda: _differentiate(recipe.with_implementation("reference"), site, dtype))
 
 
 def _quantize_all(kernel: Array, recipe: LinearRecipe, site: Site):
@@ -47,10 +48,14 @@ def _quantize_all(kernel: Array, recipe: LinearRecipe, site: Site):
 
 
 def _tokens(recipe: LinearRecipe) -> int:
-    """A number of tokens that every tile of the recipe divides."""
-    tilings = [quantizer.tiling for quantizer in recipe.quantizers]
-    sides = [tiling.size for tiling in tilings if isinstance(tiling, Group | Block)]
-    return math.lcm(*sides, *(tiling.other for tiling in tilings if isinstance(tiling, Block)))
+    """A number of tokens that every tile and support of the recipe divides."""
+    sides = []
+    for quantizer in recipe.quantizers:
+        tiling, support = quantizer.tiling, quantizer.sparsity
+        sides += [tiling.size] if isinstance(tiling, Group | Block) else []
+        sides += [tiling.other] if isinstance(tiling, Block) else []
+        sides += [support.group] if support is not None else []
+    return math.lcm(*sides)
 
 
 def _differentiate(recipe: LinearRecipe, site: Site, dtype: Any):

@@ -35,6 +35,12 @@ def absmax(dtype, tile):
     return lambda u: tiled(u, tile, lambda amax: amax / largest(dtype), lambda v: cast(v, dtype))
 
 
+def up_to_a_power(dtype, tile):
+    """The least power of two that clips nothing."""
+    scale = lambda amax: 2.0 ** np.ceil(np.log2(amax / largest(dtype)))
+    return lambda u: tiled(u, tile, scale, lambda v: cast(v, dtype))
+
+
 def mx(dtype):
     """OCP Microscaling: 32 elements under 2^(floor(log2 amax) - exponent of the largest value)."""
     top = np.floor(np.log2(largest(dtype)))

@@ -32,6 +32,7 @@ def products(x, w, g, recipe, key=None):
 
 E4M3_TENSOR, E5M2_TENSOR = ref.absmax(ref.E4M3, (0, 0)), ref.absmax(ref.E5M2, (0, 0))
 E4M3_ROW, E4M3_RUN = ref.absmax(ref.E4M3, (1, 0)), ref.absmax(ref.E4M3, (1, 128))
+E4M3_POWER, MXFP8_UP = ref.up_to_a_power(ref.E4M3, (1, 128)), ref.up_to_a_power(ref.E4M3, (1, 32))
 MXFP8, MXFP4 = ref.mx(ref.E4M3), ref.mx(ref.E2M1)
 NVFP4_RUN, NVFP4_TILE = ref.nvfp4((1, 16)), ref.nvfp4((16, 16))
 CASES = {
@@ -54,6 +55,18 @@ CASES = {
             grad_lhs=(E4M3_RUN, "reuse"),
             grad_rhs=(E4M3_RUN, E4M3_RUN),
         ),
+    ),
+    "fp8 block, powers of two": (
+        methods.fp8("block", power_of_two=True),
+        dict(
+            out=(E4M3_POWER, ref.up_to_a_power(ref.E4M3, (128, 128))),
+            grad_lhs=(E4M3_POWER, "reuse"),
+            grad_rhs=(E4M3_POWER, E4M3_POWER),
+        ),
+    ),
+    "mxfp8, scales up": (
+        methods.block_scaled("mxfp8", scale_rounding="rceil"),
+        dict(out=(MXFP8_UP, MXFP8_UP), grad_lhs=(MXFP8_UP, MXFP8_UP), grad_rhs=(MXFP8_UP, MXFP8_UP)),
     ),
     "mxfp8": (methods.block_scaled(), dict(out=(MXFP8, MXFP8), grad_lhs=(MXFP8, MXFP8), grad_rhs=(MXFP8, MXFP8))),
     "mxfp4, mxfp8 gradients": (
@@ -168,6 +181,8 @@ class TestBadInput:
             methods.block_scaled("e4m3")
         with pytest.raises(ValueError, match="mxfp9"):
             methods.block_scaled("mxfp9")
+        with pytest.raises(ValueError, match="nvfp4 are no powers of two"):
+            methods.block_scaled("nvfp4", scale_rounding="rceil")
 
     def test_the_forward_takes_no_operand_of_its_own(self):
         again = lb.Requantized(lb.Quantizer())
@@ -179,6 +194,24 @@ class TestBadInput:
             lb.Requantized(methods.lsq(4).out.rhs)
         with pytest.raises(ValueError, match="lies from 1"):
             lb.scaling.PowerOfTwo(times=2.0)
+
+    def test_what_a_backward_product_cannot_cut_is_told_before_it_runs(self):
+        layer = nnx.Linear(64, 40, rngs=nnx.Rngs(0))
+        with pytest.raises(
+            ValueError, match=r"lb.quantize: this Linear, weight .*Group\(32\) cuts axis 1 of length 40"
+        ):
+            lb.quantize(layer, methods.block_scaled())
+        with pytest.raises(NotImplementedError, match="lb.quantize: this Conv, .*quantizes backward products"):
+            lb.quantize(nnx.Conv(32, 32, (3, 3), rngs=nnx.Rngs(0)), methods.fp8())
+
+    def test_tokens_and_devices_are_no_matter_of_the_weight(self):
+        """Supports, tiles of several tokens, and kernels for another dtype than the master weight's."""
+        layer = nnx.Linear(128, 32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        sparse = lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4))
+        recipe = dataclasses.replace(methods.fp8(), grad_rhs=lb.Gemm(lhs=lb.FORWARD, rhs=sparse))
+        for accepted in (recipe, lb.quest(4, backward=8).with_implementation("interpret")):
+            lb.quantize(layer, accepted)
+        lb.quantize(layer, methods.jetfire(), rngs=nnx.Rngs(quantize=0))
 
     def test_tokens_that_no_block_divides(self):
         x, w, g = map(jnp.float32, operands(tokens=40))

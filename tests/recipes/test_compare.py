@@ -74,6 +74,11 @@ def test_float16_comes_with_a_loss_scale(tmp_path, monkeypatch, dtype, scaled):
     assert [row["name"] for row in rows] == ["none", "fp8-by-row"]
 
 
+def test_cells_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="fp8-by-tensor would run twice"):
+        compare.main(compare.Compare(bits=(), schemes=("fp8", "fp8")))
+
+
 def test_nothing_to_compare():
     with pytest.raises(ValueError, match="at least one seed"):
         compare.main(compare.Compare(seeds=0))

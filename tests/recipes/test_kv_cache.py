@@ -78,6 +78,17 @@ def test_other_widths_are_refused(model, bits):
         model.init_cache(1, CONTEXT, bits)
 
 
+def test_tiles_of_several_tokens_read_whole_windows(model):
+    """One token cannot be cut into them."""
+    recipe = lb.methods.jetfire()
+    tile = dataclasses.replace(recipe.out.lhs, tiling=lb.scaling.Block(8, 8))
+    tiled = lb.quantize(model, rules=[("blocks", lb.LinearRecipe(out=lb.Gemm(lhs=tile)))])
+    options = dict(tokens=2, context=8, temperature=0, vocab_size=64, key=jax.random.key(0))
+    assert len(sampling.generate(tiled, np.asarray([1, 2]), **options)) == 4
+    with pytest.raises(ValueError, match="reads whole windows.*tiles of several tokens"):
+        sampling.generate(tiled, np.asarray([1, 2]), cache_bits=4, **options)
+
+
 def test_more_tokens_than_positions_are_refused(model):
     with pytest.raises(ValueError, match="Llama.extend: 9 tokens, and the cache has 8 positions"):
         model.extend(jnp.zeros((1, 9), jnp.int32), model.init_cache(1, 8), jnp.int32(0))

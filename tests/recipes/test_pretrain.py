@@ -368,6 +368,7 @@ class TestSchemes:
          (schemes.Scheme(method="none"), "none"), (schemes.Scheme(rules=("a=none",)), "quest-w4a4-rules"),
          (schemes.Scheme(method="fp8", options=("scaling=row", "weight_gradient=False")),
           "fp8-by-row-weight-gradient-in-high-precision"),
+         (schemes.Scheme.of("quest:bits=3,block=32,signs=0"), "quest-w3a3-block=32-signs=0"),
          (schemes.Scheme.of("nf4:group=32,double_quantization=false"), "nf4-g32-float32-scales")],
     )  # fmt: skip
     def test_names(self, scheme, name):
@@ -391,5 +392,7 @@ class TestSchemes:
             schemes.Scheme(method="fp8", options=("scale=row",)).quantized(None)
         with pytest.raises(ValueError, match="'scaling' is not name=value"):
             schemes.Scheme(method="fp8", options=("scaling",)).quantized(None)
+        with pytest.raises(ValueError, match="the option 'bits' of 'quest' is given twice"):
+            schemes.Scheme(bits=4, options=("bits=3",)).quantized(None)
         with pytest.raises(ValueError, match="pact"):
             schemes.Scheme(method="pact", weight_only=True).recipe("pact", 4)
