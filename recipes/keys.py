@@ -22,6 +22,7 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.float32, jax.dtypes.prng_key)
 
 
+@jax.jit
 def _folded(key: Array, number: Array | int) -> Array:
     """Of one key, or of each of an array of them."""
     fold = lambda key: jax.random.fold_in(key, number)

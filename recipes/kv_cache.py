@@ -1,6 +1,7 @@
 """Keys and values of the positions that a decoder has read, cached for the next ones, in few bits if asked for."""
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def quantizer(bits: int | None, head_dim: int) -> lb.Quantizer | None:
     Raises: ValueError for bits outside 2 to 8."""
     if bits is None:
         return None
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
+    if not isinstance(bits, numbers.Integral) or not 2 <= bits <= 8:
         raise ValueError(f"kv_cache: {bits!r} bits; keys and values take 2 to 8 bits, or None for floats.")
     rotation = lb.Hadamard(lb.rotation.largest_block(head_dim, 128))
     return lb.Quantizer(format=INTEGERS[bits - 2], scale_format=lb.scaling.BFLOAT16, rotation=rotation)

@@ -100,6 +100,7 @@ class Pretrain:
     process: int | None = free(None)
     """Which one this is, from 0."""
     seed: int = 0
+    """Of the first weights, the batches and the sample; stochastic roundings draw the same keys for all."""
     baseline: bool = free(False)
     """Train the unquantized twin too."""
     out: pathlib.Path | None = free(None)

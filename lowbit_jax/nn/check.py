@@ -77,7 +77,7 @@ def check_subclass(layer: Any, base: type, where: str) -> None:
     """Raises where a subclass reads the weight in code of its own, a product that the quantizer would not see."""
     weight = "embedding" if base.__name__ == "Embed" else "kernel"
     for klass in type(layer).__mro__[: type(layer).__mro__.index(base)]:
-        if readers := _READERS & set(vars(klass)):
+        if readers := _READERS & set(vars(klass)) & set(dir(base)):
             raise ValueError(
                 f"{where}: {klass.__name__}.{min(readers)} decides what the layer receives for its `{weight}`, which"
                 " packing would not see. Change the parameter itself, or leave the layer out by a rule."

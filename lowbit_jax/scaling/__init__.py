@@ -14,7 +14,7 @@ from lowbit_jax.scaling.fit import (
 from lowbit_jax.scaling.gaussian import gaussian_mse, optimal_clip, optimal_scale
 from lowbit_jax.scaling.report import OUTLIER_RATIO, TileReport, tile_report
 from lowbit_jax.scaling.scale_format import BFLOAT16, FLOAT32, CastScale, PowerOfTwo, ScaleFormat, TwoLevel
-from lowbit_jax.scaling.tiling import Block, Group, PerRow, PerTensor, Tiling
+from lowbit_jax.scaling.tiling import Block, Group, PerRow, PerTensor, Tiling, UnevenTiles
 
 __all__ = [
     "BFLOAT16",
@@ -34,6 +34,7 @@ __all__ = [
     "TileReport",
     "Tiling",
     "TwoLevel",
+    "UnevenTiles",
     "absmax",
     "absmax_edge",
     "check_finite",

@@ -70,10 +70,14 @@ class PerRow:
         return "row"
 
 
+class UnevenTiles(ValueError):
+    """A tile does not divide the axis that it cuts."""
+
+
 def _divided(length: int, size: int, who: str, axis: int) -> int:
     if length % size:
         legal = [d for d in range(1, length + 1) if length % d == 0 and d <= max(size, 1) * 2]
-        raise ValueError(
+        raise UnevenTiles(
             f"{who} cuts axis {axis} of length {length} into tiles of {size}, which leaves {length % size}."
             f" Pad by {-length % size}, or choose a size that divides {length}: {legal[-8:]}."
         )
@@ -84,7 +88,7 @@ def _divided(length: int, size: int, who: str, axis: int) -> int:
 class Group:
     """One scale for each run of `size` elements along the contraction axis (its last one, if there are several).
 
-    Raises: ValueError when `size` does not divide the axis."""
+    Raises: UnevenTiles when `size` does not divide the axis."""
 
     size: int
 
@@ -107,7 +111,7 @@ class Block:
     """One scale for each rectangle of `size` along the contraction axis by `other` along the last other axis.
 
     The square form (128 x 128 of DeepSeek-V3, 32 x 32 of Jetfire) keeps its scales under transposition.
-    Raises: ValueError when a side does not divide its axis, or the array has no second axis."""
+    Raises: UnevenTiles when a side does not divide its axis; ValueError when the array has no second axis."""
 
     size: int
     other: int

@@ -15,6 +15,7 @@ from tests.methods import low_precision as ref
 from tests.methods.reference import rotate
 
 NUMBERS = (((1,), (1,)), ((), ()))
+SUMS = 256 * 2.0**-23  # of the largest: products of up to 256 terms, summed in float32
 
 
 def operands(seed: int = 0, tokens: int = 128, inputs: int = 256, outputs: int = 128):
@@ -90,7 +91,7 @@ def test_equals_the_transcription(name):
     x, w, g = operands()
     wanted = ref.products(x, w, g, **plan)
     for mine, theirs in zip(products(*map(jnp.float32, (x, w, g)), recipe), wanted, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=2e-6 * np.abs(theirs).max() * 16)
+        np.testing.assert_allclose(mine, theirs, atol=SUMS * np.abs(theirs).max())
 
 
 def test_tiles_of_jetfire_are_those_of_the_transposes():
@@ -106,7 +107,7 @@ def test_tiles_of_jetfire_are_those_of_the_transposes():
     tile = ref.int8((32, 32))
     wanted = ref.products(x, w, g, out=(tile, tile), grad_lhs=(tile, "reuse"), grad_rhs=("reuse", tile))
     for mine, theirs in zip(products(*map(jnp.float32, (x, w, g)), recipe), wanted, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=3e-5 * np.abs(theirs).max())
+        np.testing.assert_allclose(mine, theirs, atol=SUMS * np.abs(theirs).max())
 
 
 def test_forward_of_quartet():
@@ -120,7 +121,7 @@ def test_forward_of_quartet():
 
     y = products(*map(jnp.float32, (x, w, g)), methods.quartet(), jax.random.key(0))[0]
     wanted = quantize(x) @ quantize(w).T
-    np.testing.assert_allclose(y, wanted, atol=3e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(y, wanted, atol=SUMS * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", ["quartet", "tetrajet", "mxfp4_backward", "jetfire"])
@@ -168,7 +169,8 @@ def test_models_train_and_pack(name):
     loss, gradient = nnx.jit(nnx.value_and_grad(lambda model: jnp.mean((model(x) - x[:, :32]) ** 2)))(model)
     assert jnp.isfinite(loss)
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(nnx.state(gradient, nnx.Param)))
-    np.testing.assert_allclose(lb.convert(model)(x), model(x), atol=2e-5)
+    y = model(x)
+    np.testing.assert_allclose(lb.convert(model)(x), y, atol=SUMS * jnp.abs(y).max())
     row = next(row for row in lb.explain(model).rows if (row.product, row.operand) == ("grad_lhs", "weight"))
     assert row.format == {"block_scaled": "e4m3", "quartet": "e2m1 of out"}.get(name, "as in out")
 
@@ -205,13 +207,15 @@ class TestBadInput:
             lb.quantize(nnx.Conv(32, 32, (3, 3), rngs=nnx.Rngs(0)), methods.fp8())
 
     def test_tokens_and_devices_are_no_matter_of_the_weight(self):
-        """Supports, tiles of several tokens, and kernels for another dtype than the master weight's."""
+        """Supports, tiles of several tokens, and kernels for another dtype than the master weight's: taken as they
+        are."""
         layer = nnx.Linear(128, 32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         sparse = lb.Quantizer(sparsity=lb.sparsity.NofM(2, 4))
         recipe = dataclasses.replace(methods.fp8(), grad_rhs=lb.Gemm(lhs=lb.FORWARD, rhs=sparse))
         for accepted in (recipe, lb.quest(4, backward=8).with_implementation("interpret")):
-            lb.quantize(layer, accepted)
-        lb.quantize(layer, methods.jetfire(), rngs=nnx.Rngs(quantize=0))
+            assert lb.quantize(layer, accepted).dot_general.recipe == accepted
+        tiled = lb.quantize(layer, methods.jetfire(), rngs=nnx.Rngs(quantize=0))
+        assert tiled(jnp.ones((32, 128))).shape == (32, 32)
 
     def test_tokens_that_no_block_divides(self):
         x, w, g = map(jnp.float32, operands(tokens=40))
