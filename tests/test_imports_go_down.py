@@ -15,7 +15,7 @@ FLOORS = (
     {"gptq"},
     {"ops"},
     {"methods"},
-    {"nn", "optim"},
+    {"nn", "optim", "io"},
     {"parallel"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

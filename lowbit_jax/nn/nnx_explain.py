@@ -11,6 +11,7 @@ from lowbit_jax.nn.compiled import evidence
 from lowbit_jax.nn.nnx import PackedWeight, describe, hook, layer_type, modules, weight_of
 from lowbit_jax.nn.report import Explanation, Layer, explain_layers
 from lowbit_jax.nn.tracing import programs
+from lowbit_jax.ops import LinearRecipe
 
 
 def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -39,3 +40,9 @@ def explain(model: nnx.Module, *args: Any, **kwargs: Any) -> Explanation:
     sizes = {layer.site.tag: math.prod(layer.site.shape) for layer in layers}
     found = evidence(ran.forward, ran.backward, sizes)
     return explain_layers(title, layers, kept, found, no_gradient=ran.why_not)
+
+
+def recipes(model: nnx.Module) -> dict[str, LinearRecipe]:
+    """See `lb.nn.recipes`."""
+    found = [(paths, hook(module)) for module, paths in modules(model) if layer_type(module) is not None]
+    return {path: product.recipe for paths, product in found if product is not None for path in paths}

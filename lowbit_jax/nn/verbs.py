@@ -187,6 +187,17 @@ def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
     return linen_calibrate.calibrate(model, *args, **kwargs)
 
 
+def recipes(model: Any) -> dict[str, LinearRecipe]:
+    """The recipe of each quantized layer of an NNX model, by its path (each of its paths, where layers are shared).
+
+    Raises: TypeError for what is no NNX module."""
+    if framework(model, "lb.nn.recipes") != "nnx":
+        raise TypeError("lb.nn.recipes takes an nnx module; the layers of Linen are known in a call: see lb.explain.")
+    from lowbit_jax.nn import nnx_explain
+
+    return nnx_explain.recipes(model)
+
+
 def explain(model: Any, *args: Any, **kwargs: Any) -> Any:
     """What a recipe or a quantized model computes: a table of layer, product, operand, format, tiling, fit, rounding,
     rotation (the block each layer really gets), estimator and bits; `str()` prints it, `.rows` holds it.

@@ -1,0 +1,119 @@
+"""The model of a finished run of `recipes.pretrain` in the files of other programs.
+
+    python -m recipes.export RUN FOLDER                         # packed, for vLLM and Hugging Face transformers
+    python -m recipes.export RUN FOLDER --to gguf               # packed, for llama.cpp
+    python -m recipes.export RUN FOLDER --to safetensors        # the quantized weights as floats
+
+Files hold the very numbers of the packed weights, or none are written. What they cannot hold are rotations (train with
+--options block=none, or export --to safetensors) and, but for compressed-tensors, quantized activations."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+import lowbit_jax as lb
+from recipes import command, display, finished, gguf_file, hugging_face, llama, tokenizers
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    run: tyro.conf.Positional[pathlib.Path]
+    """Run directory of recipes.pretrain."""
+    folder: tyro.conf.Positional[pathlib.Path]
+    """Where the files go; it is made."""
+    to: Literal["compressed-tensors", "gguf", "safetensors"] = "compressed-tensors"
+    activations: Literal["same", "float"] = "same"
+    """same: quantized as in training, or an error where the files cannot say so. float: in high precision, so that the
+    model answers otherwise than it was trained."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the arrays that are not packed, and of scales."""
+    round_scales: bool = False
+    """Scales that are no values of --dtype (GGUF: of float16) are rounded; without, they are an error."""
+    tokenizer: pathlib.Path | None = None
+    """Where the run's tokenizer.json lies now, if it has moved; for a run on ids, the one that they were made with."""
+
+
+def main(config: Export) -> None:
+    """Writes the files and prints what they hold."""
+    packed = finished.Description.read(config.run).scheme.method != "none"
+    if not packed and config.to == "compressed-tensors":
+        raise ValueError(
+            "export: the run was trained with the method 'none', and compressed-tensors are packed weights. Export it"
+            " --to safetensors, or --to gguf."
+        )
+    model, codec = finished.load(config.run, weights="packed" if packed else "float", tokenizer=config.tokenizer)
+    if config.to == "gguf" and config.dtype != "float32":
+        raise ValueError(
+            f"export: --dtype {config.dtype} has no effect --to gguf, whose arrays are float32. Leave it out."
+        )
+    inputs = _inputs(model, config)
+    if config.to == "gguf":
+        kinds = gguf_file.write(config.folder, model, codec, round_scales=config.round_scales)
+    else:
+        kinds = _safetensors(config, model, codec, inputs)
+    _show(config.folder, kinds, model, inputs)
+
+
+def _inputs(model: llama.Llama, config: Export) -> dict[str, lb.Quantizer]:
+    """The quantizers of activations that the files are to name, by layer.
+
+    Raises: ValueError where they cannot name any and --activations float was not asked for."""
+    recipes = lb.nn.recipes(model)
+    found = {name: recipes[path].out.lhs for name, (path, _) in hugging_face.layers(model).items() if path in recipes}
+    found = {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, lb.Quantizer)}
+    if config.activations == "float":
+        return {}
+    if found and config.to != "compressed-tensors":
+        name, quantizer = next(iter(found.items()))
+        raise ValueError(
+            f"export: the activations of {name} are {quantizer.format.name} by {quantizer.tiling.describe()} in"
+            f" training, which files --to {config.to} cannot say. --activations float leaves them in high precision:"
+            " the model then answers otherwise than it was trained."
+        )
+    return found
+
+
+def _safetensors(
+    config: Export, model: llama.Llama, codec: tokenizers.Tokenizer, inputs: dict[str, lb.Quantizer]
+) -> dict[str, str]:
+    """Writes a folder that Hugging Face's transformers open; answers with the format of each tensor."""
+    layers = {name: leaf for name, (_, leaf) in hugging_face.layers(model).items()}
+    told = hugging_face.config(model, codec.separator)
+    texts = hugging_face.tokenizer_files(codec)
+    if config.to == "compressed-tensors":
+        weights = layers | hugging_face.arrays(model)
+        lb.io.compressed_tensors.save(
+            config.folder, weights, config=told, inputs=inputs or None, dtype=config.dtype,
+            round_scales=config.round_scales, texts=texts,
+        )  # fmt: skip
+        return {name: _format(leaf, config.dtype) for name, leaf in weights.items()}
+    floats = {n: leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf.dequantize()) for n, leaf in layers.items()}
+    arrays = {f"{name}.weight": a.astype(config.dtype) for name, a in (floats | hugging_face.arrays(model)).items()}
+    texts |= {"config.json": json.dumps(told | {"dtype": config.dtype}, indent=2)}
+    lb.io.tensors.write(config.folder, arrays, texts, "export")
+    return dict.fromkeys(arrays, config.dtype)
+
+
+def _format(leaf: hugging_face.Leaf, dtype: str) -> str:
+    packed = leaf.packed if isinstance(leaf, lb.io.Outputs) else leaf
+    return packed.quantizer.format.name if isinstance(packed, lb.QTensor) else dtype
+
+
+def _show(folder: pathlib.Path, kinds: dict[str, str], model: llama.Llama, inputs: dict[str, Any]) -> None:
+    counts = collections.Counter(kinds.values())
+    rows = [[kind, str(count)] for kind, count in counts.most_common()]
+    display.table(f"{folder}", ["format", "tensors"], rows)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    print(f"{display.size(size)} on disk")
+    quantized = any(recipe.out.lhs is not None for recipe in lb.nn.recipes(model).values())
+    if quantized and not inputs:
+        print("Activations are in high precision there, and were quantized in training: the answers differ.")
+
+
+if __name__ == "__main__":
+    command.run("export", Export, main, __doc__)

@@ -1,0 +1,120 @@
+"""The decoder of `recipes.llama` as Hugging Face's Llama: names of its parameters, configuration, tokenizer."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+import lowbit_jax as lb
+from recipes import llama, tokenizers
+
+Leaf = lb.QTensor | lb.io.Outputs | np.ndarray
+
+
+def layers(model: llama.Llama) -> dict[str, tuple[str, Leaf]]:
+    """Name of a module -> (path of the layer in our model, its weight): packed, or an array [outputs, inputs]."""
+    size = model.config
+    head, ffn = size.head_dim, size.ffn
+    q, kv = size.heads * head, size.kv_heads * head
+    parts = {
+        "self_attn.q_proj": ("blocks/attention/qkv", 0, q),
+        "self_attn.k_proj": ("blocks/attention/qkv", q, q + kv),
+        "self_attn.v_proj": ("blocks/attention/qkv", q + kv, q + 2 * kv),
+        "self_attn.o_proj": ("blocks/attention/out", 0, size.width),
+        "mlp.gate_proj": ("blocks/mlp/gate_up", 0, ffn),
+        "mlp.up_proj": ("blocks/mlp/gate_up", ffn, 2 * ffn),
+        "mlp.down_proj": ("blocks/mlp/down", 0, size.width),
+    }
+    found: dict[str, tuple[str, Leaf]] = {}
+    for number in range(size.layers):
+        for name, (path, start, stop) in parts.items():
+            kernel = jax.tree.map(lambda leaf, number=number: leaf[number], _held(model, path, "kernel"))
+            found[f"model.layers.{number}.{name}"] = path, _outputs(kernel, start, stop)
+    found["lm_head"] = "lm_head", _outputs(_held(model, "lm_head", "kernel"), 0, model.vocab_size)
+    return found
+
+
+def arrays(model: llama.Llama) -> dict[str, np.ndarray]:
+    """Name of a module -> the parameter of those that are no product: embedding and norms."""
+    norms = {"input_layernorm": "blocks/attention_norm", "post_attention_layernorm": "blocks/mlp_norm"}
+    found = {"model.embed_tokens": _float(_held(model, "embed", "embedding"))}
+    for number in range(model.config.layers):
+        found |= {
+            f"model.layers.{number}.{name}": np.asarray(_held(model, path, "scale"))[number]
+            for name, path in norms.items()
+        }
+    return found | {"model.norm": np.asarray(_held(model, "norm", "scale"))}
+
+
+def config(model: llama.Llama, separator: int | None) -> dict[str, Any]:
+    """What `config.json` says of the model. separator: the token that ends a document."""
+    size = model.config
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": size.width,
+        "intermediate_size": size.ffn,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "max_position_embeddings": size.context,
+        "rms_norm_eps": size.norm_eps,
+        "rope_theta": size.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": separator,
+    }
+
+
+def tokenizer_files(codec: tokenizers.Tokenizer) -> dict[str, str]:
+    """`tokenizer.json` and what goes with it; nothing for bare ids."""
+    if isinstance(codec, tokenizers.Ids):
+        return {}
+    inner = codec.inner if isinstance(codec, tokenizers.TokenizerFile) else _bytes()
+    told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
+    if codec.separator is not None:
+        told["eos_token"] = inner.id_to_token(codec.separator)
+    return {"tokenizer.json": inner.to_str(), "tokenizer_config.json": json.dumps(told, indent=1)}
+
+
+def byte_names() -> list[str]:
+    """How byte-level tokenizers write each of the 256 bytes: those that print as themselves, the others in turn from
+    code point 256 on."""
+    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in prints else chr(next(others)) for byte in range(256)]
+
+
+def _bytes() -> Any:
+    """A tokenizer of the `tokenizers` package whose ids are the bytes of the text."""
+    import tokenizers as library
+
+    vocabulary = {name: byte for byte, name in enumerate(byte_names())}
+    inner = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = library.decoders.ByteLevel()
+    return inner
+
+
+def _held(model: llama.Llama, path: str, name: str) -> Any:
+    module: Any = model
+    for attribute in path.split("/"):
+        module = getattr(module, attribute)
+    return getattr(module, name).get_value()
+
+
+def _outputs(kernel: Any, start: int, stop: int) -> Leaf:
+    if isinstance(kernel, lb.QTensor):
+        return lb.io.Outputs(kernel, start, stop)
+    return np.ascontiguousarray(np.asarray(kernel).T[start:stop])
+
+
+def _float(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf.dequantize() if isinstance(leaf, lb.QTensor) else leaf)

@@ -1,0 +1,262 @@
+"""Files of a finished run, read by a Llama that we did not write, give the logits of the run's own model."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lowbit_jax.io import compressed_tensors
+from recipes import command, export, finished, hugging_face, pretrain
+from recipes.export import Export
+from recipes.pretrain import Pretrain
+
+safetensors = pytest.importorskip("safetensors")
+gguf = pytest.importorskip("gguf")
+
+TEXT = "the square of 7 is 49 \n"
+
+
+def trained(folder, **changes) -> Pretrain:
+    (folder / "words.txt").write_text("".join(f"the square of {i} is {i * i} \n" for i in range(2000)))
+    config = Pretrain(preset="smoke", steps=3, data=str(folder / "words.txt"), out=folder / "run", tensorboard=False,
+                      sample_tokens=10, prompt="the square of ", **changes)  # fmt: skip
+    pretrain.main(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def weights_only(tmp_path_factory) -> Pretrain:
+    """Int4 weights in groups of 32, but one layer by QuEST without its rotation."""
+    return trained(tmp_path_factory.mktemp("weights"), method="absmax_integer", weight_only=True,
+                   options=("bits=4", "group=32"), rules=("blocks/mlp/down=straight_through:4",))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> Pretrain:
+    """The default method, rotated, with quantized activations."""
+    return trained(tmp_path_factory.mktemp("both"))
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory) -> Pretrain:
+    return trained(tmp_path_factory.mktemp("fp8"), method="fp8", options=("scaling=row",))
+
+
+@pytest.fixture(scope="module")
+def unquantized(tmp_path_factory) -> Pretrain:
+    return trained(tmp_path_factory.mktemp("unquantized"), method="none")
+
+
+def logits(run: Pretrain, weights="packed") -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and what the run's own model answers."""
+    model, codec = finished.load(run.out, weights=weights)
+    tokens = np.asarray(codec.encode(TEXT))
+    return tokens, np.asarray(model(tokens[None]))[0]
+
+
+def llama(parameters, told, tokens: np.ndarray, neighbors: bool = False) -> np.ndarray:
+    """A Llama in float64 by Hugging Face's names. neighbors: positions turn the pairs (2i, 2i + 1) of a head, as in
+    llama.cpp, and not (i, i + half)."""
+    heads, kv_heads, head = told["num_attention_heads"], told["num_key_value_heads"], told["head_dim"]
+    p = {name: array.astype(np.float64) for name, array in parameters.items()}
+
+    def norm(x, name):
+        scale = np.sqrt((x**2).mean(-1, keepdims=True) + told["rms_norm_eps"])
+        return x / scale * p[f"{name}.weight"]
+
+    def turned(x):
+        angle = np.arange(len(x))[:, None] * told["rope_theta"] ** (-np.arange(0, head, 2) / head)
+        turn = np.exp(1j * angle)[:, None]
+        if neighbors:
+            z = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
+            return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+        z = (x[..., : head // 2] + 1j * x[..., head // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    x = p["model.embed_tokens.weight"][tokens]
+    for number in range(told["num_hidden_layers"]):
+        at = f"model.layers.{number}"
+        linear = lambda x, name, at=at: x @ p[f"{at}.{name}.weight"].T
+        h = norm(x, f"{at}.input_layernorm")
+        q, k, v = (linear(h, f"self_attn.{part}_proj").reshape(len(x), -1, head) for part in "qkv")
+        q, k = turned(q), turned(k)
+        k, v = (np.repeat(part, heads // kv_heads, axis=1) for part in (k, v))
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head)
+        scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("hqk,khd->qhd", shares / shares.sum(-1, keepdims=True), v)
+        x = x + linear(mixed.reshape(len(x), -1), "self_attn.o_proj")
+        h = norm(x, f"{at}.post_attention_layernorm")
+        gate, up = linear(h, "mlp.gate_proj"), linear(h, "mlp.up_proj")
+        x = x + linear(gate / (1 + np.exp(-gate)) * up, "mlp.down_proj")
+    return norm(x, "model.norm") @ p["lm_head.weight"].T
+
+
+def floats(folder) -> tuple[dict[str, np.ndarray], dict]:
+    dtypes = {"F32": "<f4", "BF16": ml_dtypes.bfloat16}
+    found = safetensors.deserialize((folder / "model.safetensors").read_bytes())
+    arrays = {name: np.frombuffer(bytes(e["data"]), dtypes[e["dtype"]]).reshape(e["shape"]) for name, e in found}
+    return arrays, json.loads((folder / "config.json").read_text())
+
+
+def exported(run: Pretrain, folder, **options):
+    export.main(Export(run=run.out, folder=folder, **options))
+    return folder
+
+
+def test_floats(weights_only, tmp_path, capsys):
+    folder = exported(weights_only, tmp_path / "hf", to="safetensors")
+    tokens, expected = logits(weights_only)
+    np.testing.assert_allclose(llama(*floats(folder), tokens), expected, atol=2e-5)
+    assert np.abs(expected).max() > 0.1
+    assert "21" in (shown := capsys.readouterr().out) and "on disk" in shown and "differ" not in shown
+
+
+def test_packed(weights_only, tmp_path):
+    folder = exported(weights_only, tmp_path / "ct")
+    read = compressed_tensors.load(folder)
+    dense = {
+        name if name.endswith(".weight") else f"{name}.weight": np.asarray(
+            leaf if isinstance(leaf, np.ndarray) else leaf.dequantize()
+        )
+        for name, leaf in read.items()
+    }
+    tokens, expected = logits(weights_only)
+    told = json.loads((folder / "config.json").read_text())
+    np.testing.assert_allclose(llama(dense, told, tokens), expected, atol=2e-5)
+    groups = told["quantization_config"]["config_groups"].values()
+    assert sorted(len(group["targets"]) for group in groups) == [2, 12], "the rule's two layers have another scheme"
+    other = exported(weights_only, tmp_path / "hf", to="safetensors")
+    exact, _ = floats(other)
+    for name, array in exact.items():
+        np.testing.assert_array_equal(dense[name], array)
+    assert (folder / "model.safetensors").stat().st_size < 0.5 * (other / "model.safetensors").stat().st_size
+
+
+def test_gguf(weights_only, tmp_path):
+    with pytest.raises(ValueError, match=r"q_proj would become .*CastScale\('float16'\)"):
+        exported(weights_only, tmp_path / "gguf", to="gguf")
+    folder = exported(weights_only, tmp_path / "gguf", to="gguf", round_scales=True)
+    tokens, expected = logits(weights_only)
+    found = llama(*of_gguf(folder / "model.gguf"), tokens, neighbors=True)
+    np.testing.assert_allclose(found, expected, atol=3e-3)
+
+
+def of_gguf(path) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of a file by Hugging Face's names, and its sizes."""
+    reader = gguf.GGUFReader(path)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    layers = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+              "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+              "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
+              "ffn_norm": "post_attention_layernorm"}  # fmt: skip
+    arrays = {}
+    for tensor in reader.tensors:
+        first, *rest = tensor.name.removesuffix(".weight").split(".")
+        name = names[first] if not rest else f"model.layers.{rest[0]}.{layers[rest[1]]}"
+        arrays[f"{name}.weight"] = gguf.dequantize(tensor.data, tensor.tensor_type)
+    field = lambda key: reader.fields[f"llama.{key}"].contents()
+    told = {
+        "num_attention_heads": field("attention.head_count"),
+        "num_key_value_heads": field("attention.head_count_kv"),
+        "head_dim": field("rope.dimension_count"),
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("rope.freq_base"),
+        "num_hidden_layers": field("block_count"),
+    }
+    assert reader.fields["tokenizer.ggml.tokens"].contents()[ord("a")] == "a"
+    return arrays, told
+
+
+def test_unquantized(unquantized, tmp_path):
+    tokens, expected = logits(unquantized, "float")
+    folder = exported(unquantized, tmp_path / "hf", to="safetensors")
+    np.testing.assert_allclose(llama(*floats(folder), tokens), expected, atol=2e-5)
+    folder = exported(unquantized, tmp_path / "gguf", to="gguf")
+    found = llama(*of_gguf(folder / "model.gguf"), tokens, neighbors=True)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    with pytest.raises(ValueError, match="trained with the method 'none'"):
+        exported(unquantized, tmp_path / "ct")
+
+
+def test_rotations_and_activations_are_not_lost_in_silence(both, tmp_path, capsys):
+    with pytest.raises(NotImplementedError, match="q_proj is rotated"):
+        exported(both, tmp_path / "ct", activations="float")
+    with pytest.raises(ValueError, match="midrise4 by row in training, which files --to safetensors cannot say"):
+        exported(both, tmp_path / "hf", to="safetensors")
+    folder = exported(both, tmp_path / "hf", to="safetensors", activations="float")
+    assert "the answers differ" in capsys.readouterr().out
+    arrays, _ = floats(folder)
+    model, _ = finished.load(both.out, weights="packed")
+    whole = np.asarray(model.blocks.mlp.gate_up.kernel.get_value().dequantize())
+    found = [arrays[f"model.layers.1.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    np.testing.assert_array_equal(np.concatenate(found), whole[1].T)
+    assert not (tmp_path / "ct").exists()
+
+
+def test_activations_are_named(fp8, tmp_path):
+    folder = exported(fp8, tmp_path / "ct")
+    told = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert told["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
+
+
+def test_dtype(weights_only, tmp_path):
+    arrays, told = floats(exported(weights_only, tmp_path / "hf", to="safetensors", dtype="bfloat16"))
+    assert {array.dtype.name for array in arrays.values()} == {"bfloat16"} and told["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="--dtype bfloat16 has no effect --to gguf"):
+        exported(weights_only, tmp_path / "gguf", to="gguf", dtype="bfloat16")
+
+
+def test_bytes_have_a_tokenizer(weights_only, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    folder = exported(weights_only, tmp_path / "hf", to="safetensors")
+    codec = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "é\n\ttwo  spaces, \x00 and ☃"
+    ids = codec.encode(text).ids
+    assert ids == list(text.encode()) and codec.decode(ids) == text
+    assert codec.id_to_token(0) == json.loads((folder / "tokenizer_config.json").read_text())["eos_token"]
+
+
+def test_byte_names_are_those_of_the_library():
+    library = pytest.importorskip("tokenizers")
+    assert sorted(hugging_face.byte_names()) == sorted(library.pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_the_command(weights_only, tmp_path, capsys, monkeypatch):
+    arguments = [str(weights_only.out), str(tmp_path / "out")]
+    command.run("export", Export, export.main, export.__doc__, arguments)
+    assert "int4" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        command.run("export", Export, export.main, export.__doc__, arguments)
+    assert "export: " in str(stopped.value) and "is not written over" in str(stopped.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"to": "safetensors"}, {"to": "gguf", "round_scales": True}])
+def test_hugging_face_opens_it(weights_only, options, tmp_path):
+    torch = pytest.importorskip("torch", reason="transformers, torch and compressed-tensors are not installed")
+    transformers = pytest.importorskip("transformers")
+    if not options:
+        pytest.importorskip("compressed_tensors")
+    folder = exported(weights_only, tmp_path / "model", **options)
+    how = {"gguf_file": "model.gguf"} if options.get("to") == "gguf" else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
+    tokens, expected = logits(weights_only)
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=3e-3 if how else 2e-5)
+
+
+@pytest.mark.parametrize("activations, alike", [("same", True), ("float", False)])
+def test_hugging_face_quantizes_activations_alike(fp8, activations, alike, tmp_path):
+    """Between two levels the last bit decides, for all later tokens too: half of the tokens are to be alike."""
+    torch = pytest.importorskip("torch", reason="transformers, torch and compressed-tensors are not installed")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    folder = exported(fp8, tmp_path / "model", activations=activations)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens, expected = logits(fp8)
+    with torch.no_grad():
+        found = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
+    error = np.median(np.abs(found - expected).max(-1))
+    assert error < 2e-5 if alike else error > 1e-3
