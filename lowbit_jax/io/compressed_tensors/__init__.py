@@ -4,7 +4,7 @@
     weights = lb.io.compressed_tensors.load("model")
 
 A folder holds `model.safetensors` and `config.json`. Every number is kept as it is, or nothing is written. Layouts, N
-outputs by K inputs, codes b bits without gaps from the lowest bit on:
+outputs by K inputs, codes b bits without gaps from the lowest bit on::
 
     integers, 1 to 8 bits    weight_packed int32 [N, ceil(K b / 32)], code = value + 2^(b-1); weight_shape int64 [2];
                              weight_scale [N, K / group]; zero points: weight_zero_point, packed along N
