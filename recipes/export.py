@@ -88,9 +88,15 @@ def _safetensors(
     if config.to == "compressed-tensors":
         weights = layers | hugging_face.arrays(model)
         lb.io.compressed_tensors.save(
-            config.folder, weights, config=told, inputs=inputs or None, dtype=config.dtype,
-            round_scales=config.round_scales, texts=texts,
-        )  # fmt: skip
+            config.folder,
+            weights,
+            config=told,
+            inputs=inputs or None,
+            input_scales=hugging_face.input_scales(model) if inputs else None,
+            dtype=config.dtype,
+            round_scales=config.round_scales,
+            texts=texts,
+        )
         return {name: _format(leaf, config.dtype) for name, leaf in weights.items()}
     floats = {n: leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf.dequantize()) for n, leaf in layers.items()}
     arrays = {f"{name}.weight": a.astype(config.dtype) for name, a in (floats | hugging_face.arrays(model)).items()}

@@ -35,6 +35,17 @@ def layers(model: llama.Llama) -> dict[str, tuple[str, Leaf]]:
     return found
 
 
+def input_scales(model: llama.Llama) -> dict[str, np.ndarray]:
+    """Name of a module -> the learned scale of its activations, of the layers that hold one."""
+    found = {}
+    for name, (path, _) in layers(model).items():
+        scale = getattr(_module(model, path).dot_general, "lhs_scale", None)
+        if scale is not None:
+            held, number = np.asarray(scale.get_value()), name.split(".")[2:3]
+            found[name] = held[int(number[0])] if held.ndim else held
+    return found
+
+
 def arrays(model: llama.Llama) -> dict[str, np.ndarray]:
     """Name of a module -> the parameter of those that are no product: embedding and norms."""
     norms = {"input_layernorm": "blocks/attention_norm", "post_attention_layernorm": "blocks/mlp_norm"}
@@ -103,11 +114,15 @@ def _bytes() -> Any:
     return inner
 
 
-def _held(model: llama.Llama, path: str, name: str) -> Any:
+def _module(model: llama.Llama, path: str) -> Any:
     module: Any = model
     for attribute in path.split("/"):
         module = getattr(module, attribute)
-    return getattr(module, name).get_value()
+    return module
+
+
+def _held(model: llama.Llama, path: str, name: str) -> Any:
+    return getattr(_module(model, path), name).get_value()
 
 
 def _outputs(kernel: Any, start: int, stop: int) -> Leaf:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lowbit_jax.methods.custom import block_scaled, mxfp4_backward, nf4, nvfp4, quartet, tetrajet
 from lowbit_jax.methods.floating_point import fp8
-from lowbit_jax.methods.integer import absmax_integer, bitnet, jetfire, switchback
+from lowbit_jax.methods.integer import absmax_integer, bitnet, jetfire, static_integer, switchback
 from lowbit_jax.methods.qat import lsq, pact, straight_through
 from lowbit_jax.methods.quest import quest, quest_quantizer
 from lowbit_jax.ops.recipe import LinearRecipe
@@ -17,6 +17,7 @@ _REGISTRY: dict[str, Callable[..., LinearRecipe]] = {
     "pact": pact,
     "straight_through": straight_through,
     "absmax_integer": absmax_integer,
+    "static_integer": static_integer,
     "bitnet": bitnet,
     "switchback": switchback,
     "jetfire": jetfire,
@@ -78,6 +79,7 @@ __all__ = [
     "quest",
     "quest_quantizer",
     "source",
+    "static_integer",
     "straight_through",
     "switchback",
     "tetrajet",

@@ -4,12 +4,22 @@ import dataclasses
 from typing import Literal, get_args
 
 from lowbit_jax import rounding
-from lowbit_jax.estimators import StraightThrough
+from lowbit_jax.estimators import LSQ, StraightThrough
 from lowbit_jax.formats.catalogue import INT8, TERNARY, element_format
 from lowbit_jax.methods.qat import _bits
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
-from lowbit_jax.scaling import Block, Group, PerRow, PerTensor, absmax, absmax_edge, mean_abs
+from lowbit_jax.scaling import (
+    Block,
+    Group,
+    Learned,
+    Percentile,
+    PerRow,
+    PerTensor,
+    absmax,
+    absmax_edge,
+    mean_abs,
+)
 
 ZeroPoints = Literal["none", "weights", "activations", "both"]
 
@@ -63,6 +73,27 @@ def _check_zero_points(zero_points: str, activations: bool) -> None:
             f"absmax_integer(zero_points={zero_points!r}, activations=False): the activations stay in high precision."
             " Use zero_points='weights'."
         )
+
+
+def static_integer(
+    bits: int = 8, *, weight_bits: int | None = None, group: int | None = None, percent: float = 100.0
+) -> LinearRecipe:
+    """Two's-complement integers whose activation scale, one a tensor, is a number that the layer holds: no statistic is
+    computed at a call. Weights by absmax of a row, or of each `group` along the contraction.
+
+    `lb.calibrate` or `lb.nn.calibrate_over` fits the scale to what the layer meets, the `percent`-th percentile of |x|
+    (100: absmax) on the largest level; before, it is that of a unit Gaussian. Training learns it on (LSQ).
+    Source: Jacob et al. 2017, arXiv:1712.05877, section 3.1. Raises: ValueError for bits outside 2 to 8, and a percent
+    outside 0 to 100."""
+    wide = bits if weight_bits is None else weight_bits
+    fmt = lambda bits: element_format(f"int{_bits(bits, 'static_integer', least=2)}")
+    fit = Learned(absmax if percent == 100 else Percentile(percent))
+    activation = Quantizer(format=fmt(bits), tiling=PerTensor(), fit=fit, estimator=LSQ())
+    tiling = PerRow() if group is None else Group(group)
+    weight = Quantizer(format=fmt(wide), tiling=tiling, fit=absmax, estimator=StraightThrough())
+    name = f"static W{wide}A{bits}" + ("" if group is None else f" g{group}")
+    name += "" if percent == 100 else f", percentile {percent:g}"
+    return LinearRecipe(out=Gemm(lhs=activation, rhs=weight), name=name)
 
 
 def bitnet() -> LinearRecipe:

@@ -178,11 +178,12 @@ class StatefulProduct(nnx.Module):
         held.set_value(jnp.stack([start, *[jnp.zeros_like(start)] * 3, index], axis=-1))
         self.calibrating, self.path = f"{self.calibrating} {side}", path
 
-    def calibrated(self, side: str) -> tuple[Array, Array]:
-        """The mean of what the calls fitted, NaN where there was none; and the number of calls, for each scale."""
+    def calibrated(self, side: str) -> tuple[Array, Array, Array]:
+        """The mean of what the calls fitted, NaN where there was none; the numbers of calls and of fits, for each
+        scale."""
         start, calls, fits, total, _ = jnp.moveaxis(vars(self)[f"{side}_scale"].get_value(), -1, 0)
         mean = jnp.where(fits == 0, start, total / jnp.maximum(fits, 1))
-        return jnp.where(calls == 0, jnp.nan, mean), calls
+        return jnp.where(calls == 0, jnp.nan, mean), calls, fits
 
 
 def hook(module: Any) -> Product | None:

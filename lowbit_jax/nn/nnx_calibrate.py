@@ -1,6 +1,8 @@
-"""NNX: learned scales from one batch, those of activations and of weights that a norm makes at every call."""
+"""NNX: learned scales from batches, those of activations and of weights that a norm makes at every call."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,36 +18,71 @@ from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, layer_type, modules
 WHO = "lb.calibrate"
 
 
+Scales = dict[str, dict[str, tuple[Array, Array, Array]]]  # by layer and side: the scale, numbers of calls and fits
+
+
 def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
     """Sets the scales in place and returns the model; see `lb.calibrate`."""
+    return _calibrated(model, WHO, [(args, kwargs)], jnp.nanmean)
+
+
+def calibrate_over(model: nnx.Module, batches: Iterable[Any], statistic: Callable) -> nnx.Module:
+    """The same over several batches; see `lb.nn.calibrate_over`."""
+    return _calibrated(model, "lb.nn.calibrate_over", map(call_arguments, batches), statistic)
+
+
+def call_arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """Of one call, from a batch: an array, a tuple of the arguments, or a dict of them by name."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return batch if isinstance(batch, tuple) else (batch,), {}
+
+
+def _calibrated(
+    model: nnx.Module, who: str, calls: Iterable[tuple[tuple, dict[str, Any]]], statistic: Callable
+) -> nnx.Module:
+    """statistic: of the scales that the calls fit, `jnp.nanmean` or `jnp.nanmax`; calls whose operand is all zeros,
+    which fits none, are left out."""
     held = _held(model)
     if not held:
         raise ValueError(
-            f"{WHO}: no activation scale is learned here. Quantize with a method that learns it, such as"
+            f"{who}: no activation scale is learned here. Quantize with a method that learns it, such as"
             " lb.methods.get('lsq', bits=4); the others read their scales off each batch."
         )
-    refuse_traced(WHO, model, args, kwargs)
-    runs()  # forgets those of a call that raised
-    scales = _scales_of_call(model, args, kwargs)
-    counted = runs()
-    lost = sorted(
-        path
-        for path, sides in scales.items()
-        if any(jnp.sum(calls) < counted.get(f"{path}/{side}", 0) for side, (_, calls) in sides.items())
-    )
-    if lost:
-        raise ValueError(f"{WHO}: this call set no scale in {_named(lost)}, or not from all of its runs: {LOSES}.")
-    unset = sorted(path for path, sides in scales.items() if any(jnp.any(jnp.isnan(s)) for s, _ in sides.values()))
-    if unset:
+    run, found = _program(model), []
+    for args, kwargs in calls:
+        refuse_traced(who, model, args, kwargs)
+        runs()  # forgets those of a call that raised
+        found.append(_checked(run(*split_arrays(who, args, kwargs)), who))
+    if not found:
         raise ValueError(
-            f"{WHO}: this call set no scale in {_named(unset)}: it does not reach them, or they got NaN (find it"
-            " by lb.check_finite). Pass inputs that run these layers, or leave them out by a rule."
+            f"{who} got no batches. Give one or more, each an array, or a tuple or dict of the arguments of a call."
         )
     for path, (product, sides) in held.items():
         for side in sides:
             scale = _scale(product, side)
-            scale.set_value(scales[path][side][0].astype(scale.get_value().dtype))
+            fitted = [jnp.where(fits == 0, jnp.nan, own) for own, _, fits in (scales[path][side] for scales in found)]
+            start, met = scale.get_value(), statistic(jnp.stack(fitted), axis=0)
+            scale.set_value(jnp.where(jnp.isnan(met), start, met.astype(start.dtype)))
     return model
+
+
+def _checked(scales: Scales, who: str) -> Scales:
+    counted = runs()
+    lost = sorted(
+        path
+        for path, sides in scales.items()
+        if any(jnp.sum(calls) < counted.get(f"{path}/{side}", 0) for side, (_, calls, _) in sides.items())
+    )
+    if lost:
+        raise ValueError(f"{who}: this call set no scale in {_named(lost)}, or not from all of its runs: {LOSES}.")
+    unset = sorted(path for path, sides in scales.items() if any(jnp.any(jnp.isnan(s)) for s, *_ in sides.values()))
+    if unset:
+        raise ValueError(
+            f"{who}: this call set no scale in {_named(unset)}: it does not reach them, or they got NaN (find it"
+            " by lb.check_finite). Pass inputs that run these layers, or leave them out by a rule."
+        )
+    return scales
 
 
 def refuse_traced(who: str, model: nnx.Module, *inputs: Any) -> None:
@@ -77,16 +114,12 @@ def _scale(product: StatefulProduct, side: str) -> nnx.Variable:
     return vars(product)[f"{side}_scale"]
 
 
-def _scales_of_call(
-    model: nnx.Module, args: tuple, kwargs: dict[str, Any]
-) -> dict[str, dict[str, tuple[Array, Array]]]:
+def _program(model: nnx.Module) -> Callable[[list, "Call"], Scales]:
     """What one compiled call of a copy sets and how often, so that statistics, keys and weights stay as they are; NaN
-    where it sets nothing."""
+    where it sets nothing. Calls alike are compiled once."""
     graph, state = nnx.split(model)
-    arrays, call = split_arrays(WHO, args, kwargs)
 
-    @jax.jit
-    def run(state: Any, arrays: list) -> dict[str, dict[str, tuple[Array, Array]]]:
+    def run(state: Any, arrays: list, call: "Call") -> Scales:
         copy = nnx.merge(graph, state)
         held = _held(copy)
         for path, (product, sides) in held.items():
@@ -95,7 +128,16 @@ def _scales_of_call(
         call(copy, arrays)
         return {path: {s: product.calibrated(s) for s in sides} for path, (product, sides) in held.items()}
 
-    return run(state, arrays)
+    cached = jax.jit(run, static_argnums=2)
+
+    def compiled(arrays: list, call: "Call") -> Scales:
+        try:
+            hash(call)
+        except TypeError:  # given a list, or another object that has no hash
+            return jax.jit(functools.partial(run, call=call))(state, arrays)
+        return cached(state, arrays, call)
+
+    return compiled
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array
 from lowbit_jax.gptq import damped
 from lowbit_jax.nn.met import LOSES, add_to, ran, runs
 from lowbit_jax.nn.nnx import PackedWeight, Scale, attribute_of, edited, hook, layer_type, modules, weight_of
-from lowbit_jax.nn.nnx_calibrate import Call, refuse_traced, split_arrays
+from lowbit_jax.nn.nnx_calibrate import Call, call_arguments, refuse_traced, split_arrays
 from lowbit_jax.nn.nnx_convert import convert
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import Site, called
@@ -122,8 +122,7 @@ def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, tuple[Array, 
     runs()  # forgets those of a call that raised
     for batch in batches:
         refuse_traced(WHO, model, batch)
-        kwargs = dict(batch) if isinstance(batch, Mapping) else {}
-        arrays, call = split_arrays(WHO, () if kwargs else batch if isinstance(batch, tuple) else (batch,), kwargs)
+        arrays, call = split_arrays(WHO, *call_arguments(batch))
         met = run(met, rest, arrays, call)
         count += 1
     if not count:

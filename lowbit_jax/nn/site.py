@@ -13,6 +13,8 @@ from jaxtyping import Array
 from lowbit_jax.ops import LinearRecipe
 from lowbit_jax.ops.einsum import parse
 from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling import Learned
+from lowbit_jax.scaling.fit import largest_magnitude
 
 Kind = Literal["dot_general", "einsum", "conv_general_dilated", "embedding"]
 
@@ -116,11 +118,22 @@ def fitted_scale(side: str, arrived: Array, recipe: LinearRecipe, site: Site, he
     """The learned scale of one layer fitted to the operand that arrives; |held| where that is all zeros, which fits no
     scale."""
     if side == "rhs":
-        scale = initial_weight_scale(arrived, recipe, site)
+        fit = lambda recipe: initial_weight_scale(arrived, recipe, site)
     else:
         rows = arrived.reshape(-1, arrived.shape[-1]) if site.kind == "conv_general_dilated" else arrived
-        scale = operand(recipe, "lhs").initial_scale(rows)
-    return jnp.where(scale == 0, jnp.abs(held), scale.astype(held.dtype))
+        fit = lambda recipe: operand(recipe, "lhs").initial_scale(rows)
+    scale, size = fit(recipe), fit(_of_magnitudes(recipe, side))
+    return jnp.where(size == 0, jnp.abs(held), scale.astype(held.dtype))
+
+
+def _of_magnitudes(recipe: LinearRecipe, side: str) -> LinearRecipe:
+    """The recipe with the largest magnitude of a tile for the first value of a learned scale."""
+    quantizer = dataclasses.replace(getattr(recipe.out, side), fit=Learned(_magnitude))
+    return LinearRecipe(out=dataclasses.replace(recipe.out, **{side: quantizer}))
+
+
+def _magnitude(tiles: Array, fmt: Any, axes: tuple[int, ...]) -> Array:
+    return largest_magnitude(tiles, axes)
 
 
 def check_activation_scale(scale: Array, recipe: LinearRecipe, site: Site) -> None:

@@ -187,6 +187,31 @@ def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
     return linen_calibrate.calibrate(model, *args, **kwargs)
 
 
+def calibrate_over(model: Any, batches: Iterable[Any], *, statistic: Literal["mean", "max"] = "mean") -> Any:
+    """`lb.calibrate` over several batches: static activation scales, as post-training quantization has them.
+
+        model = lb.nn.calibrate_over(lb.quantize(model, lb.methods.get("static_integer")), batches)
+
+    Each scale becomes the mean of what the batches fit, or the largest ("max": by absmax, that of all batches). One in
+    which the input of a layer is all zeros fits no scale there, and does not count. batches: as of `lb.nn.gptq`. Sets
+    the scales in place and returns the model; where a batch raises, nothing is set.
+    Raises: TypeError for what is no NNX module; ValueError without batches, for another statistic, and as
+    `lb.calibrate`."""
+    if framework(model, "lb.nn.calibrate_over") != "nnx":
+        raise TypeError(
+            "lb.nn.calibrate_over takes an nnx module. In Linen call lb.calibrate(model, variables, batch) for each"
+            " batch, and take the mean of the scales of its answers."
+        )
+    import jax.numpy as jnp
+
+    from lowbit_jax.nn import nnx_calibrate
+
+    known = {"mean": jnp.nanmean, "max": jnp.nanmax}
+    if statistic not in known:
+        raise ValueError(f"lb.nn.calibrate_over(statistic={statistic!r}): it is 'mean' or 'max'.")
+    return nnx_calibrate.calibrate_over(model, batches, known[statistic])
+
+
 def recipes(model: Any) -> dict[str, LinearRecipe]:
     """The recipe of each quantized layer of an NNX model, by its path (each of its paths, where layers are shared).
 

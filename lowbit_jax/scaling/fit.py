@@ -203,7 +203,7 @@ class Learned:
     initial: Callable = lsq_initial
 
     def __str__(self) -> str:
-        return f"learned, from {self.initial.__name__}"
+        return f"learned, from {getattr(self.initial, '__name__', None) or self.initial}"
 
     def __call__(self, tiles, fmt, axes) -> NoReturn:
         raise ValueError(

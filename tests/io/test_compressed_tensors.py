@@ -190,6 +190,30 @@ def test_activations_are_told(inputs, told, tmp_path):
     assert found.items() >= (told | {"dynamic": True}).items()
 
 
+def test_static_scales_of_activations(tmp_path):
+    static = lb.methods.get("static_integer").out.lhs
+    layers = {name: packed(files.ALL["int8 by rows"]) for name in "ab"}
+    scales = {"a": jnp.float32(0.25), "b": jnp.asarray([-0.5])}  # a learned scale acts by its magnitude
+    compressed_tensors.save(tmp_path, layers, inputs=static, input_scales=scales)
+    arrays, config = raw(tmp_path)
+    told = config["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    assert told == {"dynamic": False, "symmetric": True, "num_bits": 8, "type": "int", "strategy": "tensor"}
+    assert [arrays[f"{name}.input_scale"].tolist() for name in "ab"] == [[0.25], [0.5]]
+    assert compressed_tensors.load(tmp_path)["a.input_scale"] == 0.25
+    save = lambda **options: compressed_tensors.save(tmp_path / "other", layers, **options)
+    with pytest.raises(ValueError, match=r"have a scale that the layer holds. Give it by input_scales="):
+        save(inputs=static, input_scales={"a": jnp.float32(1)})
+    with pytest.raises(ValueError, match=r"the activations of b have no scale of their own"):
+        save(inputs={"a": static}, input_scales=scales)
+    with pytest.raises(ValueError, match="'c' is none of the packed layers"):
+        save(inputs=static, input_scales=scales | {"c": 1})
+    for bad in (0, jnp.nan, jnp.ones(2)):
+        with pytest.raises(ValueError, match="of a is .*; it is one finite number, not 0"):
+            save(inputs=static, input_scales=scales | {"a": bad})
+    with pytest.raises(NotImplementedError, match="activations of a are midrise8 by tensor"):
+        save(inputs=lb.methods.get("lsq", bits=8).out.lhs, input_scales=scales)
+
+
 def test_int8_under_int8_inputs_is_not_packed(tmp_path):
     layer = packed(files.ALL["int8 by rows"])
     compressed_tensors.save(tmp_path, {"layer": layer}, inputs={"layer": files.quantizer("int8")})

@@ -201,6 +201,16 @@ def test_activations_are_named(fp8, tmp_path):
     assert told["config_groups"]["group_0"]["input_activations"]["strategy"] == "token"
 
 
+def test_static_scales_are_those_of_each_layer(tmp_path):
+    run = trained(tmp_path, method="static_integer")
+    folder = exported(run, tmp_path / "ct")
+    read = compressed_tensors.load(folder)
+    model, _ = finished.load(run.out)
+    held = np.abs(np.asarray(model.blocks.mlp.down.dot_general.lhs_scale.get_value()))
+    found = [float(read[f"model.layers.{number}.mlp.down_proj.input_scale"][0]) for number in range(2)]
+    assert found == held.tolist() and found[0] != found[1]
+
+
 def test_dtype(weights_only, tmp_path):
     arrays, told = floats(exported(weights_only, tmp_path / "hf", to="safetensors", dtype="bfloat16"))
     assert {array.dtype.name for array in arrays.values()} == {"bfloat16"} and told["dtype"] == "bfloat16"

@@ -27,8 +27,9 @@ def load(folder: str | os.PathLike) -> dict[str, QTensor | np.ndarray]:
     """What `save` wrote, or another program in the same layouts: packed layers by module, other arrays by parameter.
 
     A layer is a `QTensor` of [outputs, inputs] whose last axis is contracted, `lb.dot_general(x, layer, (((-1,), (1,)),
-    ((), ())), recipe=...)`; a rule of the configuration for the inputs is not in it. Words, scales and zero points are
-    checked. NVFP4's tensor scale is the reciprocal of the file's, rounded.
+    ((), ())), recipe=...)`; what the configuration says of the inputs is not in it (a static scale is the array
+    `<layer>.input_scale`). Words, scales and zero points are checked. NVFP4's tensor scale is the reciprocal of the
+    file's, rounded.
 
     Raises: ValueError for a folder without these files, damaged or of another method, and for formats and strategies
     that are not listed in this module."""

@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Array
 
 from lowbit_jax import coding, packing
-from lowbit_jax.formats.base import FloatFormat, IntFormat
-from lowbit_jax.formats.catalogue import E2M1, E2M3, E4M3, element_format
+from lowbit_jax.formats.base import FloatFormat
+from lowbit_jax.formats.catalogue import E2M1, E2M3, E4M3
 from lowbit_jax.io import tensors
+from lowbit_jax.io.compressed_tensors.inputs import Inputs, by_name
 from lowbit_jax.io.matrix import Integers, Matrix, Outputs, outputs_of
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
-from lowbit_jax.scaling import Block, CastScale, Group, PerRow, PerTensor, PowerOfTwo, TwoLevel, absmax, absmax_edge
+from lowbit_jax.scaling import Block, Group, PerTensor, PowerOfTwo, TwoLevel
 
 CONFIG = "config.json"
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -47,6 +48,7 @@ def save(
     *,
     config: Mapping[str, Any] | None = None,
     inputs: Quantizer | Mapping[str, Quantizer | None] | None = None,
+    input_scales: Mapping[str, Array | np.ndarray] | None = None,
     dtype: Dtype = "float32",
     round_scales: bool = False,
     texts: Mapping[str, str] | None = None,
@@ -57,7 +59,8 @@ def save(
     merged into outputs. A plain array is the parameter `weight` of its module, in the reader's layout (a `Linear`'s
     [outputs, inputs]), unless its name ends in `.weight` or `.bias` and so is a parameter's. config: the model's own
     (architecture, sizes). inputs: the quantizer of the activations, for all layers or by their names; readers know
-    absmax of tokens, tensors and groups, and fit it anew at each call. None: activations stay in high precision.
+    absmax of tokens, tensors and groups, and fit it anew at each call, or a learned scale of a tensor, which
+    input_scales holds by name. None: activations stay in high precision.
     dtype: of the model: arrays are cast to it, and scales must be values of it, unless round_scales. texts: more files
     of the folder, as a tokenizer's.
 
@@ -69,9 +72,8 @@ def save(
     layers = {name: outputs_of(leaf) for name, leaf in weights.items() if isinstance(leaf, QTensor | Outputs)}
     if not layers:
         raise ValueError(f"{_WHO}: no weight is packed. Pack layers by lb.convert, or write plain safetensors.")
-    quantizers = _inputs_by_name(inputs, layers)
-    scales = Scales(dtype, round_scales)
-    modules = {name: _module(name, leaf, quantizers.get(name), scales) for name, leaf in layers.items()}
+    scales, told = Scales(dtype, round_scales), by_name(inputs, input_scales, layers, _WHO)
+    modules = {name: _module(name, leaf, told.get(name), scales) for name, leaf in layers.items()}
     arrays: dict[str, np.ndarray] = {}
     for name, leaf in weights.items():
         own = modules[name].tensors if name in modules else {"": _cast(np.asarray(leaf), dtype)}
@@ -79,8 +81,8 @@ def save(
         if twice := sorted(set(keys) & set(arrays)):
             raise ValueError(f"{_WHO}: there are two arrays for {twice[0]!r}. Name each module once.")
         arrays |= keys
-    told = dict(config or {}) | {"dtype": dtype, "quantization_config": _configuration(modules, set(weights))}
-    files = dict(texts or {}) | {CONFIG: json.dumps(told, indent=2)}
+    whole = dict(config or {}) | {"dtype": dtype, "quantization_config": _configuration(modules, set(weights))}
+    files = dict(texts or {}) | {CONFIG: json.dumps(whole, indent=2)}
     tensors.write(pathlib.Path(folder), arrays, files, _WHO)
 
 
@@ -94,15 +96,7 @@ def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
-def _inputs_by_name(inputs: Any, layers: Mapping[str, Any]) -> Mapping[str, Quantizer | None]:
-    if not isinstance(inputs, Mapping):
-        return dict.fromkeys(layers, inputs)
-    if unknown := sorted(set(inputs) - set(layers)):
-        raise ValueError(f"{_WHO}(inputs=): {unknown[0]!r} is none of the packed layers {sorted(layers)[:3]}...")
-    return inputs
-
-
-def _module(name: str, outputs: Outputs, inputs: Quantizer | None, scales: "Scales") -> _Module:
+def _module(name: str, outputs: Outputs, inputs: Inputs | None, scales: "Scales") -> _Module:
     quantizer = outputs.packed.quantizer
     if name.endswith((".weight", ".bias")):
         raise ValueError(f"{_WHO}: {name!r} is packed, and goes by the name of its module, without what follows it.")
@@ -112,7 +106,7 @@ def _module(name: str, outputs: Outputs, inputs: Quantizer | None, scales: "Scal
             " Train without the rotation (lb.quest(block=None)), or write packed.dequantize() as a plain array."
         )
     matrix = Matrix.of(name, outputs, _WHO)
-    told = None if inputs is None else _input_arguments(name, inputs)
+    told = None if inputs is None else inputs.arguments
     form = _as_floats(matrix, scales) or _as_integers(matrix, told, scales)
     if form is None:
         raise NotImplementedError(
@@ -121,6 +115,8 @@ def _module(name: str, outputs: Outputs, inputs: Quantizer | None, scales: "Scal
             " bits, mid-rise grids of up to 7, FP8 (e4m3), MXFP8, MXFP6 (e2m3), MXFP4 and NVFP4; write"
             " packed.dequantize() as a plain array instead."
         )
+    if inputs is not None and inputs.scale is not None:
+        form = dataclasses.replace(form, tensors=form.tensors | {"input_scale": scales.stored(inputs.scale, name)})
     return dataclasses.replace(form, inputs=told)
 
 
@@ -222,31 +218,6 @@ class Scales:
             f" weights others. Quantize with scale_format=lb.scaling.CastScale({self.dtype!r}), which training then"
             " computes with, save in float32, or pass round_scales=True."
         )
-
-
-def _input_arguments(name: str, quantizer: Quantizer) -> dict[str, Any]:
-    """What the configuration says of activations, which readers fit by absmax at each call."""
-    fmt, tiling, scales = quantizer.format, quantizer.tiling, quantizer.scale_format
-    arguments: dict[str, Any] = {"dynamic": True, "symmetric": not quantizer.zero_point, "num_bits": fmt.bits}
-    fitted = quantizer.fit in (absmax, absmax_edge) and quantizer.rotation is None and quantizer.sparsity is None
-    whole = isinstance(fmt, IntFormat) and fmt == element_format(f"int{fmt.bits}") and fmt.bits > 1
-    plain = isinstance(scales, CastScale) and (whole or fmt == E4M3)
-    match tiling:
-        case PerRow() if fitted and plain:
-            return arguments | {"type": "int" if whole else "float", "strategy": "token"}
-        case PerTensor() if fitted and plain:
-            return arguments | {"type": "int" if whole else "float", "strategy": "tensor"}
-        case Group() if fitted and plain and not quantizer.zero_point:
-            return arguments | {"type": "int" if whole else "float", "strategy": "group", "group_size": tiling.size}
-        case Group(32) if fitted and fmt in MX and isinstance(scales, PowerOfTwo) and scales.times == 1:
-            mx = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-            return arguments | {"type": "float"} | mx
-    raise NotImplementedError(
-        f"{_WHO}: the activations of {name} are {fmt.name} by {tiling.describe()}, a fit that readers of these"
-        " files do not make: they know absmax of int2 to int8 and FP8 by token, tensor or group, and MX formats. Leave"
-        " inputs out for weights alone: the model then computes with activations in high precision, and answers"
-        " otherwise than it was trained."
-    )
 
 
 def _configuration(modules: Mapping[str, _Module], names: set[str]) -> dict[str, Any]:

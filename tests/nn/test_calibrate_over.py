@@ -1,0 +1,153 @@
+"""Static activation scales from several batches, and models that compute with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import lowbit_jax as lb
+
+STATIC = lb.methods.get("static_integer")
+
+
+def net():
+    return nnx.Sequential(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
+
+
+def batches(count: int = 3):
+    """Of different sizes and magnitudes."""
+    return [2.0**n * jax.random.normal(jax.random.key(n), (8 + 4 * n, 32)) for n in range(count)]
+
+
+def scales(model) -> list[float]:
+    return [float(model.layers[i].dot_general.lhs_scale[...]) for i in (0, 2)]
+
+
+def absmax(x) -> float:
+    return float(np.abs(np.asarray(x, np.float64)).max() / 127)
+
+
+@pytest.mark.parametrize("statistic, of", [("mean", np.mean), ("max", np.max)])
+def test_scales_are_those_of_all_batches(statistic, of):
+    """The second layer's by what reaches it in each batch, of a first layer fitted to that batch."""
+    model = lb.quantize(net(), STATIC)
+    assert lb.nn.calibrate_over(model, batches(), statistic=statistic) is model
+    alone = [lb.calibrate(lb.quantize(net(), STATIC), x) for x in batches()]
+    hidden = [nnx.relu(one.layers[0](x)) for one, x in zip(alone, batches(), strict=True)]
+    expected = [of([absmax(x) for x in batches()]), of([absmax(h) for h in hidden])]
+    np.testing.assert_allclose(scales(model), expected, rtol=1e-6)
+
+
+def test_the_largest_is_that_of_the_batches_together():
+    model = lb.nn.calibrate_over(lb.quantize(net(), STATIC), batches(), statistic="max")
+    together = lb.calibrate(lb.quantize(net(), STATIC), jnp.concatenate(batches()))
+    np.testing.assert_allclose(scales(model)[0], scales(together)[0], rtol=1e-6)
+
+
+def test_the_model_computes_with_the_scales_that_it_holds():
+    """y = s_x s_w sum round(x / s_x) round(w / s_w), in float64, whatever the batch at hand."""
+    layer = lb.quantize(nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(0)), STATIC)
+    lb.nn.calibrate_over(layer, batches())
+    x, w = 3 * np.asarray(batches(1)[0], np.float64), np.asarray(layer.kernel[...], np.float64)
+    held = float(layer.dot_general.lhs_scale[...])
+    of_rows = np.abs(w).max(0) / 127
+    expected = np.clip(np.round(x / held), -128, 127) @ np.round(w / of_rows) * of_rows * held
+    found = layer(jnp.asarray(x, jnp.float32))
+    off = np.abs(np.asarray(found) - expected).max(-1) > 1e-4  # a tie that float32 sees otherwise moves a row
+    assert off.mean() <= 0.25 and np.abs(expected).max() > 0.5
+    packed = lb.convert(layer)
+    np.testing.assert_allclose(packed(jnp.asarray(x, jnp.float32)), found, atol=1e-5)
+
+
+def test_a_batch_of_zeros_does_not_count():
+    model, plain = (lb.quantize(net(), STATIC) for _ in range(2))
+    lb.nn.calibrate_over(model, [*batches(), jnp.zeros((4, 32))])
+    lb.nn.calibrate_over(plain, batches())
+    assert scales(model)[0] == scales(plain)[0]
+    before = scales(model)
+    lb.nn.calibrate_over(model, [jnp.zeros((4, 32))])
+    assert scales(model)[0] == before[0]
+
+
+@pytest.mark.parametrize("fmt", ["int4", "midrise4"])
+def test_zeros_fit_no_scale_on_any_grid(fmt):
+    """On a grid with a zero the fit of zeros is 1, which is no scale of this layer."""
+    side = lb.Quantizer(
+        format=lb.formats.get(fmt), tiling=lb.scaling.PerTensor(), fit=lb.scaling.Learned(lb.scaling.absmax),
+        estimator=lb.estimators.LSQ(),
+    )  # fmt: skip
+    recipe = lb.LinearRecipe(out=lb.Gemm(lhs=side))
+    model = lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), recipe)
+    lb.calibrate(model, 5 * batches(1)[0])
+    before = float(model.dot_general.lhs_scale[...])
+    lb.calibrate(model, jnp.zeros((4, 32)))
+    assert float(model.dot_general.lhs_scale[...]) == before != 1
+    dense = lb.quantize(linen.Dense(16), recipe)
+    variables = dense.init(jax.random.key(0), jnp.ones((4, 32)))
+    variables["params"]["lhs_scale"] = jnp.float32(0.3)
+    new = lb.calibrate(dense, variables, jnp.zeros((4, 32)))
+    assert float(new["params"]["lhs_scale"]) == jnp.float32(0.3)
+
+
+def test_arguments_by_name_and_what_is_no_array():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(32, 16, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, factors, double=False):
+            return self.layer(x * factors[0]) * (2 if double else 1)
+
+    model = lb.quantize(Two(), STATIC)
+    lb.nn.calibrate_over(model, [{"x": x, "factors": [1.0, 2.0], "double": True} for x in batches()])
+    np.testing.assert_allclose(
+        float(model.layer.dot_general.lhs_scale[...]), np.mean([*map(absmax, batches())]), rtol=1e-6
+    )
+    lb.nn.calibrate_over(model, [(x, (2.0, 3.0)) for x in batches()])
+    expected = 2 * np.mean([*map(absmax, batches())])
+    np.testing.assert_allclose(float(model.layer.dot_general.lhs_scale[...]), expected, rtol=1e-6)
+
+
+def test_batches_alike_are_compiled_once():
+    traced = []
+
+    class Counted(nnx.Linear):
+        def __call__(self, x):
+            traced.append(x.shape)
+            return super().__call__(x)
+
+    model = lb.quantize(nnx.Sequential(Counted(32, 16, rngs=nnx.Rngs(0))), STATIC)
+    traced.clear()
+    lb.nn.calibrate_over(model, [batches(1)[0]] * 5)
+    assert len(traced) == 1
+
+
+def test_percentiles():
+    model = lb.quantize(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), lb.methods.get("static_integer", percent=99.0))
+    assert "learned, from Percentile(percent=99.0)" in str(lb.explain(model))
+    x = batches(1)[0]
+    lb.calibrate(model, x)
+    expected = np.quantile(np.abs(np.asarray(x, np.float64)), 0.99) / 127
+    np.testing.assert_allclose(float(model.dot_general.lhs_scale[...]), expected, rtol=1e-5)
+
+
+def test_bad_input_sets_nothing():
+    model = lb.quantize(net(), STATIC)
+    before = scales(model)
+    good = batches(1)[0]
+    with pytest.raises(ValueError, match="calibrate_over: this call set no scale in .*layers/0"):
+        lb.nn.calibrate_over(model, [good, good.at[0, 0].set(jnp.nan)])
+    with pytest.raises(ValueError, match="calibrate_over got no batches"):
+        lb.nn.calibrate_over(model, [])
+    with pytest.raises(ValueError, match=r"statistic='median'\): it is 'mean' or 'max'"):
+        lb.nn.calibrate_over(model, [good], statistic="median")
+    with pytest.raises(ValueError, match="no activation scale is learned here"):
+        lb.nn.calibrate_over(lb.quantize(net()), [good])
+    with pytest.raises(TypeError, match="takes an nnx module. In Linen"):
+        lb.nn.calibrate_over(lb.quantize(linen.Dense(4), STATIC), [good])
+    with pytest.raises(ValueError, match="that are being traced"):
+        jax.jit(lambda x: lb.nn.calibrate_over(model, [x]))(good)
+    for bits, percent in ((1, 100.0), (9, 100.0), (8, 0.0), (8, 101.0)):
+        with pytest.raises(ValueError):
+            lb.methods.get("static_integer", bits=bits, percent=percent)
+    assert scales(model) == before
