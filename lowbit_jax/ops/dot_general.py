@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.gptq import gptq
 from lowbit_jax.ops import backend, coded_product, integer_product
-from lowbit_jax.ops.merged import merge, merged_axis, merged_batch
+from lowbit_jax.ops.merged import as_rhs_lies, merge, merged_axis, merged_batch
 from lowbit_jax.ops.packed_product import PackedProduct, has_kernel
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.product import Dims, Forward, backward_operands, plain_product, product
@@ -121,9 +121,10 @@ def pack_rhs(
     scale: Array | None = None,
     gram: Array | None = None,
 ) -> QTensor:
-    """The weight as packed codes and scales; several contraction axes are merged into one.
+    """The weight as packed codes and scales; several contraction axes are merged into one, as they lie in the weight.
 
-    gram: the sum of x^T x over inputs, the contraction axes merged alike, for levels by `gptq`; nearest without it.
+    Their sizes are not kept: axes of 8 and 3 contract with a weight of 4 and 6 unnoticed. gram: the sum of x^T x over
+    inputs, the contraction axes merged alike, for levels by `gptq`; nearest without it.
     Raises: ValueError when the recipe keeps the weight in high precision, and for axes that it has not."""
     _check_recipe("pack_rhs", recipe)
     quantizer = recipe.forward_quantizers[1]
@@ -202,12 +203,12 @@ def _checked_axes(
 
 
 def _rhs_axes(who: str, dimension_numbers: DimensionNumbers, ndim: int) -> tuple[int, ...]:
-    """Non-negative contraction axes of the weight; one at least."""
+    """Non-negative contraction axes of the weight, as they lie in it; one at least."""
     (_, contract), (_, batch) = dimension_numbers
     axes, _ = _checked_axes("rhs", contract, batch, ndim, who)
     if not axes:
         raise ValueError(f"{who}: no contraction axes, so there is no axis to quantize along.")
-    return axes
+    return tuple(sorted(axes))
 
 
 def _one_contraction(lhs, rhs, dimension_numbers):
@@ -225,6 +226,7 @@ def _one_contraction(lhs, rhs, dimension_numbers):
         )
     rhs_ndim = rhs.ndim + (len(lhs_axes) - 1 if packed else 0)
     rhs_axes, rhs_batch = _checked_axes("rhs", rc, rb, rhs_ndim)
+    lhs_axes, rhs_axes = as_rhs_lies(lhs_axes, rhs_axes)
     if not packed:
         sizes = [(lhs.shape[a], rhs.shape[b]) for a, b in zip(lhs_axes, rhs_axes, strict=True)]
         if any(a != b for a, b in sizes):

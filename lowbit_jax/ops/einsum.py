@@ -32,7 +32,7 @@ def parse(spec: str, lhs_ndim: int, rhs_ndim: int) -> tuple[DimensionNumbers, tu
         raise ValueError(f"lb.einsum({spec!r}): each letter of one operand only must be in the output, and no other.")
     shared = [c for c in lhs if c in rhs]
     batch = [c for c in shared if c in out]
-    contract = [c for c in shared if c not in out]
+    contract = sorted((c for c in shared if c not in out), key=rhs.index)  # a packed weight is merged as it lies
     numbers = (
         (tuple(map(lhs.index, contract)), tuple(map(rhs.index, contract))),
         (tuple(map(lhs.index, batch)), tuple(map(rhs.index, batch))),

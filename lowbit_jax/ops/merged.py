@@ -20,6 +20,15 @@ def merge(x, axes):
     return last.reshape(*moved[: x.ndim - len(axes)], length), x.ndim - len(axes), back
 
 
+def as_rhs_lies(lhs_axes: tuple[int, ...], rhs_axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The pairs of contraction axes in the order in which the weight has them, so that every order of the pairs is the
+    same product with a weight that was merged before."""
+    if len(rhs_axes) == 1:
+        return lhs_axes, rhs_axes
+    pairs = sorted(zip(lhs_axes, rhs_axes, strict=True), key=lambda pair: pair[1])
+    return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+
+
 def merged_axis(axes: tuple[int, ...], ndim: int) -> int:
     """Where the contraction axis lies after `merge`."""
     return axes[0] if axes == tuple(range(axes[0], axes[0] + len(axes))) else ndim - len(axes)

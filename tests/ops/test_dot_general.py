@@ -82,6 +82,46 @@ def test_packed_and_ready_weights_give_the_same_product(key, layout, recipe):
     np.testing.assert_allclose(product(lhs, packed, numbers, recipe=recipe), y, **tolerance)
 
 
+@pytest.mark.parametrize("packed_as", [((1, 2), (2, 1)), ((2, 1), (1, 2))])
+@pytest.mark.parametrize("recipe", ["quest4", "groups"])
+def test_the_order_of_the_contracted_pairs_does_not_matter(key, packed_as, recipe):
+    """The weight's own order is that of its packed rows, whoever packs it and whoever multiplies."""
+    recipe, orders = RECIPES[recipe], (((1, 2), (2, 1)), ((2, 1), (1, 2)))
+    x, w = jax.random.normal(key, (8, 4, 16)), jax.random.normal(jax.random.split(key)[1], (5, 16, 4))
+    packed = pack_rhs(w, (packed_as, ((), ())), recipe)
+    x_hat = by_hand(recipe.out.lhs, jnp.swapaxes(x, 1, 2), (1, 2))
+    w_hat = by_hand(recipe.out.rhs, w, (1, 2))
+    expected = np.einsum("bji,nji->bn", x_hat, w_hat)
+    tolerance = dict(atol=64 * 2e-6 * np.abs(expected).max())
+    for order in orders:
+        for rhs in (w, packed):
+            y = product(x, rhs, (order, ((), ())), precision="highest", recipe=recipe)
+            np.testing.assert_allclose(y, expected, **tolerance)
+    gradients = [
+        jax.jit(
+            jax.grad(lambda x, w, order=order: jnp.sum(product(x, w, (order, ((), ())), recipe=recipe) ** 2), (0, 1))
+        )(x, w)
+        for order in orders
+    ]
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_array_equal(one, other)
+    ready = quantize_rhs(w, (packed_as, ((), ())), recipe)
+    np.testing.assert_allclose(
+        product(x, ready, (orders[0], ((), ())), recipe=recipe.with_rhs_ready()), expected, **tolerance
+    )
+
+
+def test_gradients_of_contraction_axes_in_descending_order(key):
+    x, w = jax.random.normal(key, (8, 4, 16)), jax.random.normal(jax.random.split(key)[1], (5, 16, 4))
+    numbers = (((1, 2), (2, 1)), ((), ()))
+    recipe = lb.LinearRecipe(out=lb.Gemm(lhs=lb.Quantizer(), rhs=lb.Quantizer()))
+    _, pull = jax.vjp(lambda x, w: lb.dot_general(x, w, numbers, recipe=recipe), x, w)
+    _, plain = jax.vjp(lambda x, w: jax.lax.dot_general(x, w, numbers, "highest"), x, w)
+    g = jax.random.normal(key, (8, 5))
+    for got, expected in zip(pull(g), plain(g), strict=True):
+        np.testing.assert_allclose(got, expected, atol=0.02 * float(jnp.abs(expected).max()))
+
+
 def test_microbatches_with_ready_weights_give_the_gradient_of_the_whole(key):
     """Quantize once, accumulate over microbatches, pull back once: equal to differentiating the whole batch."""
     recipe, numbers = lb.quest(4), LAYOUTS["dense"][2]
