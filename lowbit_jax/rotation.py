@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lowbit_jax.formats.base import settle_integers
+from lowbit_jax.scaling.tiling import normalized_axes
 
 
 @functools.cache
@@ -116,12 +117,12 @@ class Hadamard:
     def apply(self, x: Float[Array, "*s"], axis: int = -1, *, with_gradient: bool = True) -> Float[Array, "*s"]:
         """The rotated array, float32. `with_gradient=False` for code that has a gradient rule of its own: the same
         values, in less time to trace."""
-        axis %= x.ndim
+        (axis,) = normalized_axes(axis, x.ndim, "Hadamard")
         return self._blocks(self._flip(x, axis), axis, with_gradient)
 
     def undo(self, y: Float[Array, "*s"], axis: int = -1, *, with_gradient: bool = True) -> Float[Array, "*s"]:
         """The array that `apply` rotated, float32; since the map is orthogonal, also its transpose."""
-        axis %= y.ndim
+        (axis,) = normalized_axes(axis, y.ndim, "Hadamard")
         return self._flip(self._blocks(y, axis, with_gradient), axis)
 
     def _blocks(self, x: Float[Array, "*s"], axis: int, with_gradient: bool) -> Float[Array, "*s"]:

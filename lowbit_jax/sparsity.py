@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from lowbit_jax.formats.base import settle_integers
 from lowbit_jax.rounding import power_of_two
+from lowbit_jax.scaling.tiling import normalized_axes
 
 
 @runtime_checkable
@@ -105,7 +106,7 @@ class NofM:
         return 1
 
     def mask(self, x, axis):
-        axis %= x.ndim
+        (axis,) = normalized_axes(axis, x.ndim, "NofM")
         return _ungroup(_keep_largest(jnp.abs(_groups(x, axis, self.m, f"{self.n}:{self.m}")), self.n), axis)
 
     def describe(self) -> str:
@@ -139,7 +140,7 @@ class PairsNofM:
         return 2
 
     def mask(self, x, axis):
-        axis %= x.ndim
+        (axis,) = normalized_axes(axis, x.ndim, "PairsNofM")
         groups = _groups(x, axis, 2 * self.m, self.describe())
         largest = jnp.max(jnp.where(jnp.isfinite(groups), jnp.abs(groups), 0), axis=-1, keepdims=True)
         unit = jnp.clip(power_of_two(largest, "floor"), 2.0**-126, 2.0**126)  # else squares over- and underflow

@@ -83,6 +83,15 @@ def test_empty_and_vmapped(key):
     np.testing.assert_allclose(jax.vmap(Hadamard().apply)(x), Hadamard().apply(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("way", ["apply", "undo"])
+def test_an_axis_that_is_not_there(way):
+    for axis in (2, -3):
+        with pytest.raises(ValueError, match=f"Hadamard: axis {axis} of an array of 2 dimensions"):
+            getattr(Hadamard(block=4), way)(jnp.ones((4, 8)), axis)
+    with pytest.raises(ValueError, match="0 dimensions. Reshape"):
+        getattr(Hadamard(), way)(jnp.ones(()))
+
+
 def test_bad_block():
     with pytest.raises(ValueError, match="2\\^n rows"):
         Hadamard(block=100)

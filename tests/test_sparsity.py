@@ -59,6 +59,15 @@ def test_compressed_codes_come_back(key, support):
     np.testing.assert_array_equal(np.where(mask, back, 0), np.where(mask, codes, 0))
 
 
+@pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: s.describe())
+def test_an_axis_that_is_not_there(support):
+    for axis in (2, -3):
+        with pytest.raises(ValueError, match=f"NofM: axis {axis} of an array of 2 dimensions"):
+            support.mask(jnp.ones((8, 8)), axis)
+    with pytest.raises(ValueError, match="0 dimensions. Reshape"):
+        support.mask(jnp.ones(()), 0)
+
+
 def test_bad_sizes():
     with pytest.raises(ValueError, match=r"2:4 cuts axis 1 of length 6.*leaves 2"):
         NofM(2, 4).mask(jnp.ones((2, 6)), 1)

@@ -26,9 +26,8 @@ def normalized_axes(axis: Axis, ndim: int, who: str) -> tuple[int, ...]:
     axes = tuple(whole_number(a, f"{who}: axis") for a in axes)
     for a in axes:
         if not -ndim <= a < ndim:
-            raise ValueError(
-                f"{who}: axis {a} of an array of {ndim} dimensions. Give an axis from {-ndim} to {ndim - 1}."
-            )
+            way_out = f"Give an axis from {-ndim} to {ndim - 1}" if ndim else "Reshape it to (1,)"
+            raise ValueError(f"{who}: axis {a} of an array of {ndim} dimensions. {way_out}.")
     axes = tuple(a % ndim for a in axes)
     if len(set(axes)) < len(axes):
         raise ValueError(f"{who}: axis={axis!r} names an axis twice. Give each contraction axis once.")
