@@ -70,7 +70,7 @@ def conv_general_dilated(
             f"lb.conv_general_dilated: random signs differ between the {feature_group_count} feature groups, so they"
             " would not cancel. Use Hadamard(signs=None) for grouped convolutions."
         )
-    lhs, rhs, learned = vary_alike(lhs, rhs, checked_scales(recipe, scales, packed=False))
+    lhs, rhs, learned = vary_alike(lhs, rhs, checked_scales("lb.conv_general_dilated", recipe, scales, packed=False))
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     lhs_key, rhs_key = (None, None) if key is None else jax.random.split(key)
     lhs_channel, rhs_channel = numbers.lhs_spec[1], numbers.rhs_spec[1]

@@ -48,11 +48,31 @@ def dot_general(
     `scales` holds the parameters of learned fits, under "lhs" and "rhs".
     Raises: TypeError for operands that are not floating or a recipe that is none; ValueError for sizes that disagree,
     products without a contraction, missing keys or scales, and groups that do not divide the contraction."""
-    _check_recipe("lb.dot_general", recipe)
-    check_operands("lb.dot_general", lhs, rhs, key)
-    learned = checked_scales(recipe, scales, packed=isinstance(rhs, QTensor))
-    out_dtype = lhs.dtype if preferred_element_type is None else preferred_element_type
-    lhs, rhs, dims = _one_contraction(lhs, rhs, dimension_numbers)
+    return dot_general_of(
+        "lb.dot_general", lhs, rhs, dimension_numbers, precision, preferred_element_type,
+        out_sharding=out_sharding, recipe=recipe, key=key, scales=scales,
+    )  # fmt: skip
+
+
+def dot_general_of(
+    who: str,
+    lhs: Any,
+    rhs: Any,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    *,
+    out_sharding: Any = None,
+    recipe: LinearRecipe,
+    key: Array | None = None,
+    scales: Mapping[str, Array] | None = None,
+) -> Float[Array, "*out"]:
+    """`dot_general`, called by `who`, whose name starts the errors about its arguments."""
+    _check_recipe(who, recipe)
+    check_operands(who, lhs, rhs, key)
+    learned = checked_scales(who, recipe, scales, packed=isinstance(rhs, QTensor))
+    out_dtype = lhs.dtype if preferred_element_type is None else _dtype(who, preferred_element_type)
+    lhs, rhs, dims = _one_contraction(who, lhs, rhs, dimension_numbers)
     lhs_key, rhs_key, backward_key = (None, None, None) if key is None else jax.random.split(key, 3)
     rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
     forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
@@ -69,7 +89,7 @@ def dot_general(
         if reason is None:
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs)
         if by_name:
-            raise NotImplementedError(f"lb.dot_general: no integer product for this recipe: {reason}.")
+            raise NotImplementedError(f"{who}: no integer product for this recipe: {reason}.")
     if coded_product.serves(recipe, forward, lhs, rhs, rotated):
         return coded_product.coded_product(forward, recipe, lhs, rhs, (lhs_key, rhs_key, backward_key))
     lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, learned.get("lhs"))
@@ -108,6 +128,7 @@ def quantize_rhs(
     _check_recipe("quantize_rhs", recipe)
     if recipe.out.rhs is None or recipe.rhs_ready:
         return rhs
+    _check_weight("quantize_rhs", rhs)
     merged, axis, restore = merge(rhs, _rhs_axes("quantize_rhs", dimension_numbers, rhs.ndim))
     return restore(_operand(recipe.out.rhs, merged, axis, recipe.shared_rotation, key, scale)).astype(rhs.dtype)
 
@@ -125,13 +146,15 @@ def pack_rhs(
 
     Their sizes are not kept: axes of 8 and 3 contract with a weight of 4 and 6 unnoticed. gram: the sum of x^T x over
     inputs, the contraction axes merged alike, for levels by `gptq`; nearest without it.
-    Raises: ValueError when the recipe keeps the weight in high precision, and for axes that it has not."""
+    Raises: ValueError when the recipe keeps the weight in high precision, and for axes that it has not; TypeError for
+    a weight that is no floating array."""
     _check_recipe("pack_rhs", recipe)
     quantizer = recipe.forward_quantizers[1]
     if quantizer is None:
         raise ValueError(
             "pack_rhs: this recipe keeps its weight (out.rhs) in high precision, so there is nothing to pack."
         )
+    _check_weight("pack_rhs", rhs)
     merged, axis, _ = merge(rhs, _rhs_axes("pack_rhs", dimension_numbers, rhs.ndim))
     if gram is not None:
         return gptq(quantizer, merged, gram, axis=axis, scale=scale)
@@ -145,19 +168,19 @@ def _operand(quantizer, x, axis, rotated, key, scale):
     return (quantizer.in_rotated_space if rotated else quantizer)(x, axis=axis, key=key, scale=scale)
 
 
-def checked_scales(recipe: LinearRecipe, scales: Mapping[str, Array] | None, packed: bool) -> dict[str, Array]:
+def checked_scales(
+    who: str, recipe: LinearRecipe, scales: Mapping[str, Array] | None, packed: bool
+) -> dict[str, Array]:
     """`scales` as a dict that holds just the learned scales of this product."""
     scales = dict(scales or {})
     wanted = set(recipe.learned) - ({"rhs"} if packed or recipe.rhs_ready else set())
     if wanted - set(scales):
         raise ValueError(
-            f"lb.dot_general: the recipe learns the scale of {sorted(wanted)}, and `scales` holds {sorted(scales)}."
+            f"{who}: the recipe learns the scale of {sorted(wanted)}, and `scales` holds {sorted(scales)}."
             " Start from quantizer.initial_scale(x), or let lb.quantize hold them in the layer."
         )
     if set(scales) - set(recipe.learned):
-        raise ValueError(
-            f"lb.dot_general: `scales` for {sorted(set(scales) - set(recipe.learned))}, which are not learned."
-        )
+        raise ValueError(f"{who}: `scales` for {sorted(set(scales) - set(recipe.learned))}, which are not learned.")
     return scales
 
 
@@ -168,31 +191,63 @@ def _check_recipe(who: str, recipe: Any) -> None:
 
 def check_operands(who: str, lhs: Any, rhs: Any, key: Any) -> None:
     """Raises: TypeError for operands that are not floating arrays (`rhs` may be packed) and a key that is none."""
-    for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if isinstance(x, QTensor):
-            if name == "lhs":
-                raise TypeError(
-                    f"{who} got a packed lhs. The weight goes on the right: swap the operands, or pass"
-                    " lhs.dequantize()."
-                )
-        elif not hasattr(x, "dtype") or not hasattr(x, "ndim"):
-            raise TypeError(f"{who} got a {type(x).__name__} for {name}; it takes arrays: pass jnp.asarray(...).")
-        elif not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{who} got {name} of {x.dtype}; it quantizes floating arrays. Cast it first.")
+    if isinstance(lhs, QTensor):
+        raise TypeError(
+            f"{who} got a packed lhs. The weight goes on the right: swap the operands, or pass lhs.dequantize()."
+        )
+    _check_floating(who, "lhs", lhs)
+    if not isinstance(rhs, QTensor):
+        _check_floating(who, "rhs", rhs)
     if key is not None:
         check_key(who, key)
 
 
-def _checked_axes(
-    side: str, contract: Any, batch: Any, ndim: int, who: str = "lb.dot_general"
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _check_floating(who: str, name: str, x: Any) -> None:
+    if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
+        raise TypeError(f"{who} got a {type(x).__name__} for {name}; it takes arrays: pass jnp.asarray(...).")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{who} got {name} of {x.dtype}; it quantizes floating arrays. Cast it first.")
+
+
+def _check_weight(who: str, rhs: Any) -> None:
+    """Raises: TypeError for a weight that is packed already or no floating array."""
+    if isinstance(rhs, QTensor):
+        raise TypeError(f"{who} got {rhs!r}, which is packed already. Pass rhs.dequantize() to do it anew.")
+    _check_floating(who, "rhs", rhs)
+
+
+def _dtype(who: str, dtype: Any) -> Any:
+    try:
+        return jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"{who} got preferred_element_type={dtype!r}; it takes a dtype, such as jnp.float32, or None for that of"
+            " lhs."
+        ) from None
+
+
+_NUMBERS = "They are ((lhs contraction, rhs contraction), (lhs batch, rhs batch)), each a sequence of integers."
+
+
+def _sides(who: str, dimension_numbers: Any) -> DimensionNumbers:
+    """((lhs contraction, rhs contraction), (lhs batch, rhs batch)), none of them checked.
+
+    Raises: TypeError for what is not two pairs."""
+    try:
+        (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    except (TypeError, ValueError):
+        raise TypeError(f"{who} got dimension_numbers={dimension_numbers!r}. {_NUMBERS}") from None
+    return (lhs_contract, rhs_contract), (lhs_batch, rhs_batch)
+
+
+def _checked_axes(who: str, side: str, contract: Any, batch: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Non-negative contraction and batch axes of one operand."""
     try:
         axes = tuple(operator.index(a) for a in (*contract, *batch))
     except TypeError:
         raise TypeError(
             f"{who} got dimension_numbers with {contract!r} to contract and {batch!r} as batch axes of {side}."
-            " They are ((lhs contraction, rhs contraction), (lhs batch, rhs batch)), each a sequence of integers."
+            f" {_NUMBERS}"
         ) from None
     if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) != len(axes):
         raise ValueError(
@@ -204,34 +259,32 @@ def _checked_axes(
 
 def _rhs_axes(who: str, dimension_numbers: DimensionNumbers, ndim: int) -> tuple[int, ...]:
     """Non-negative contraction axes of the weight, as they lie in it; one at least."""
-    (_, contract), (_, batch) = dimension_numbers
-    axes, _ = _checked_axes("rhs", contract, batch, ndim, who)
+    (_, contract), (_, batch) = _sides(who, dimension_numbers)
+    axes, _ = _checked_axes(who, "rhs", contract, batch, ndim)
     if not axes:
         raise ValueError(f"{who}: no contraction axes, so there is no axis to quantize along.")
     return tuple(sorted(axes))
 
 
-def _one_contraction(lhs, rhs, dimension_numbers):
+def _one_contraction(who, lhs, rhs, dimension_numbers):
     packed = isinstance(rhs, QTensor)
-    (lc, rc), (lb, rb) = dimension_numbers
-    lhs_axes, lhs_batch = _checked_axes("lhs", lc, lb, lhs.ndim)
+    (lc, rc), (lb, rb) = _sides(who, dimension_numbers)
+    lhs_axes, lhs_batch = _checked_axes(who, "lhs", lc, lb, lhs.ndim)
     if not lhs_axes:
-        raise ValueError(
-            "lb.dot_general: no contraction axes, so there is no axis to quantize along. Multiply instead."
-        )
+        raise ValueError(f"{who}: no contraction axes, so there is no axis to quantize along. Multiply instead.")
     if (len(lc), len(lb)) != (len(rc), len(rb)):
         raise ValueError(
-            f"lb.dot_general got dimension_numbers {dimension_numbers}: lhs and rhs name different numbers of"
+            f"{who} got dimension_numbers {dimension_numbers}: lhs and rhs name different numbers of"
             " contraction or batch axes. Name as many on each side."
         )
     rhs_ndim = rhs.ndim + (len(lhs_axes) - 1 if packed else 0)
-    rhs_axes, rhs_batch = _checked_axes("rhs", rc, rb, rhs_ndim)
+    rhs_axes, rhs_batch = _checked_axes(who, "rhs", rc, rb, rhs_ndim)
     lhs_axes, rhs_axes = as_rhs_lies(lhs_axes, rhs_axes)
     if not packed:
         sizes = [(lhs.shape[a], rhs.shape[b]) for a, b in zip(lhs_axes, rhs_axes, strict=True)]
         if any(a != b for a, b in sizes):
             raise ValueError(
-                f"lb.dot_general: contraction axes {lhs_axes} of lhs {lhs.shape} against {rhs_axes} of rhs {rhs.shape}"
+                f"{who}: contraction axes {lhs_axes} of lhs {lhs.shape} against {rhs_axes} of rhs {rhs.shape}"
                 f" differ in length: {', '.join(f'{a} and {b}' for a, b in sizes if a != b)}. Check dimension_numbers,"
                 " or in a layer the size of its input."
             )
@@ -242,14 +295,21 @@ def _one_contraction(lhs, rhs, dimension_numbers):
         rhs_axis = rhs.ndim + rhs.axis
         if rhs_axis != (named := merged_axis(rhs_axes, rhs_ndim)):
             raise ValueError(
-                f"lb.dot_general: the packed rhs of shape {rhs.shape} lies along axis {rhs_axis}, and dimension_numbers"
+                f"{who}: the packed rhs of shape {rhs.shape} lies along axis {rhs_axis}, and dimension_numbers"
                 f" contract axis {named}. Pack it along that one: quantizer.quantize(w, axis={named}), or pack_rhs."
             )
         if rhs.length != lhs.shape[lhs_axis]:
             raise ValueError(
-                f"lb.dot_general: the packed rhs holds {rhs.length} elements along its contraction axis and lhs"
+                f"{who}: the packed rhs holds {rhs.length} elements along its contraction axis and lhs"
                 f" {lhs.shape[lhs_axis]}. Check the size of the layer's input, or pack this layer's own weight."
             )
     else:
         rhs, rhs_axis, _ = merge(rhs, rhs_axes)
+    sizes = [(lhs.shape[a], rhs.shape[b]) for a, b in zip(lhs_batch, rhs_batch, strict=True)]
+    if any(a != b for a, b in sizes):
+        raise ValueError(
+            f"{who}: batch axes of lhs {lhs.shape} and rhs {rhs.shape} differ in length:"
+            f" {', '.join(f'{a} and {b}' for a, b in sizes if a != b)}. Check the operands; an axis of length 1 is not"
+            " repeated: jnp.broadcast_to does that."
+        )
     return lhs, rhs, Dims(lhs_axis, rhs_axis, lhs_batch, rhs_batch)

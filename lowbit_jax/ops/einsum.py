@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
-from lowbit_jax.ops.dot_general import DimensionNumbers, check_operands, dot_general
+from lowbit_jax.ops.dot_general import DimensionNumbers, check_operands, dot_general_of
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.qtensor import QTensor
 
@@ -81,12 +81,13 @@ def einsum(
 ) -> Float[Array, "*out"]:
     """`jnp.einsum(spec, lhs, rhs)` through `lb.dot_general`; `lhs` is the activation and `rhs` the weight.
 
-    `out_sharding` is of the axes as `spec` writes them. Raises: TypeError and ValueError as `lb.dot_general`,
-    ValueError as `parse`."""
+    `out_sharding` is of the axes as `spec` writes them. Axes of length 1 are not repeated. Raises: TypeError and
+    ValueError as `lb.dot_general`, ValueError as `parse`."""
     check_operands("lb.einsum", lhs, rhs, key)
     merged = max(_contracted(spec) - 1, 0) if isinstance(rhs, QTensor) else 0  # a packed weight has one axis for them
     numbers, permutation = parse(spec, lhs.ndim, rhs.ndim + merged)
-    out = dot_general(
+    out = dot_general_of(
+        "lb.einsum",
         lhs,
         rhs,
         numbers,

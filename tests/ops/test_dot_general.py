@@ -224,6 +224,17 @@ def test_bad_arguments_say_the_way_out():
         (TypeError, "got a float for lhs", lambda: dot(lhs=1.0)),
         (TypeError, "lb.dot_general got 0 for a key", lambda: dot(key=0)),
         (TypeError, "sequence of integers", lambda: dot(dimension_numbers=((1, 0), ((), ())))),
+        (TypeError, "lb.dot_general got dimension_numbers=None. They are", lambda: dot(dimension_numbers=None)),
+        (TypeError, "numbers=\\(\\(1,\\), \\(0,\\)\\). They", lambda: dot(dimension_numbers=((1,), (0,)))),
+        (TypeError, "pack_rhs got dimension_numbers=3. They", lambda: pack_rhs(w, 3, lb.quest(4))),
+        (TypeError, "preferred_element_type='f32'; it takes a dtype", lambda: dot(preferred_element_type="f32")),
+        (TypeError, "pack_rhs got a list for rhs", lambda: pack_rhs([[1.0]], dense, lb.quest(4))),
+        (
+            TypeError,
+            "pack_rhs got QTensor.*packed already",
+            lambda: pack_rhs(packed, (((1, 2), (0, 1)), ((), ())), lb.quest(4)),
+        ),
+        (TypeError, "quantize_rhs got QTensor.*packed already", lambda: quantize_rhs(packed, dense, lb.quest(4))),
         (
             ValueError,
             "pack_rhs: rhs has 2 axes.*Name each axis",
@@ -239,6 +250,17 @@ def test_bad_arguments_say_the_way_out():
     for error, words, call in cases:
         with pytest.raises(error, match=words):
             call()
+
+
+def test_batch_axes_of_other_sizes_are_named(key):
+    x, w, numbers = operands(key, "batched")
+    recipe = lb.quest(4)
+    for rhs in (w, pack_rhs(w, numbers, recipe)):
+        for lhs, sizes in ((x[:2], "2 and 3"), (x[:1], "1 and 3")):
+            with pytest.raises(
+                ValueError, match=f"lb.dot_general: batch axes of .* differ in length: {sizes}. .*repeated"
+            ):
+                lb.dot_general(lhs, rhs, numbers, recipe=recipe)
 
 
 def test_empty_batch():

@@ -84,6 +84,23 @@ def test_einsum_refuses(spec):
         lb.einsum(spec, jnp.ones((3, 32)), jnp.ones((32, 5)), recipe=lb.quest(4))
 
 
+def test_einsum_repeats_no_axis():
+    """NumPy does; a packed weight could not tell whether it was meant."""
+    with pytest.raises(ValueError, match="lb.einsum: batch axes .* differ in length: 1 and 4. .* jnp.broadcast_to"):
+        lb.einsum("...ij,...jk->...ik", jnp.ones((1, 3, 32)), jnp.ones((4, 32, 5)), recipe=lb.quest(4))
+
+
+def test_missing_scales_are_asked_for_by_who_is_called():
+    recipe = lb.methods.get("lsq")
+    with pytest.raises(ValueError, match="^lb.einsum: the recipe learns the scale of"):
+        lb.einsum("bk,kn->bn", jnp.ones((2, 32)), jnp.ones((32, 2)), recipe=recipe)
+    with pytest.raises(ValueError, match="^lb.conv_general_dilated: the recipe learns the scale of"):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        lb.conv_general_dilated(
+            jnp.ones((1, 4, 4, 8)), jnp.ones((3, 3, 8, 4)), (1, 1), "SAME", dimension_numbers=numbers, recipe=recipe
+        )
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(
     "recipe", [lb.quest(4), lb.quest(3, activations=False), lb.methods.get("absmax_integer", bits=8)]
