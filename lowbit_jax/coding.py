@@ -17,6 +17,8 @@ def encode(values: Float[Array, "*s"], fmt: Format) -> UInt8[Array, "*s"]:
 
     NaN gets the NaN code of the format, or code 0 where it has none (a NaN scale then keeps the tile NaN). Infinities
     get the infinity code, or that of the largest magnitude. -0 is kept by floats that have it, else it is 0."""
+    if not hasattr(values, "astype"):
+        raise TypeError(f"coding.encode got a {type(values).__name__}; it takes arrays: pass jnp.asarray(values).")
     x = values.astype(jnp.float32)
     match fmt:
         case IntFormat():
@@ -36,7 +38,10 @@ def decode(codes: UInt8[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
     """The value of each code in float32, exactly; codebook values are rounded to float32.
 
     A code that `encode` never gives (an integer format of 3 values has a fourth 2-bit code) decodes to a number beyond
-    the grid, or in a codebook to its largest value."""
+    the grid, or in a codebook to its largest value. Raises: TypeError for codes that are not uint8."""
+    if getattr(codes, "dtype", None) != jnp.uint8:
+        kind = f"an array of {codes.dtype}" if hasattr(codes, "dtype") else f"a {type(codes).__name__}"
+        raise TypeError(f"coding.decode got {kind}; it takes uint8: the codes of coding.encode, or of packing.unpack.")
     match fmt:
         case IntFormat():
             return codes.astype(jnp.float32) + fmt.low

@@ -42,9 +42,11 @@ def pack(codes: UInt8[Array, "*rows size"], bits: int) -> UInt8[Array, "*rows pa
 def unpack(words: UInt8[Array, "*rows packed"], bits: int, size: int) -> UInt8[Array, "*rows size"]:
     """The `size` codes of each row: the inverse of `pack`.
 
-    Raises: ValueError for a width that is not 1 to 8, or rows whose length is not `packed_size(size, bits)`; TypeError
-    for words that are not uint8."""
+    Raises: ValueError for a width that is not 1 to 8, a negative size, or rows whose length is not `packed_size(size,
+    bits)`; TypeError for words that are not uint8."""
     _check("unpack", words, bits)
+    if whole_number(size, "packing.unpack(size=)") < 0:
+        raise ValueError(f"packing.unpack got size={size}; a row has 0 codes or more.")
     expected = packed_size(size, bits)
     if words.shape[-1] != expected:
         raise ValueError(

@@ -96,3 +96,12 @@ def test_a_block_format_is_not_an_element_format():
     for function in (coding.encode, coding.decode):
         with pytest.raises(TypeError):
             function(jnp.zeros((2,), jnp.uint8 if function is coding.decode else jnp.float32), formats.MXFP4)
+
+
+def test_what_is_no_array_of_values_or_codes():
+    """Floats would decode to other numbers than anyone's."""
+    with pytest.raises(TypeError, match="coding.encode got a list; it takes arrays"):
+        coding.encode([1.0, 2.0], formats.INT4)
+    for codes, seen in ((jnp.ones(2), "array of float32"), (jnp.ones(2, jnp.int32), "array of int32"), ([1], "a list")):
+        with pytest.raises(TypeError, match=f"coding.decode got an? ?{seen.removeprefix('a ')}; it takes uint8"):
+            coding.decode(codes, formats.INT4)

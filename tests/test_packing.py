@@ -97,6 +97,10 @@ def test_wrong_calls_say_what_they_need():
         packing.unpack(codes, 0, 4)
     with pytest.raises(ValueError, match="rows of 4 bytes for 4 codes of 4 bits, which take 2"):
         packing.unpack(codes, 4, 4)
+    with pytest.raises(ValueError, match="size=-1; a row has 0 codes or more"):
+        packing.unpack(codes[:0], 4, -1)
+    with pytest.raises(TypeError, match="pass an integer"):
+        packing.unpack(codes, 4, 8.0)
     with pytest.raises(TypeError):
         packing.pack(codes.astype(jnp.int32), 4)
     with pytest.raises(TypeError):
