@@ -235,11 +235,11 @@ class QTensor:
         is_array = lambda leaf: hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         if self.words is None or not all(map(is_array, leaves)):  # mapped to shardings, specs and the like
             return (
-                f"QTensor({self.quantizer.format.name}, words={self.words!r}, scales={self.scales!r},"
+                f"{type(self).__name__}({self.quantizer.format.name}, words={self.words!r}, scales={self.scales!r},"
                 f" marks={self.marks!r})"
             )
         return (
-            f"QTensor({jnp.dtype(self.dtype).name}{list(self.shape)}, {self.quantizer.format.name},"
+            f"{type(self).__name__}({jnp.dtype(self.dtype).name}{list(self.shape)}, {self.quantizer.format.name},"
             f" {self.nbytes} bytes, {self.bits_per_element:.2f} bits per element)"
         )
 

@@ -23,7 +23,7 @@ _VERSION = 1
 
 
 @register_packed
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PlaneTensor(QTensor):
     """A `QTensor` whose words are arrays [blocks, rows, 32], one a field of its codes, for `pallas_kernels`.
 
@@ -157,7 +157,11 @@ def why_not(packed: QTensor) -> str | None:
 def to_planes(packed: QTensor, word_bits: int, implementation: str = "auto") -> PlaneTensor:
     """The weight of one layer in the layout of the kernels; word_bits: 16 for 16-bit activations, 8 for int8 ones.
 
-    Raises: ValueError when the kernels cannot read such a weight, and for an unknown implementation."""
+    Raises: ValueError when the kernels cannot read such a weight, and for an unknown implementation; TypeError for what
+    is not packed, or in planes already."""
+    if not isinstance(packed, QTensor) or isinstance(packed, PlaneTensor):
+        seen = repr(packed) if isinstance(packed, QTensor) else f"a {type(packed).__name__}"
+        raise TypeError(f"to_planes got {seen}; it takes a QTensor of layout {packing.LAYOUT!r}: pack_rhs makes one.")
     if implementation not in backend.IMPLEMENTATIONS:
         raise ValueError(
             f"to_planes: implementation {implementation!r} is none of {', '.join(backend.IMPLEMENTATIONS)}."

@@ -1,6 +1,7 @@
 """Whole models packed in the kernels' layout: the same outputs, and a table that names the kernels."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,17 @@ def test_stacked_layers_are_packed_and_sliced(key):
     planes = lb.convert(model, layout="planes/1")
     assert planes.kernel.get_value().shape == (3, 128, 128)
     np.testing.assert_array_equal(np.asarray(run(planes, x), np.float32), expected)
+
+
+def test_what_is_not_packed_in_rows_is_refused():
+    packed = pack(jnp.ones((128, 32)), (((1,), (0,)), ((), ())), lb.quest(4))
+    planes = in_planes(packed, 8)
+    shown = "PlaneTensor(float32[128, 32], midrise4, "
+    assert repr(planes).startswith(shown) and len(repr(planes)) < 120  # no arrays
+    assert repr(jax.eval_shape(lambda: planes)) == repr(planes)
+    for wrong, seen in ((planes, re.escape(shown)), (jnp.ones((128, 32)), "a ArrayImpl"), (None, "a NoneType")):
+        with pytest.raises(TypeError, match=f"to_planes got {seen}.*it takes a QTensor"):
+            to_planes(wrong, 8)
 
 
 def test_options_without_effect_raise():
