@@ -20,6 +20,7 @@ from jaxtyping import Array, Int, UInt8
 
 IMPLEMENTATIONS = ("auto", "kernel", "reference", "interpret")
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 and asynchronous copies
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)  # that kernels return, and that `hadamard_quantize` reads
 _OLDER = {  # NVIDIA's chips before it, by a part of their device kind
     r"\bT\d|RTX 20|GTX 16|TITAN RTX|Quadro RTX": (7, 5), r"\bV100|TITAN V\b|GV100": (7, 0),
     r"\bP(4|40|100)\b|GTX 10|TITAN X": (6, 0), r"\bM(4|40|60)\b|GTX 9": (5, 2), r"\bK(20|40|80)": (3, 5),
@@ -104,6 +105,11 @@ def why_partitioned(*operands: Any) -> str | None:
 def takes_kernel(*operands: Any) -> bool:
     """Whether "auto" takes a kernel for these operands, if there is one."""
     return available() and sees_gpu() and why_partitioned(*operands) is None
+
+
+def why_not_dtype(what: str, dtype: Any) -> str | None:
+    """Why kernels neither return nor round arrays of this dtype; None when they do."""
+    return None if dtype in DTYPES else f"{what} is {dtype}, and the kernels know bfloat16, float16 and float32"
 
 
 def choose(

@@ -77,6 +77,10 @@ def why_not(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array) -> s
         return "it asks for an output sharding"
     if lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the activation is {lhs.dtype}, and integer products serve bfloat16 and float16"
+    if not recipe.rhs_ready and (reason := backend.why_not_dtype("the weight", rhs.dtype)):
+        return reason
+    if not recipe.rhs_ready and (reason := backend.why_not_dtype("the result", forward.out_dtype)):
+        return reason
     if not lhs.size or not rhs.size:
         return "an operand is empty"
     return _too_large(lhs.shape[forward.dims.lhs], lhs, rhs)

@@ -112,10 +112,14 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
         return "it asks for an output sharding"
     if lhs.size == 0:
         return "the activation is empty"
+    if reason := backend.why_not_dtype("the result", product.forward.out_dtype):
+        return reason
     results = lhs.size // lhs.shape[dims.lhs] * rhs.rows
     if max(lhs.size, results, *(word.size for word in rhs.words)) > MOST_ELEMENTS:
         return f"an array has more than {MOST_ELEMENTS} elements, which the kernels count in 32 bits"
     if uses_int8(quantizer):
+        if fused_options(quantizer, rhs.length) and (reason := backend.why_not_dtype("the activation", lhs.dtype)):
+            return reason
         if rhs.length > (longest := _longest_a8(rhs.quantizer.format.bits)):
             return f"int32 sums of {rhs.length} products can overflow ({longest} cannot)"
         if not product.rotated and (quantizer.rotation or rhs.quantizer.rotation):

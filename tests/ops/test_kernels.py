@@ -204,12 +204,16 @@ def test_what_cannot_run_says_why():
         (lambda: run(x, w, recipe.with_implementation("kernel")), NotImplementedError, "NVIDIA GPU"),
         (lambda: run(x.astype(jnp.float32), w, recipe.with_implementation("kernel")), NotImplementedError, "float32"),
         (lambda: run(x, w, lb.quest("e2m1").with_implementation("kernel")), NotImplementedError, "uniform grids"),
+        (lambda: run(x, w.astype(jnp.float8_e5m2), recipe.with_implementation("interpret")), NotImplementedError,
+         "the weight is float8_e5m2, and the kernels know bfloat16"),
+        (lambda: run(x.astype(jnp.float8_e5m2), in_planes(packed, 8, "interpret")), NotImplementedError,
+         "the result is float8_e5m2"),
         (lambda: run(x, in_planes(packed, 16, "interpret")), NotImplementedError, "16-bit activations"),
         (lambda: to_planes(packed, 8, "gpu"), ValueError, "'gpu'"),
         (lambda: to_planes(sparse, 8), ValueError, "sparse"),
         (lambda: to_planes(floats, 8), ValueError, "e2m1"),
         (lambda: recipe.with_implementation("fast"), ValueError, "'fast'"),
-    ]:
+    ]:  # fmt: skip
         with pytest.raises(error, match=said):
             call()
 
@@ -269,6 +273,31 @@ def test_packed_products_for_cuda_are_kernels():
     there = lowered_for(gpu("NVIDIA H200"), product, x, packed)
     for kernel in ("hadamard_quantize4", "matmul_w4a8"):
         assert kernel in there and kernel not in here
+
+
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*dtype float64.*:UserWarning")
+@pytest.mark.parametrize("weight", ["trained", "quest W4A4", "quest W3A16"])
+def test_dtypes_that_kernels_do_not_know_are_xlas(weight):
+    """What a CPU computes is computed on a GPU too."""
+    x, w = operands(k=256, free=(64,))
+    recipe = lb.quest(4) if weight == "trained" else RECIPES[weight]
+    rhs = w if weight == "trained" else in_planes(pack(recipe, w), word_bits(recipe.out.lhs))
+
+    def traced(x, rhs, out=None):
+        function = lambda x, rhs: lb.dot_general(x, rhs, NUMBERS, preferred_element_type=out, recipe=recipe)
+        with use_abstract_mesh(gpu("NVIDIA H200")):
+            found = jax.jit(function).trace(x, rhs).jaxpr
+        assert found.out_avals[0].dtype == jax.eval_shape(function, x, rhs).dtype
+        return "pallas_call" in str(found)
+
+    assert traced(x, rhs) and traced(x, rhs, jnp.float16)
+    for out in (jnp.float64, jnp.int32, jnp.float8_e4m3fn):
+        assert not traced(x, rhs, out)
+    assert not traced(x.astype(jnp.float8_e4m3fn), rhs, jnp.float32)
+    assert not traced(x.astype(jnp.float8_e5m2), rhs)
+    if weight == "trained":
+        assert not traced(x, w.astype(jnp.float8_e4m3fn))
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
