@@ -84,8 +84,9 @@ def hadamard_quantize(
     whose contraction axis leads) and answers as if it were transposed. tile.rows: pieces of 256 indices that a program
     holds at once; tile.columns: columns of x that it owns with axis=0.
 
-    A row of zeros has scale 0 and codes that its values do not see. In a row with NaN or infinity codes and mask mean
-    nothing, and other rows are as without it. float32 is taken as the sum of two bfloat16 numbers, 16 bits of mantissa.
+    A row of zeros has scale 0 and codes that its values do not see. A row with NaN or infinity, or whose squares
+    overflow, has scale NaN; its codes and mask mean nothing, and other rows are as without it. float32 is taken as the
+    sum of two bfloat16 numbers, 16 bits of mantissa.
     Reference: `impl="xla"`; equal but for codes at a decision point, where the order of sums decides.
     Raises: ValueError for bits, blocks, alpha or trust out of range and from 2^31 elements on, NoKernel for K that 128
     does not divide, TypeError for dtypes."""
@@ -157,7 +158,8 @@ def _reference(x, *, bits, alpha, block, midrise, trust, packed):
 
 
 def _scale(squares, k, alpha):
-    return jnp.sqrt(squares * np.float32(1 / k)) * np.float32(alpha)
+    scale = jnp.sqrt(squares * np.float32(1 / k)) * np.float32(alpha)
+    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
 
 def _inverse(scale):

@@ -135,6 +135,19 @@ def test_integer_training_products(bits, block, backward):
             assert_close(got, exact, 2.0**-6)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "interpret"])
+def test_a_row_that_is_not_finite_is_nan_on_every_path(implementation):
+    x, w = operands(free=(32,))
+    x = x.at[0, 1, 7].set(jnp.nan).at[0, 2, 3].set(jnp.inf).at[1, 4, 0].set(3e19)
+    recipe = lb.quest(4)
+    planes = in_planes(pack(recipe, w), 8, implementation)
+    for y in (lb.dot_general(x, w, NUMBERS, recipe=recipe.with_implementation(implementation)),
+              lb.dot_general(x, planes, NUMBERS, recipe=recipe)):  # fmt: skip
+        rows = np.isnan(np.asarray(y, np.float32))
+        assert np.argwhere(rows.all(-1)).tolist() == [[0, 1], [0, 2], [1, 4]] and rows.sum() == 3 * 32
+        assert np.isfinite(np.asarray(y, np.float32)[~rows]).all()
+
+
 def test_a_weight_whose_contraction_is_last():
     """Nothing is transposed on the way: rows along the last axis, gradients in the same layout."""
     x, w = operands(k=128, free=(16,))
