@@ -60,9 +60,9 @@ def check_impl(who: str, impl: str) -> None:
         fail(who, f"got impl={impl!r}", f"It is one of {', '.join(IMPLS)}")
 
 
-def check_tile(who: str, tile: Any, rows: int = 16) -> None:
-    """Raises: TypeError for anything but a `Tile` or None, ValueError for one of fewer rows than the kernel takes, or
-    with parts unless it takes `LEAST_ROWS`."""
+def check_tile(who: str, tile: Any, rows: int = 16, *, splits: bool = False) -> None:
+    """Raises: TypeError for anything but a `Tile` or None, ValueError for one of fewer rows than the kernel takes, with
+    parts unless it takes `LEAST_ROWS`, or split unless it splits."""
     if tile is None:
         return
     check_kind(who, "tile", tile, Tile)
@@ -70,6 +70,8 @@ def check_tile(who: str, tile: Any, rows: int = 16) -> None:
         fail(who, f"got tile.rows={tile.rows}", f"This kernel takes powers of two from {rows} on")
     if tile.parts > 1 and rows > LEAST_ROWS:
         fail(who, f"got tile.parts={tile.parts}", "This kernel takes the contraction whole")
+    if tile.split > 1 and not splits:
+        fail(who, f"got tile.split={tile.split}", "This kernel does not cut the contraction; take split=1")
 
 
 def assembly(impl: str) -> bool:

@@ -82,7 +82,7 @@ def matmul_a16(
     else:
         zeros = jnp.asarray(zeros)
         check_shape(who, "zeros", zeros, (k // length, n), SCALE_DTYPES)
-    launch.check_tile(who, tile, launch.LEAST_ROWS)
+    launch.check_tile(who, tile, launch.LEAST_ROWS, splits=True)
     if impl == "triton" and MOST_OF_A_GROUP < length < k:
         fail(who, f"got group={group}", f"The loop over a group is written out, and above {MOST_OF_A_GROUP}"
              f" indices it runs out of registers; scale channels, or pass impl='xla'")  # fmt: skip

@@ -81,7 +81,7 @@ def matmul_a8(
     x_zero = check_number(who, "x_zero", x_zero)
     w_zero = float(1 << (bits - 1)) if w_zero is None else check_number(who, "w_zero", w_zero)
     out_dtype = check_out_dtype(who, out_dtype)
-    launch.check_tile(who, tile, launch.LEAST_ROWS)
+    launch.check_tile(who, tile, launch.LEAST_ROWS, splits=True)
     if not x_zero:
         w_sums = None
     elif w_sums is None:

@@ -65,7 +65,7 @@ def matmul_fp8(
     if k != k_of_w:
         fail(who, f"got x of shape {x.shape} and w of shape {w.shape}", "Both end in K: w is [N, K]")
     out_dtype = check_out_dtype(who, out_dtype)
-    launch.check_tile(who, tile)
+    launch.check_tile(who, tile, splits=True)
     if through is not None and through not in THROUGH:
         fail(who, f"got through={through!r}", f"It is one of {', '.join(THROUGH)}")
     x_scales, w_scales = _by_group(who, x_scales, w_scales, m, n, k)

@@ -67,7 +67,7 @@ def matmul_mx(
         fail(who, f"got x_format={x_format!r} and x_scales of {type(x_scales).__name__}", "Give both, or neither")
     if jnp.dtype(out_dtype) not in [jnp.dtype(d) for d in OUT_DTYPES]:
         raise TypeError(f"{who} got out_dtype={jnp.dtype(out_dtype).name}; it returns bfloat16 or float32.")
-    launch.check_tile(who, tile)
+    launch.check_tile(who, tile, splits=True)
     m, width = check_matrix(who, "x", x, (jnp.bfloat16,) if x_format is None else (jnp.uint8,))
     k = width * _pack(x_format)
     n, _ = check_matrix(who, "words", words, (jnp.uint8,))

@@ -75,3 +75,5 @@ def test_bad_operands():
         quantize_both_ways(g.astype(jnp.int32), v, u, impl="xla")
     with pytest.raises(TypeError, match="along_rows of float16"):
         quantize_both_ways(g, v, u.astype(jnp.float16), impl="xla")
+    with pytest.raises(ValueError, match=r"tile\.split=2.*take split=1"):
+        quantize_both_ways(g, v, u, tile=Tile(split=2), impl="interpret")

@@ -123,6 +123,12 @@ def test_tiles_of_eight_rows_are_for_products_of_few_rows(name):
             CALLS[name](impl="interpret", tile=Tile(rows=16, columns=32, parts=2))
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("matmul_a", "matmul_fp8"))])
+def test_kernels_that_do_not_split_refuse_to(name):
+    with pytest.raises(ValueError, match=r"got tile\.split=2\. .*take split=1"):
+        CALLS[name](impl="interpret", tile=Tile(rows=16, columns=32, split=2))
+
+
 @pytest.mark.parametrize("fields", [dict(stages=2.5), dict(warps=True), dict(rows=16.0), dict(columns="64")], ids=str)
 def test_tiles_are_of_integers(fields):
     with pytest.raises(ValueError, match=r"Tile got .*integers"):
