@@ -71,11 +71,11 @@ def matmul_fp8(
     x_scales, w_scales = _by_group(who, x_scales, w_scales, m, n, k)
     if impl == "xla":
         return _reference(x, w, x_scales, w_scales).astype(out_dtype)
-    check_offsets(who, x=x.shape, w=w.shape, out=(m, n))
     if impl == "mosaic":
         if through is not None:
             fail(who, f"got through={through!r} with impl='mosaic'", "That multiplies FP8 as it is; drop the argument")
         tile = matmul_fp8_hopper.default_tile() if tile is None else tile
+        _check_offsets(who, m, n, k, tile)
         return matmul_fp8_hopper.run(x, w, x_scales, w_scales, out_dtype, tile)
     if through is None:
         converts = impl == "interpret" or chips.traced_capability() >= chips.FP8
@@ -88,6 +88,7 @@ def matmul_fp8(
             " Pass through='float16', which is exact, at the rate of 16-bit products."
         )
     tile = default_tile(m, n, k) if tile is None else tile
+    _check_offsets(who, m, n, k, tile)
     return _run(x, w, x_scales, w_scales, out_dtype, through, tile, impl)
 
 
@@ -129,6 +130,12 @@ def cases() -> list[tuple]:
         ("matmul_fp8_bits_decode", bits, (*operands(16, e4m3, e4m3), *rows(16)), {"sm_80": "HMMA"}),
         ("matmul_fp8_bits", bits, (*operands(4096, e5m2, e4m3), *blocks), {"sm_80": "HMMA"}),
     ]
+
+
+def _check_offsets(who: str, m: int, n: int, k: int, tile: Tile) -> None:
+    """Of the operands and the result as the kernels see them: padded to whole tiles, and the sums of each part."""
+    rows, columns, length = (-(-size // by) * by for size, by in ((m, tile.rows), (n, tile.columns), (k, STEP)))
+    check_offsets(who, x=(rows, length), w=(columns, length), out=(tile.split, rows, columns))
 
 
 def _by_group(who, x_scales, w_scales, m, n, k):

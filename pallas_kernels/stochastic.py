@@ -44,7 +44,7 @@ def stochastic_round(
     launch.check_tile(who, tile)
     check_matrix(who, "x", x, (jnp.float32,))
     threefry.check_key(who, key)
-    _check_offsets(who, x, impl)
+    _check_offsets(who, x, tile, impl)
     name = jnp.dtype(dtype).name
     if name != "bfloat16" and name not in _FP8:
         raise TypeError(f"{who} got dtype={name}; it rounds to bfloat16, {' or '.join(_FP8)}.")
@@ -78,7 +78,7 @@ def stochastic_codes(
     check_bits(who, bits)
     m, _ = check_matrix(who, "x", x, (jnp.float32,))
     threefry.check_key(who, key)
-    _check_offsets(who, x, impl)
+    _check_offsets(who, x, tile, impl)
     if grid not in GRIDS:
         fail(who, f"got grid={grid!r}", f"It is one of {', '.join(GRIDS)}")
     check_shape(who, "scales", scales, (m,), jnp.float32)
@@ -100,9 +100,14 @@ def cases() -> list[tuple]:
     return found
 
 
-def _check_offsets(who: str, x: Array, impl: str) -> None:
+def _padded(x: Array, tile: Tile) -> tuple[int, int]:
+    (m, k), down, across = x.shape, tile.rows, tile.columns
+    return -(-m // down) * down, -(-k // across) * across
+
+
+def _check_offsets(who: str, x: Array, tile: Tile | None, impl: str) -> None:
     if impl != "xla":
-        check_offsets(who, x=x.shape)
+        check_offsets(who, x=_padded(x, default_tile() if tile is None else tile))
 
 
 def default_tile() -> Tile:
@@ -136,7 +141,7 @@ def _run(x, rows_of, key, rounded, dtype, name, tile, impl):
         padded = jnp.pad(x, ((0, 0), (0, -k % 4)))
         return rounded(padded, (key[0], key[1]), 0, 0, *rows_of).astype(dtype)[:, :k]
     tile = default_tile() if tile is None else tile
-    rows, columns = -(-m // tile.rows) * tile.rows, -(-k // tile.columns) * tile.columns
+    rows, columns = _padded(x, tile)
     block = pl.BlockSpec((tile.rows, tile.columns), lambda m, k: (m, k))
     out = launch.call(
         functools.partial(_kernel, rounded=rounded), name, impl, tile,

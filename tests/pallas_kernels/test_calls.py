@@ -1,6 +1,7 @@
 """What all kernels have in common: 64-bit mode, what is not a tile, and calls where there is no GPU."""
 
 import functools
+import math
 import re
 
 import jax
@@ -237,8 +238,26 @@ def test_arrays_beyond_32_bit_offsets_are_refused(call):
         jax.eval_shape(call, x, key)
 
 
+@pytest.mark.parametrize(("call", "shape", "counted"), [
+    (lambda x, key: quantize_mx(x, format="mxfp8"), (2**26 - 1, 32), "(67108864, 32)"),
+    (lambda x, key: dequantize_mx(x.astype(jnp.uint8), jnp.ones((len(x), 1), jnp.uint8), format="mxfp8"),
+     (2**26 - 1, 32), "(67108864, 32)"),
+    (lambda x, key: stochastic_round(x, key), (2**24 - 1, 127), "(16777216, 128)"),
+    (lambda x, key: matmul_fp8(x[:16].astype(jnp.float8_e4m3fn), x.astype(jnp.float8_e4m3fn), ONE, ONE),
+     (2**16 + 1, 2**15 - 1), "(65600, 32768)"),
+    (lambda x, key: matmul_fp8(*[x.astype(jnp.float8_e4m3fn)] * 2, ONE, ONE, tile=Tile(rows=64, split=8)),
+     (2**15, 1024), "(8, 32768, 32768)"),
+])  # fmt: skip
+def test_offsets_are_counted_as_the_kernel_sees_the_arrays(call, shape, counted):
+    """Padded to whole tiles, and before the parts of a sum are added."""
+    assert math.prod(shape) <= MOST_ELEMENTS
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    with pytest.raises(ValueError, match=re.escape(f"of shape {counted}, ") + ".*kernels count up to"):
+        jax.eval_shape(call, jax.ShapeDtypeStruct(shape, jnp.float32), key)
+
+
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
-@pytest.mark.parametrize("shape", [(1, 1 << 24), (1 << 24, 32)], ids=["wide", "long"])
+@pytest.mark.parametrize("shape", [(1, 1 << 24), (1 << 23, 32)], ids=["wide", "long"])
 @pytest.mark.parametrize("call", [
     lambda x, key: quantize_mx(x, format="mxfp8"),
     lambda x, key: quantize_nvfp4(x, jnp.ones(())),
