@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from pallas_kernels import chips, launch, threefry
-from pallas_kernels.checks import check_matrix, check_offsets, check_shape, fail
+from pallas_kernels.checks import check_choice, check_matrix, check_offsets, check_out_dtype, check_shape, fail
 from pallas_kernels.launch import Tile
 from pallas_kernels.minifloat import (
     E2M1,
@@ -90,8 +90,7 @@ def quantize_mx(
     Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3."""
     who = "quantize_mx"
     element = _mx_element(who, format)
-    if scale_mode not in SCALE_MODES:
-        fail(who, f"got scale_mode={scale_mode!r}", f"It is one of {', '.join(SCALE_MODES)}")
+    check_choice(who, "scale_mode", scale_mode, SCALE_MODES)
     if cast and (element not in _FP8 or key is not None):
         fail(who, f"got cast=True for {format}{'' if key is None else ' with a key'}",
              "Chips convert to FP8, to nearest; drop the argument")  # fmt: skip
@@ -201,8 +200,7 @@ def cases() -> list[tuple]:
 
 
 def _mx_element(who: str, format: str) -> MiniFloat | _Int8:
-    if format not in MX_FORMATS:
-        fail(who, f"got format={format!r}", f"It is one of {', '.join(MX_FORMATS)} (NVFP4 has functions of its own)")
+    check_choice(who, "format", format, MX_FORMATS, " (NVFP4 has functions of its own)")
     return MX_FORMATS[format]
 
 
@@ -217,8 +215,7 @@ def _check(who, x, block, key, impl):
 
 def _check_words(who, words, scales, bits, block, dtype, impl):
     launch.check_impl(who, impl)
-    if jnp.dtype(dtype) not in [jnp.dtype(d) for d in DTYPES]:
-        raise TypeError(f"{who} got dtype={jnp.dtype(dtype).name}; it returns bfloat16, float16 or float32.")
+    check_out_dtype(who, dtype, "dtype", DTYPES)
     m, blocks = check_matrix(who, "scales", scales, (jnp.uint8,))
     check_shape(who, "words", words, (m, blocks * block * bits // 8), jnp.uint8)
     return blocks * block

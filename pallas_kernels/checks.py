@@ -1,6 +1,7 @@
 """What is wrong with a call, said before anything is launched: who complains, the value, the rule, the way out."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -75,15 +76,29 @@ def check_number(who: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def check_out_dtype(who: str, dtype: Any) -> np.dtype:
-    """Raises: TypeError unless it is one of `OUT_DTYPES`."""
-    allowed = {jnp.dtype(d).name: jnp.dtype(d) for d in OUT_DTYPES}
+def check_finite(who: str, name: str, value: Any) -> float:
+    """`check_number` of one that is finite. Raises: ValueError for NaN and infinities."""
+    number = check_number(who, name, value)
+    if not math.isfinite(number):
+        fail(who, f"got {name}={number}", "It is a finite number")
+    return number
+
+
+def check_choice(who: str, name: str, value: Any, choices: Iterable[str], note: str = "") -> None:
+    """Raises: ValueError unless the value is one of these strings."""
+    if not isinstance(value, str) or value not in choices:
+        fail(who, f"got {name}={value!r}", f"It is one of {', '.join(choices)}{note}")
+
+
+def check_out_dtype(who: str, dtype: Any, name: str = "out_dtype", dtypes: tuple = OUT_DTYPES) -> np.dtype:
+    """Raises: TypeError unless it is one of `dtypes`."""
+    allowed = {jnp.dtype(d).name: jnp.dtype(d) for d in dtypes}
     try:
         seen = jnp.dtype(dtype).name
     except TypeError:
         seen = repr(dtype)
     if seen not in allowed:
-        raise TypeError(f"{who} got out_dtype={seen}; it returns {', '.join(allowed)}.")
+        raise TypeError(f"{who} got {name}={seen}; it returns {', '.join(allowed)}.")
     return allowed[seen]
 
 

@@ -14,7 +14,6 @@ Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import chips, launch, masks, planes, tuning
-from pallas_kernels.checks import check_bits, check_matrix, fail
+from pallas_kernels.checks import check_bits, check_finite, check_matrix, check_number, fail
 from pallas_kernels.hadamard import (
     MASK_BLOCK,
     PLANES,
@@ -89,7 +88,7 @@ def hadamard_quantize(
     sum of two bfloat16 numbers, 16 bits of mantissa.
     Reference: `impl="xla"`; equal but for codes at a decision point, where the order of sums decides.
     Raises: ValueError for bits, blocks, alpha or trust out of range and from 2^31 elements on, NoKernel for K that 128
-    does not divide, TypeError for dtypes."""
+    does not divide, TypeError for dtypes and for alpha or trust that is not a plain number."""
     who = "hadamard_quantize"
     launch.check_impl(who, impl)
     check_bits(who, bits)
@@ -100,9 +99,9 @@ def hadamard_quantize(
     check_block(who, block, k)
     check_size(who, m, k)
     launch.check_tile(who, tile)
-    if not (math.isfinite(alpha) and alpha > 0):
+    if not check_finite(who, "alpha", alpha) > 0:
         fail(who, f"got alpha={alpha}", "It is a positive multiple of the root mean square")
-    if trust is not None and not trust > 0:
+    if trust is not None and not check_number(who, "trust", trust) > 0:
         fail(who, f"got trust={trust}", "It is a positive multiple of the scale, or None for no mask")
     options = dict(bits=bits, alpha=float(alpha), block=block, midrise=midrise, trust=trust)
     if impl == "xla":

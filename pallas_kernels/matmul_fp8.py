@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels import chips, launch, matmul_fp8_hopper, tuning
-from pallas_kernels.checks import NoKernel, check_matrix, check_offsets, check_out_dtype, fail
+from pallas_kernels.checks import NoKernel, check_array, check_matrix, check_offsets, check_out_dtype, fail
 from pallas_kernels.launch import Tile
 
 DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -142,6 +142,7 @@ def _by_group(who, x_scales, w_scales, m, n, k):
     """Scales [groups, M] and [groups, N], with as many groups as the finer of the two, or one."""
     groups = -(-k // BLOCK)
     for name, scales in (("x_scales", x_scales), ("w_scales", w_scales)):
+        check_array(who, name, scales)
         if scales.dtype != jnp.float32:
             raise TypeError(f"{who} got {name} of {scales.dtype}; it takes float32. Cast it first.")
     legal = {"x_scales": [(), (m,), (m, groups)], "w_scales": [(), (n,), (n, groups), (-(-n // BLOCK), groups)]}

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int8, Int32
 
 from pallas_kernels import chips, launch, masks, matmul_i8_hopper, tuning
-from pallas_kernels.checks import check_matrix, check_offsets, check_out_dtype, check_shape, fail
+from pallas_kernels.checks import check_finite, check_matrix, check_offsets, check_out_dtype, check_shape, fail
 from pallas_kernels.launch import Tile
 
 LONGEST = (2**31 - 1) // 2**14  # K up to which no sum of products of int8 overflows int32
@@ -48,7 +48,7 @@ def matmul_i8(
     x_sums, w_sums: the sum of each row's codes, needed where the other side's offset is not 0. Reference: `impl="xla"`;
     the integers are equal, the rest are four float32 operations in the same order and the rounding of the result.
     Raises: ValueError for sizes that do not fit, missing sums, K above 131071, where a sum could overflow int32, and
-    (the kernel) arrays of more than 2^31 - 1 elements; TypeError for dtypes."""
+    (the kernel) arrays of more than 2^31 - 1 elements; TypeError for dtypes and offsets that are no plain numbers."""
     who = "matmul_i8"
     if impl != "mosaic":
         launch.check_impl(who, impl)
@@ -62,8 +62,8 @@ def matmul_i8(
     launch.check_tile(who, tile)
     check_shape(who, "x_scales", x_scales, (m,), jnp.float32)
     check_shape(who, "w_scales", w_scales, (n,), jnp.float32)
-    sums = _needed_sums(who, "x_sums", x_sums, m, w_offset), _needed_sums(who, "w_sums", w_sums, n, x_offset)
-    offsets = float(x_offset), float(w_offset)
+    offsets = check_finite(who, "x_offset", x_offset), check_finite(who, "w_offset", w_offset)
+    sums = _needed_sums(who, "x_sums", x_sums, m, offsets[1]), _needed_sums(who, "w_sums", w_sums, n, offsets[0])
     if impl == "xla":
         total = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
         by_row = tuple(a if a is None else a[:, None] for a in (sums[0], x_scales))

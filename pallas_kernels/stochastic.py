@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from pallas_kernels import launch, threefry
-from pallas_kernels.checks import check_bits, check_matrix, check_offsets, check_shape, fail
+from pallas_kernels.checks import check_bits, check_matrix, check_offsets, check_out_dtype, check_shape, fail
 from pallas_kernels.launch import Tile
 from pallas_kernels.minifloat import E4M3, E5M2, bits_of, encode, flush, up_or_down
 
@@ -45,9 +45,7 @@ def stochastic_round(
     check_matrix(who, "x", x, (jnp.float32,))
     threefry.check_key(who, key)
     _check_offsets(who, x, tile, impl)
-    name = jnp.dtype(dtype).name
-    if name != "bfloat16" and name not in _FP8:
-        raise TypeError(f"{who} got dtype={name}; it rounds to bfloat16, {' or '.join(_FP8)}.")
+    name = check_out_dtype(who, dtype, "dtype", (jnp.bfloat16, *_FP8)).name
     if name == "bfloat16":
         return lax.bitcast_convert_type(
             _run(x, (), key, _bfloat16, jnp.uint16, f"{who}_{name}", tile, impl), jnp.bfloat16

@@ -224,6 +224,31 @@ def test_lists_and_fractions_are_refused():
         hadamard_quantize(x, bits=3, alpha=0.4, block=128.0)  # pyright: ignore[reportArgumentType]
 
 
+def wrong(name, *arguments, **options):
+    call = CALLS[name]
+    return call.func(*(arguments or call.args), **call.keywords | options, impl="xla")
+
+
+@pytest.mark.parametrize(("call", "error", "said"), [
+    (lambda: wrong("matmul_fp8", *CALLS["matmul_fp8"].args[:2], 1.0, ONE), TypeError,
+     "matmul_fp8 got x_scales of type float; it takes arrays"),
+    (lambda: jax.eval_shape(lambda o: wrong("matmul_i8", x_offset=o), ONE), TypeError,
+     "matmul_i8 got x_offset of type .*Tracer; it takes one plain number"),
+    (lambda: wrong("matmul_i8", w_offset=math.nan), ValueError, "matmul_i8 got w_offset=nan. It is a finite number"),
+    (lambda: wrong("hadamard_quantize", alpha="1"), TypeError, "hadamard_quantize got alpha of type str"),
+    (lambda: wrong("hadamard_quantize", trust="1"), TypeError, "hadamard_quantize got trust of type str"),
+    (lambda: jax.eval_shape(lambda a: wrong("hadamard_quantize", alpha=a), ONE), TypeError, "alpha of type .*Tracer"),
+    (lambda: jax.eval_shape(lambda t: wrong("hadamard_quantize", trust=t), ONE), TypeError, "trust of type .*Tracer"),
+    (lambda: wrong("stochastic_round", dtype="foo"), TypeError, "_round got dtype='foo'; it returns bfloat16"),
+    (lambda: wrong("dequantize_mx", dtype="foo"), TypeError, "dequantize_mx got dtype='foo'; it returns bfloat16"),
+    (lambda: wrong("quantize_mxfp4", format=["mxfp4"]), ValueError, r"format=\['mxfp4'\]. It is one of mxfp8, "),
+    (lambda: wrong("quantize_mxfp4", scale_mode=["even"]), ValueError, r"scale_mode=\['even'\]. It is one of floor"),
+])  # fmt: skip
+def test_arguments_of_another_kind_are_named(call, error, said):
+    with pytest.raises(error, match=said):
+        call()
+
+
 @pytest.mark.parametrize("call", [
     lambda x, key: quantize_mx(x, format="mxfp8"),
     lambda x, key: quantize_nvfp4(x),
