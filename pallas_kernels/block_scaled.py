@@ -80,7 +80,9 @@ def quantize_mx(
 
     format: a key of `MX_FORMATS`. scale_mode, with amax the block's maximum: floor, 2^(floor(log2 amax) - emax), the
     OCP rule, where the top may saturate; ceil; rceil, the least power that saturates nothing; even, floor after amax
-    was rounded to the element's mantissa; nearest, in the logarithm, to amax / max_finite. Rounding is to nearest, ties
+    was rounded to the element's mantissa; nearest, in the logarithm, to amax / max_finite. amax is max_finite times
+    that quotient, as if the scale alone were known: up to two last places from where the power changes ("even" and
+    "rceil" change inside a binade) it may be that of the other side. Rounding is to nearest, ties
     to even, or stochastic under the two words of `key`. A block of zeros has scale 127 (1); one with NaN or infinity
     has scale 255 and NaN codes (0 where the format has none). cast: convert to FP8 by the chip's instruction, which
     sm_89 and later have, instead of by bit arithmetic; the same codes with a quarter fewer instructions.

@@ -85,12 +85,12 @@ class PowerOfTwo:
     """E8M0: one byte, 2^(code - 127), the shared scale of the OCP MX formats.
 
     With amax = scale * reach (the largest level), `mode` is one of `rounding.power_of_two_scale`: floor (OCP MX v1.0
-    section 6.3, the top of the grid may clip), ceil, rceil (the least power that clips nothing, but for the rounding of
-    amax), even; or nearest, the power nearest to the fitted scale itself in the logarithm, for the rms fit; always one
-    that keeps the largest level times it finite. A scale of 0 or below 2^-126 is stored as code 0, which XLA may flush
-    to 0; NaN and inf as the NaN code 255. The scale is `times` the power: with floor and 4/3, elements come to at most
-    3/4 of the next power's range, so that on E2M1 (6 of 8) none is clipped and stochastic rounding stays unbiased
-    (Tseng et al. 2025, arXiv:2502.20586).
+    section 6.3, the top of the grid may clip), ceil, rceil (the least power that clips nothing), even, all but for the
+    rounding of that amax, up to two last places from the tile's own; or nearest, the power nearest to the fitted scale
+    itself in the logarithm, for the rms fit; always one that keeps the largest level times it finite. A scale of 0 or
+    below 2^-126 is stored as code 0, which XLA may flush to 0; NaN and inf as the NaN code 255. The scale is `times`
+    the power: with floor and 4/3, elements come to at most 3/4 of the next power's range, so that on E2M1 (6 of 8) none
+    is clipped and stochastic rounding stays unbiased (Tseng et al. 2025, arXiv:2502.20586).
     Raises: ValueError for another mode, and unless 1 <= times < 2."""
 
     mode: str = "floor"
