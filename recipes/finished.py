@@ -72,6 +72,18 @@ class Description:
         )  # fmt: skip
 
     @classmethod
+    def of_imported(
+        cls, *, name: str, size: llama.LlamaConfig, vocab_size: int, tokenizer: str, codec: tokenizers.Tokenizer
+    ) -> "Description":
+        """Of a model that was trained elsewhere, in high precision. tokenizer: "ids" or an absolute path."""
+        return cls(
+            preset=name, data="", model_config=size, vocab_size=vocab_size, scheme=schemes.Scheme(method="none"),
+            dtype=llama.activation_dtype("auto"), param_dtype="float32", layout=lb.nn.default_layout(),
+            tokenizer=tokenizer, tokenizer_vocab_size=codec.vocab_size,
+            tokenizer_sha256=None if tokenizer == "ids" else _sha256(pathlib.Path(tokenizer)),
+        )  # fmt: skip
+
+    @classmethod
     def read(cls, folder: pathlib.Path) -> "Description":
         if not folder.is_dir():
             raise ValueError(f"finished: there is no run directory {folder}. Check the path.")

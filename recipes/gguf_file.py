@@ -72,6 +72,11 @@ def _renamed(name: str) -> str:
 
 def _describe(writer: Any, library: Any, model: llama.Llama) -> None:
     size = model.config
+    if size.rope_scaling is not None:
+        raise NotImplementedError(
+            "export: the scaling of positions of Llama 3 is not written to GGUF. Export --to safetensors, and convert"
+            " that by llama.cpp's convert_hf_to_gguf.py."
+        )
     writer.add_context_length(size.context)
     writer.add_embedding_length(size.width)
     writer.add_block_count(size.layers)

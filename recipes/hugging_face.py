@@ -10,6 +10,7 @@ import lowbit_jax as lb
 from recipes import llama, tokenizers
 
 Leaf = lb.QTensor | lb.io.Outputs | np.ndarray
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def layers(model: llama.Llama) -> dict[str, tuple[str, Leaf]]:
@@ -74,7 +75,7 @@ def config(model: llama.Llama, separator: int | None) -> dict[str, Any]:
         "max_position_embeddings": size.context,
         "rms_norm_eps": size.norm_eps,
         "rope_theta": size.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
+        "rope_parameters": {"rope_theta": size.rope_theta, **_scaling(size)},
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": False,
         "attention_bias": False,
@@ -82,6 +83,12 @@ def config(model: llama.Llama, separator: int | None) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": separator,
     }
+
+
+def _scaling(size: llama.LlamaConfig) -> dict[str, Any]:
+    if size.rope_scaling is None:
+        return {"rope_type": "default"}
+    return {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, size.rope_scaling, strict=True))
 
 
 def tokenizer_files(codec: tokenizers.Tokenizer) -> dict[str, str]:

@@ -38,6 +38,16 @@ class LlamaConfig:
     init: str = "fan_in"  # "fan_in": std 1/sqrt(fan in); "0.02": std 0.02, as the QuEST runs
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    rope_scaling: tuple[float, float, float, float] | None = None  # Llama 3's: see `rotary_table`
+
+    def __post_init__(self):
+        if self.rope_scaling is not None:  # JSON has lists
+            object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
+
+    def settings(self) -> dict[str, object]:
+        """All that the numbers of a run depend on; without what runs from before it had not."""
+        told = dataclasses.asdict(self)
+        return {name: value for name, value in told.items() if name != "rope_scaling" or value is not None}
 
     @property
     def head_dim(self) -> int:
@@ -133,7 +143,7 @@ class Llama(nnx.Module):
         self.lm_head = linear(config.width, vocab_size, config, dtype, rngs)
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocab"]:
-        rotary = rotary_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta)
+        rotary = self._rotary(tokens.shape[1])
 
         def layer(x, block):
             placed = self._placed("blocks", block)
@@ -168,13 +178,17 @@ class Llama(nnx.Module):
                 f"Llama.extend: {tokens.shape[1]} tokens, and the cache has {room} positions. Make a longer one by"
                 " init_cache, or read fewer at a time."
             )
-        table = rotary_table(room, self.config.head_dim, self.config.rope_theta)
+        table = self._rotary(room)
         rotary = jax.lax.dynamic_slice_in_dim(table, at, tokens.shape[1], axis=1)
         layer = lambda x, block, cache: block.extend(x, rotary, cache, at)
         x, cache = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))(
             self.embed(tokens), self.blocks, cache
         )
         return self.lm_head(self.norm(x)).astype(jnp.float32), cache
+
+    def _rotary(self, time: int) -> Float[Array, "2 time half"]:
+        size = self.config
+        return rotary_table(time, size.head_dim, size.rope_theta, size.rope_scaling)
 
     def _unrolls(self, tokens: Array) -> bool:
         if self.unroll is not None:
@@ -294,9 +308,19 @@ def linear(size_in: int, size_out: int, config: LlamaConfig, dtype: jnp.dtype, r
     return nnx.Linear(size_in, size_out, use_bias=False, kernel_init=inits[config.init], dtype=dtype, rngs=rngs)
 
 
-def rotary_table(time: int, head_dim: int, theta: float) -> Float[Array, "2 time half"]:
-    """Cosine and sine of position * theta**(-2i/head_dim). Source: Su et al. 2021, arXiv:2104.09864."""
+def rotary_table(
+    time: int, head_dim: int, theta: float, scaling: tuple[float, float, float, float] | None = None
+) -> Float[Array, "2 time half"]:
+    """Cosine and sine of position * theta**(-2i/head_dim). Source: Su et al. 2021, arXiv:2104.09864.
+
+    scaling: (factor, low, high, positions), for more positions than a model was first trained with: a frequency that
+    turns less than `low` times in those is divided by the factor, one that turns more than `high` times stays, between
+    the two it is a mixture (Llama 3.1; Grattafiori et al. 2024, arXiv:2407.21783, and its released code)."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        factor, low, high, positions = scaling
+        kept = jnp.clip((positions * frequency / (2 * jnp.pi) - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 

@@ -2,7 +2,6 @@
 
 import json
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -10,6 +9,7 @@ from lowbit_jax.io import compressed_tensors
 from recipes import command, export, finished, hugging_face, pretrain
 from recipes.export import Export
 from recipes.pretrain import Pretrain
+from tests.recipes.hf_llama import floats, llama
 
 safetensors = pytest.importorskip("safetensors")
 gguf = pytest.importorskip("gguf")
@@ -53,51 +53,6 @@ def logits(run: Pretrain, weights="packed") -> tuple[np.ndarray, np.ndarray]:
     model, codec = finished.load(run.out, weights=weights)
     tokens = np.asarray(codec.encode(TEXT))
     return tokens, np.asarray(model(tokens[None]))[0]
-
-
-def llama(parameters, told, tokens: np.ndarray, neighbors: bool = False) -> np.ndarray:
-    """A Llama in float64 by Hugging Face's names. neighbors: positions turn the pairs (2i, 2i + 1) of a head, as in
-    llama.cpp, and not (i, i + half)."""
-    heads, kv_heads, head = told["num_attention_heads"], told["num_key_value_heads"], told["head_dim"]
-    p = {name: array.astype(np.float64) for name, array in parameters.items()}
-
-    def norm(x, name):
-        scale = np.sqrt((x**2).mean(-1, keepdims=True) + told["rms_norm_eps"])
-        return x / scale * p[f"{name}.weight"]
-
-    def turned(x):
-        angle = np.arange(len(x))[:, None] * told["rope_theta"] ** (-np.arange(0, head, 2) / head)
-        turn = np.exp(1j * angle)[:, None]
-        if neighbors:
-            z = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
-            return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
-        z = (x[..., : head // 2] + 1j * x[..., head // 2 :]) * turn
-        return np.concatenate([z.real, z.imag], axis=-1)
-
-    x = p["model.embed_tokens.weight"][tokens]
-    for number in range(told["num_hidden_layers"]):
-        at = f"model.layers.{number}"
-        linear = lambda x, name, at=at: x @ p[f"{at}.{name}.weight"].T
-        h = norm(x, f"{at}.input_layernorm")
-        q, k, v = (linear(h, f"self_attn.{part}_proj").reshape(len(x), -1, head) for part in "qkv")
-        q, k = turned(q), turned(k)
-        k, v = (np.repeat(part, heads // kv_heads, axis=1) for part in (k, v))
-        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(head)
-        scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
-        shares = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = np.einsum("hqk,khd->qhd", shares / shares.sum(-1, keepdims=True), v)
-        x = x + linear(mixed.reshape(len(x), -1), "self_attn.o_proj")
-        h = norm(x, f"{at}.post_attention_layernorm")
-        gate, up = linear(h, "mlp.gate_proj"), linear(h, "mlp.up_proj")
-        x = x + linear(gate / (1 + np.exp(-gate)) * up, "mlp.down_proj")
-    return norm(x, "model.norm") @ p["lm_head.weight"].T
-
-
-def floats(folder) -> tuple[dict[str, np.ndarray], dict]:
-    dtypes = {"F32": "<f4", "BF16": ml_dtypes.bfloat16}
-    found = safetensors.deserialize((folder / "model.safetensors").read_bytes())
-    arrays = {name: np.frombuffer(bytes(e["data"]), dtypes[e["dtype"]]).reshape(e["shape"]) for name, e in found}
-    return arrays, json.loads((folder / "config.json").read_text())
 
 
 def exported(run: Pretrain, folder, **options):

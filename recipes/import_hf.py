@@ -1,0 +1,204 @@
+"""A Llama from Hugging Face as a run, which `recipes.pretrain` starts from and `recipes.sample` writes with.
+
+    python -m recipes.import_hf MODEL RUN        # MODEL: a folder with config.json, *.safetensors and tokenizer.json
+    python -m recipes.sample RUN --weights float --prompt "import "
+    python -m recipes.pretrain --preset RUN --init-from RUN --tokenizer MODEL/tokenizer.json \\
+        --data texts --bits 4 --steps 500 --learning-rate 1e-5 --batch 8 --context 512
+
+Weights of any floating dtype become float32 masters; those in compressed-tensors are dequantized. Embeddings that the
+model shares with its head become two, of which the head trains on its own."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import tyro
+from flax import nnx
+
+import lowbit_jax as lb
+from recipes import checkpoints, command, display, finished, hugging_face, llama, run_directory, tokenizers
+
+_WHO = "import_hf"
+_TRAINED = llama.PRESETS["tiny"]  # what such a file does not say: a batch, a rate, how to draw fresh weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Import:
+    model: tyro.conf.Positional[pathlib.Path]
+    """Folder of the model."""
+    run: tyro.conf.Positional[pathlib.Path]
+    """Run directory to make."""
+    context: int | None = None
+    """Positions of the run; those that the model was trained with unless given."""
+
+
+def main(config: Import) -> None:
+    """Writes the run and prints what it holds."""
+    folder, run = config.model.expanduser(), config.run.expanduser()
+    told = _read(folder / "config.json")
+    size = sizes(told, context=config.context)
+    tensors = parameters(folder, told)
+    model = nnx.eval_shape(lambda: llama.build(size, int(told["vocab_size"]), dtype="float32"))
+    _, shapes = nnx.split(model, nnx.Param)
+    params = _filled(shapes, stacked(tensors, size, tied=bool(told.get("tie_word_embeddings"))))
+    description = _description(folder, size, int(told["vocab_size"]))
+    with run_directory.locked(run):
+        if (run / "config.json").exists():
+            raise FileExistsError(f"{_WHO}: {run} is a run already, and is not written over. Give a new directory.")
+        with description.of_finished(run):
+            saved = checkpoints.Checkpoints(run / "unquantized" / "checkpoints")
+            saved.save(size.steps, {"params": params})
+            run_directory.claim(run, {"imported": repr(str(folder.resolve()))})
+    counted = sum(leaf.size for leaf in tensors.values())
+    print(f"{run}: {size.layers} layers of width {size.width}, {size.block_params:,} parameters in the blocks")
+    print(f"{counted:,} numbers of {display.size(4 * counted)} in float32, tokenizer: {description.tokenizer}")
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        told = json.loads(path.read_text())
+        if isinstance(told, dict):
+            return told
+        reason = "it holds no table"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ValueError(
+        f"{_WHO}: {path} is no configuration of a model: {reason}. Give the folder of a Hugging Face model."
+    )
+
+
+def sizes(told: dict[str, Any], *, context: int | None = None) -> llama.LlamaConfig:
+    """Sizes of the model by its `config.json`.
+
+    Raises: ValueError where it is no Llama that `recipes.llama` computes, or lacks a size."""
+    for name, wanted in _WANTED.items():
+        if (found := told.get(name, wanted[0])) not in wanted:
+            raise ValueError(
+                f"{_WHO}: its config.json has {name} {found!r}, and recipes.llama computes {wanted[0]!r}. Import"
+                " another model."
+            )
+    try:
+        heads, width = int(told["num_attention_heads"]), int(told["hidden_size"])
+        positions = int(told["max_position_embeddings"])
+        size = dataclasses.replace(
+            _TRAINED,
+            layers=int(told["num_hidden_layers"]),
+            width=width,
+            heads=heads,
+            kv_heads=int(told.get("num_key_value_heads") or heads),
+            ffn=int(told["intermediate_size"]),
+            context=context or positions,
+            steps=0,
+            norm_eps=float(told.get("rms_norm_eps", 1e-6)),
+            **_rotary(told),
+        )
+        int(told["vocab_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        if str(error).startswith(_WHO):
+            raise
+        raise ValueError(f"{_WHO}: its config.json lacks a size of the model, or has none there: {error!r}.") from error
+    if size.context > positions or size.context < 1:
+        raise ValueError(f"{_WHO}: --context {context}: the model was trained with {positions} positions.")
+    if told.get("head_dim") not in (None, size.head_dim):
+        raise ValueError(
+            f"{_WHO}: its heads have {told['head_dim']} entries, and recipes.llama takes width / heads,"
+            f" {size.head_dim}. Import another model."
+        )
+    return size
+
+
+_WANTED = {  # the first is what a configuration that does not say means
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "pretraining_tp": (1, None),
+}
+
+
+def _rotary(told: dict[str, Any]) -> dict[str, Any]:
+    """Base of the positions' angles and their scaling, which transformers 5 has under one name and 4 under two."""
+    rope = dict(told.get("rope_scaling") or {}) | dict(told.get("rope_parameters") or {})
+    theta = float(rope.get("rope_theta") or told.get("rope_theta") or 10_000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise ValueError(f"{_WHO}: its positions are scaled by {kind!r}, and recipes.llama knows 'llama3'.")
+    return {"rope_theta": theta, "rope_scaling": tuple(float(rope[name]) for name in hugging_face.ROPE_SCALING)}
+
+
+def parameters(folder: pathlib.Path, told: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Name of a parameter -> its array, float32."""
+    if "quantization_config" in told:
+        read = lb.io.compressed_tensors.load(folder)
+        dense = {f"{name}.weight": leaf.dequantize() for name, leaf in read.items() if isinstance(leaf, lb.QTensor)}
+        arrays = {name: leaf for name, leaf in read.items() if not isinstance(leaf, lb.QTensor)} | dense
+    else:
+        arrays = lb.io.tensors.read(folder, _WHO)
+    return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+
+
+def stacked(tensors: dict[str, np.ndarray], size: llama.LlamaConfig, *, tied: bool) -> dict[str, np.ndarray]:
+    """The parameters of `recipes.llama` by their paths, layers on a leading axis.
+
+    Raises: ValueError for parameters that are missing, left over or of another shape."""
+    left = dict(tensors)
+
+    def take(name: str, *shape: int) -> np.ndarray:
+        found = left.pop(f"{name}.weight", None)
+        if found is None or found.shape != shape:
+            told = "is not there" if found is None else f"has the shape {found.shape}"
+            raise ValueError(f"{_WHO}: {name}.weight {told}, and config.json makes it {shape}. The files do not fit.")
+        return found
+
+    width, kv = size.width, size.kv_heads * size.head_dim
+    linear = lambda name, out: take(name, out, width).T
+    layers = [f"model.layers.{number}" for number in range(size.layers)]
+    both = lambda at, *parts: np.concatenate([linear(f"{at}.{name}", out) for name, out in parts], axis=1)
+    qkv = [both(at, *((f"self_attn.{p}_proj", n) for p, n in (("q", width), ("k", kv), ("v", kv)))) for at in layers]
+    gate_up = [both(at, ("mlp.gate_proj", size.ffn), ("mlp.up_proj", size.ffn)) for at in layers]
+    embedding = left.get("model.embed_tokens.weight", np.zeros((0, width), np.float32))
+    found = {
+        "embed/embedding": take("model.embed_tokens", len(embedding), width),
+        "blocks/attention_norm/scale": np.stack([take(f"{at}.input_layernorm", width) for at in layers]),
+        "blocks/attention/qkv/kernel": np.stack(qkv),
+        "blocks/attention/out/kernel": np.stack([linear(f"{at}.self_attn.o_proj", width) for at in layers]),
+        "blocks/mlp_norm/scale": np.stack([take(f"{at}.post_attention_layernorm", width) for at in layers]),
+        "blocks/mlp/gate_up/kernel": np.stack(gate_up),
+        "blocks/mlp/down/kernel": np.stack([take(f"{at}.mlp.down_proj", width, size.ffn).T for at in layers]),
+        "norm/scale": take("model.norm", width),
+    }
+    head = embedding if tied and "lm_head.weight" not in left else take("lm_head", len(embedding), width)
+    rest = [name for name in left if not name.endswith(("rotary_emb.inv_freq", "input_scale"))]
+    if rest:
+        raise ValueError(f"{_WHO}: {sorted(rest)[0]} is no parameter of a Llama without biases. Import another model.")
+    return found | {"lm_head/kernel": np.ascontiguousarray(head.T)}
+
+
+def _filled(shapes: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """The state of a model with these arrays in place of its shapes."""
+    state = nnx.to_flat_state(shapes)
+    filled = []
+    for path, leaf in state:
+        array, shape = arrays["/".join(map(str, path))], tuple(leaf.get_value().shape)
+        if array.shape != shape:
+            name = "/".join(map(str, path))
+            raise ValueError(f"{_WHO}: {name} would be {array.shape}, and config.json makes it {shape}.")
+        filled.append((path, leaf.replace(array)))
+    return nnx.from_flat_state(filled)
+
+
+def _description(folder: pathlib.Path, size: llama.LlamaConfig, vocab_size: int) -> finished.Description:
+    path = folder / "tokenizer.json"
+    codec = tokenizers.TokenizerFile(path) if path.is_file() else tokenizers.Ids(vocab_size)
+    return finished.Description.of_imported(
+        name=folder.resolve().name, size=size, vocab_size=vocab_size, codec=codec,
+        tokenizer=str(path.resolve()) if path.is_file() else "ids",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    command.run("import_hf", Import, main, __doc__)
