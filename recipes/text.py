@@ -81,8 +81,11 @@ def load(data: str = "stdlib", *, tokenizer: str = "bytes", held_out: float = 0.
 
 def batches(tokens: np.ndarray, *, context: int, batch: int, seed: int) -> grain.DatasetIterator:
     """Endless int32 batches (batch, context + 1), shuffled anew each epoch; `get_state` and `set_state` resume it."""
-    windows = grain.MapDataset.source(Windows(tokens, context)).seed(seed).shuffle()
-    return iter(windows.repeat(None, reseed_each_epoch=True).batch(batch).to_iter_dataset())
+    windows = (
+        grain.MapDataset.source(Windows(tokens, context)).seed(seed).shuffle().repeat(None, reseed_each_epoch=True)
+    )
+    # No remainder ever comes; grain counts batches with one in floats, which overflow for batches of 1.
+    return iter(windows.batch(batch, drop_remainder=True).to_iter_dataset())
 
 
 def fixed_batches(tokens: np.ndarray, *, context: int, batch: int, windows: int) -> list[np.ndarray]:

@@ -80,6 +80,10 @@ class TestBatches:
         np.testing.assert_array_equal(np.sort(second), np.sort(first))
         assert (first != second).any() and (first != np.sort(first)).any()
 
+    def test_batches_of_one_hold_the_same_rows(self):
+        ones = text.batches(self.tokens, context=4, batch=1, seed=0)
+        np.testing.assert_array_equal([next(ones)[0] for _ in range(45)], np.concatenate(self.take(9)))
+
     def test_the_seed_decides(self):
         np.testing.assert_array_equal(self.take(3), self.take(3))
         assert (np.stack(self.take(3)) != np.stack(self.take(3, seed=1))).any()
