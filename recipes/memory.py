@@ -49,12 +49,14 @@ def step_bytes(compiled: Any) -> int:
     )
 
 
-def choose(compile_cut: Callable[[int], Any], batch: int, limit: int) -> Chosen:
+def choose(compile_cut: Callable[[int], Any], batch: int, limit: int,
+           may_be: Callable[[int], bool] = lambda _: True) -> Chosen:  # fmt: skip
     """The fewest microbatches, a divisor of `batch` (sequences a device), whose compiled step takes at most `limit`.
 
+    may_be: whether a divisor is one to try; `batch` itself, one sequence at a time, must be.
     Raises: ValueError when one sequence at a time takes more."""
     tried = []
-    for microbatches in (n for n in range(1, batch + 1) if batch % n == 0):
+    for microbatches in (n for n in range(1, batch + 1) if batch % n == 0 and may_be(n)):
         compiled = compile_cut(microbatches)
         tried.append((microbatches, step_bytes(compiled)))
         if tried[-1][1] <= limit:

@@ -31,7 +31,7 @@ class Ramp:
             size, step = int(found[1]), step + int(found[2])
             if size > batch or stages and size < stages[-1][0]:
                 raise ValueError(f"ramp: {text!r} goes up to the batch of {batch}; {size} sequences do not fit there.")
-            if size > per_microbatch and size % per_microbatch:
+            if not _cuts(per_microbatch, size):
                 raise ValueError(
                     f"ramp: {size} sequences cannot be cut into microbatches of {per_microbatch} ({microbatches} of the"
                     f" final {batch}). Take multiples of {per_microbatch}, or other --microbatches."
@@ -56,6 +56,14 @@ class Ramp:
     def microbatches(self, batch: int) -> int:
         return max(1, batch // self.per_microbatch)
 
+    def cut_by(self, microbatches: int) -> bool:
+        """Whether that many microbatches of the final batch are a size in which the smaller batches can be cut too."""
+        return all(_cuts(self.final // microbatches, size) for size in self.sizes)
+
     def next_batch(self, data: Iterator[np.ndarray], step: int) -> np.ndarray:
         count = self.at(step) // self.unit
         return next(data) if count == 1 else np.concatenate([next(data) for _ in range(count)])
+
+
+def _cuts(per_microbatch: int, size: int) -> bool:
+    return size <= per_microbatch or size % per_microbatch == 0

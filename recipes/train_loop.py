@@ -269,15 +269,17 @@ class Steps:
         return self.cut(batch, microbatches or self.ramp.microbatches(batch)).lower(state, rest, tokens).compile()
 
     def choose_microbatches(self, state: dict, rest: Any) -> None:
-        """With "auto", the fewest whose step fits the memory of a device. Checks the batches in any case."""
+        """With "auto", the fewest whose step fits the memory of a device and whose size cuts every batch of the ramp.
+        Checks the batches in any case."""
         largest = max(self.ramp.sizes)
+        for batch in self.ramp.sizes:
+            self.cut(batch, self.ramp.microbatches(batch))
         if self.plan.microbatches != "auto":
-            for batch in self.ramp.sizes:
-                self.cut(batch, self.ramp.microbatches(batch))
             return
         ways = 1 if self.layout is None else self.layout.ways
         compile_cut = lambda n: self.compiled_step(largest, state, rest, n)
-        chosen = memory.choose(compile_cut, largest // ways, memory.budget(self.plan.memory_budget))
+        limit = memory.budget(self.plan.memory_budget)
+        chosen = memory.choose(compile_cut, largest // ways, limit, self.ramp.cut_by)
         self.ramp = dataclasses.replace(self.ramp, per_microbatch=largest // chosen.microbatches)
         self.compiled[largest] = chosen.compiled
 

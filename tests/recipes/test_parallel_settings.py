@@ -206,19 +206,32 @@ class TestMemory:
         with pytest.raises(ValueError, match="Pass --memory-budget"):
             memory.budget(None)
 
+    def compiled(self, n):
+        """A program of 150 bytes, and 1000 more over the number of microbatches."""
+        sizes = {"argument": 90, "output": 110, "alias": 50, "temp": 1000 // n}
+        stats = types.SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
+        return types.SimpleNamespace(memory_analysis=lambda: stats, n=n)
+
     def test_the_fewest_microbatches_that_fit(self, capsys):
-        """Programs of 150 bytes, and 1000 more over the number of microbatches."""
-
-        def compiled(n):
-            sizes = {"argument": 90, "output": 110, "alias": 50, "temp": 1000 // n}
-            stats = types.SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
-            return types.SimpleNamespace(memory_analysis=lambda: stats, n=n)
-
-        chosen = memory.choose(compiled, 8, 400)
+        chosen = memory.choose(self.compiled, 8, 400)
         assert (chosen.microbatches, chosen.bytes, chosen.compiled.n) == (4, 400, 4)
         assert "microbatches: 4" in capsys.readouterr().out
         with pytest.raises(ValueError, match="even 8 microbatches of one sequence take 275 B.*--remat full"):
-            memory.choose(compiled, 8, 274)
+            memory.choose(self.compiled, 8, 274)
+
+    def test_a_ramp_is_cut_too(self, monkeypatch):
+        """Halves of 12 fit, but 8 sequences are no multiple of 6; thirds cut both."""
+        plan = train_loop.Plan.of(SMALL, batch=12, batch_ramp="8x1", microbatches="auto", memory_budget="650")
+        steps = train_loop.Steps(None, plan, plan.ramp(), None, None)
+        monkeypatch.setattr(steps, "compiled_step", lambda batch, state, rest, n: self.compiled(n))
+        steps.choose_microbatches({}, None)
+        assert [(size, steps.ramp.microbatches(size)) for size in steps.ramp.sizes] == [(8, 2), (12, 3)]
+
+    def test_a_ramp_that_the_devices_do_not_divide_is_refused_at_the_start(self):
+        plan = train_loop.Plan.of(SMALL, batch=8, batch_ramp="3x1", microbatches="auto", memory_budget="1GB")
+        steps = train_loop.Steps(None, plan, plan.ramp(), None, Layout(mesh=lb.parallel.make_mesh(data=2)))
+        with pytest.raises(ValueError, match="a batch of 3 sequences cannot be cut into 2 parts"):
+            steps.choose_microbatches({}, None)
 
     @pytest.mark.slow
     def test_more_microbatches_take_less_memory(self):
