@@ -47,13 +47,14 @@ def check(found: list[dict], loss: float, gradient: float) -> None:
         assert len(row["apart"]) <= 2, row
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture(scope="module", params=[(4, None), (2, 0)], ids=["one query head a group", "groups and signs"])
+def small(request):
     """A W4A4 model of one layer, a batch, and its loss and gradient on one device. One query head a group, as in
-    `every_mesh`."""
-    size = llama.LlamaConfig(layers=1, width=64, heads=4, kv_heads=4, ffn=64, context=16, batch=8, learning_rate=1e-3,
-                             steps=10)  # fmt: skip
-    model = lb.quantize(llama.build(size, 64, dtype="float32"), rules=[("blocks", lb.quest(4))])
+    `every_mesh`, or two and the signs that keep their rotation from being zero."""
+    kv_heads, signs = request.param
+    size = llama.LlamaConfig(layers=1, width=64, heads=4, kv_heads=kv_heads, ffn=64, context=16, batch=8,
+                             learning_rate=1e-3, steps=10)  # fmt: skip
+    model = lb.quantize(llama.build(size, 64, dtype="float32"), rules=[("blocks", lb.quest(4, signs=signs))])
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     tokens = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
     return model, tokens, jax.jit(lambda p, t: gradients.whole(graph, p, rest, t))(params, tokens)
