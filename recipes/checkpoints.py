@@ -91,7 +91,10 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+        """Of the folders that `save` named; others, such as copies that somebody made, are left alone."""
+        folders = (path for path in self.folder.glob("step_*") if path.is_dir())
+        found = ((path, path.name.removeprefix("step_")) for path in folders)
+        return sorted(int(step) for path, step in found if step.isdecimal() and path == self._path(int(step)))
 
     def _remove_unfinished(self) -> None:
         """What a kill left, or a full disk: threads of Orbax may write on after `save` has removed its folder."""

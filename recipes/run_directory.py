@@ -16,6 +16,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from recipes.checkpoints import Checkpoints
+
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
@@ -98,8 +100,10 @@ def _write(path: pathlib.Path, settings: dict[str, str], versions: dict[str, str
 def _trained(folder: pathlib.Path) -> bool:
     """Whether a training in `folder` has a checkpoint or a line of metrics, or its results are there."""
     logged = any(file.stat().st_size for file in folder.glob("*/metrics.*"))
-    results = ("float", "packed", "results.json", "compare.json")
-    return logged or any(folder.glob("*/checkpoints/step_*")) or any((folder / name).exists() for name in results)
+    saved = any(Checkpoints(path).steps() for path in folder.glob("*/checkpoints"))
+    return (
+        logged or saved or any((folder / name).exists() for name in ("float", "packed", "results.json", "compare.json"))
+    )
 
 
 class StopRequest:

@@ -51,6 +51,16 @@ def test_keeps_the_newest_two(saved):
     assert saved.steps() == [20, 30]
 
 
+def test_a_copy_beside_them_is_no_checkpoint(saved):
+    for name in ("step_00000020.bak", "step_20", "step_000000020", "step_", "step_+0000020", "step_0000002０"):
+        shutil.copytree(saved.folder / "step_00000020", saved.folder / name)
+    (saved.folder / "step_00000040").touch()
+    assert saved.steps() == [10, 20]
+    assert_is(saved.latest(tree(0.0)), 20, 2.5)
+    saved.save(30, tree(3.5))
+    assert saved.steps() == [20, 30] and (saved.folder / "step_00000020.bak").is_dir()
+
+
 def files(folder):
     return sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: -file.stat().st_size)
 

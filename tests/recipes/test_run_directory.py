@@ -59,7 +59,8 @@ class TestClaim:
         for seed in ("0", "1"):
             run_directory.claim(tmp_path, {"seed": seed})
             (tmp_path / "quest-w4a4" / "tensorboard").mkdir(parents=True, exist_ok=True)
-            (tmp_path / "quest-w4a4" / "checkpoints" / ".writing-00000007").mkdir(parents=True, exist_ok=True)
+            for name in (".writing-00000007", "step_00000007.bak"):
+                (tmp_path / "quest-w4a4" / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
             for name in ("lock", "quantized.txt", "quest-w4a4/metrics.jsonl"):
                 (tmp_path / name).touch()
         assert json.loads((tmp_path / "config.json").read_text())["settings"] == {"seed": "1"}
