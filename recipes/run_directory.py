@@ -69,13 +69,7 @@ def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     if not path.exists():
         return _write(path, settings, versions)
-    try:
-        content = json.loads(path.read_text())
-        stored, before = content["settings"], content["versions"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not what a run writes there ({error!r}). Restore it, or choose another --out."
-        ) from error
+    stored, before = _read(path)
     if not _trained(folder):
         return _write(path, settings, versions)
     differing = [name for name in sorted(set(stored) | set(settings)) if stored.get(name) != settings.get(name)]
@@ -89,6 +83,20 @@ def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
     if other:
         warnings.warn(f"{folder} was started with other versions ({', '.join(other)}): its last bits may differ.",
                       stacklevel=2)  # fmt: skip
+
+
+def _read(path: pathlib.Path) -> tuple[dict, dict]:
+    """Settings and versions, as `_write` has them."""
+    try:
+        content = json.loads(path.read_text())
+        settings, versions = content["settings"], content["versions"]
+        if not isinstance(settings, dict) or not isinstance(versions, dict):
+            raise TypeError("settings and versions must be tables")
+        return settings, versions
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not what a run writes there ({error!r}). Restore it, or choose another --out."
+        ) from error
 
 
 def _write(path: pathlib.Path, settings: dict[str, str], versions: dict[str, str]) -> None:

@@ -80,8 +80,13 @@ class TestClaim:
         with pytest.warns(UserWarning, match="other versions .jax 0.0.1 ->"):
             run_directory.claim(tmp_path, {})
 
-    def test_a_broken_file(self, tmp_path):
-        (tmp_path / "config.json").write_text("{")
+    @pytest.mark.parametrize(
+        "content",
+        ["{", "[]", '{"settings": {}}', '{"settings": [], "versions": {}}', '{"settings": {}, "versions": 1}'],
+    )
+    def test_a_broken_file(self, tmp_path, content):
+        train_a_step(tmp_path)
+        (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match="is not what a run writes there"):
             run_directory.claim(tmp_path, {})
 
