@@ -54,7 +54,8 @@ def main(config: Compare) -> list[dict]:
                         learning_rate=config.learning_rate)  # fmt: skip
     corpus = text.load(config.data, tokenizer=config.tokenizer)
     settings = run_directory.fields_that_matter(config, text=corpus.fingerprint, size=repr(size))
-    folder = config.out or pathlib.Path("runs") / f"compare-{config.preset}-{run_directory.short_hash(settings)}"
+    named = f"compare-{config.preset}-{run_directory.short_hash(settings)}"
+    folder = pathlib.Path("runs") / named if config.out is None else config.out.expanduser()
     losses: dict[str, list[float]] = {scheme.name: [] for scheme in cells}
     with run_directory.locked(folder), run_directory.StopRequest() as stop:
         run_directory.claim(folder, settings)

@@ -9,6 +9,7 @@ other batches."""
 import dataclasses
 import json
 import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -29,6 +30,7 @@ class Origin:
     folder: pathlib.Path
     step: int
     arrays: dict[str, np.ndarray]
+    sha256: str | None  # of the manifest, which has those of the arrays
 
     @classmethod
     def of(cls, run: pathlib.Path, *, optimizer_bits: int | str | None = None) -> "Origin":
@@ -37,22 +39,17 @@ class Origin:
         optimizer_bits: those of the run that starts here. Moments in few bits are left out when the settings of this
         one do not name the same: codes of 8 bits and of "e4m3" have one shape and dtype, and mean other values.
         Raises: ValueError where there is none, or more than one to choose from."""
-        found = [run] if (run / "checkpoints").is_dir() else sorted(p.parent for p in run.glob("*/checkpoints"))
-        if len(found) != 1:
-            several = ", ".join(str(folder) for folder in found)
-            why = f"holds several trainings; name one of {several}" if found else "holds no checkpoints of a run"
-            raise ValueError(f"--init-from: {run} {why}.")
-        store = checkpoints.Checkpoints(found[0] / "checkpoints")
-        for step in reversed(store.steps()):
+        training = _training(run)
+        for step, folder in reversed(_saved(training).items()):
             try:
-                arrays = _read(store.folder / f"step_{step:08d}")
+                arrays = _read(folder)
             except checkpoints.CorruptCheckpoint as error:
-                warnings.warn(f"--init-from: step {step} of {found[0]} is damaged ({error}).", stacklevel=2)
+                warnings.warn(f"--init-from: step {step} of {training} is damaged ({error}).", stacklevel=2)
                 continue
-            if _optimizer_bits(found[0]) != repr(optimizer_bits):
+            if _optimizer_bits(training) != repr(optimizer_bits):
                 arrays = {name: array for name, array in arrays.items() if not _is_code(name)}
-            return cls(found[0], step, arrays)
-        raise ValueError(f"--init-from: {found[0]} holds no checkpoint that verifies. Name another run.")
+            return cls(training, step, arrays, _sha256(folder))
+        raise ValueError(f"--init-from: {training} holds no checkpoint that verifies. Name another run.")
 
     def model(self, model: nnx.Module) -> nnx.Module:
         """The model with the parameters of this run; those that it lacks, such as learned steps, stay as they are.
@@ -92,6 +89,60 @@ class Origin:
                 f" {leaf.shape}. Take the --preset and --tokenizer of that run."
             )
         return _where(found, leaf)
+
+
+def origins(run: pathlib.Path, folder: pathlib.Path, names: list[str], *, optimizer_bits: int | str | None = None
+            ) -> dict[str, Origin]:  # fmt: skip
+    """The checkpoint of `run` for each training in `folder` that has none of its own to go on from. Where all have
+    one, `run` is not read, and may be gone."""
+    starting = [name for name in names if not checkpoints.Checkpoints(folder / name / "checkpoints").steps()]
+    return dict.fromkeys(starting, Origin.of(run, optimizer_bits=optimizer_bits)) if starting else {}
+
+
+def setting(run: pathlib.Path, held: str | None, origins: dict[str, Origin]) -> str:
+    """What the settings of a run say of `--init-from run`: a checkpoint by its step, place and checksum. It is `held`,
+    what they have said since the run began, where that is the same checkpoint: wherever it lies now, and, where no
+    training starts from it any more (`origins` is empty), also if `run` has gone on or is gone from the same place.
+
+    Raises: ValueError where `run` is another place without checkpoints."""
+    if held is not None and held.startswith(("'", '"')):  # the path as it was written, all that there was before
+        return repr(str(run))
+    place = str(run.resolve())
+    was = re.fullmatch(r"step \d+ of (.*), SHA-256 (\w+)", held or "", re.DOTALL)
+    if origins:
+        found = {origin.step: origin.sha256 for origin in origins.values()}
+    elif was is not None and was[1] == place:
+        return was[0]
+    else:
+        found = {step: _sha256(saved) for step, saved in _saved(_training(run)).items()}
+    if was is not None and was[2] in found.values():
+        return was[0]
+    newest = max(found, default=0)
+    return f"step {newest} of {place}, SHA-256 {found.get(newest)}"
+
+
+def _training(run: pathlib.Path) -> pathlib.Path:
+    """The one that `run` is, or holds."""
+    found = [run] if (run / "checkpoints").is_dir() else sorted(p.parent for p in run.glob("*/checkpoints"))
+    if len(found) != 1:
+        several = ", ".join(str(folder) for folder in found)
+        why = f"holds several trainings; name one of {several}" if found else "holds no checkpoints of a run"
+        raise ValueError(f"--init-from: {run} {why}.")
+    return found[0]
+
+
+def _saved(training: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The folders of its checkpoints, oldest first."""
+    store = checkpoints.Checkpoints(training / "checkpoints")
+    return {step: store.folder / f"step_{step:08d}" for step in store.steps()}
+
+
+def _sha256(checkpoint: pathlib.Path) -> str | None:
+    """Of its manifest; None where that cannot be read."""
+    try:
+        return str(json.loads((checkpoint / "manifest.json").read_bytes())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _where(array: np.ndarray, leaf: Any) -> Any:

@@ -140,41 +140,55 @@ def main(config: Pretrain) -> dict:
                        hf_bytes=config.hf_bytes)  # fmt: skip
     delivery = deliver.Delivery.of(config, corpus, plan, started=started)
     description = finished.Description.of(config, size, scheme, corpus)
-    settings = run_directory.fields_that_matter(
-        config, text=corpus.fingerprint, vocabulary=corpus.vocab_size, scheme=scheme.name, **dataclasses.asdict(size)
-    )
-    for name in ("init_from", "skip_spikes", "options"):  # what a run had before they were there stays the same run
-        if getattr(config, name) not in (None, ()):
-            settings[name] = repr(str(getattr(config, name)))
-    folder = config.out or pathlib.Path("runs") / f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
+    settings = settings_of(config, size, scheme, corpus)
+    named = f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
+    folder = pathlib.Path("runs") / named if config.out is None else config.out.expanduser()
 
-    origin = None
+    names = ["unquantized"] if scheme.name == "none" else [*(["unquantized"] if config.baseline else []), scheme.name]
+    origins: dict[str, init_from.Origin] = {}
     if config.init_from is not None:
-        origin = init_from.Origin.of(config.init_from, optimizer_bits=config.optimizer_bits)
+        run, held = config.init_from.expanduser(), run_directory.held_to(folder).get("init_from")
+        origins = init_from.origins(run, folder, names, optimizer_bits=config.optimizer_bits)
+        settings["init_from"] = init_from.setting(run, held, origins)
 
-    def new_model() -> nnx.Module:
+    def new_model(name: str) -> nnx.Module:
         make = lambda: llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed,
                                    attention=config.attention, unroll=config.unroll)  # fmt: skip
         model = make() if layout is None else layout.attach(layout.build(make))
-        return model if origin is None else origin.model(model)
+        return origins[name].model(model) if name in origins else model
 
     with one_of_many(folder, settings), run_directory.StopRequest() as stop:
         print(f"{config.preset}: {size.block_params:,} parameters in the blocks")
         print(f"{size.steps} steps of {size.batch} x {size.context} tokens from {corpus.note}; run directory: {folder}")
         runs = {}
-        if config.baseline or scheme.name == "none":
-            runs["unquantized"] = train_loop.train("unquantized", new_model(), corpus, plan, folder, stop,
-                                                   layout=layout, origin=origin)  # fmt: skip
-        if scheme.name != "none":
-            model = scheme.apply(new_model(), corpus.sample(size.context, size.batch))
-            if jax.process_index() == 0:
-                print(quantized.write(folder / "quantized.txt", model, scheme.name, stacked=size.layers))
-            runs[scheme.name] = train_loop.train(scheme.name, model, corpus, plan, folder, stop, quantized=True,
-                                                 layout=layout, origin=origin)  # fmt: skip
+        for name in names:
+            model, is_quantized = new_model(name), name != "unquantized"
+            if is_quantized:
+                model = scheme.apply(model, corpus.sample(size.context, size.batch))
+                if jax.process_index() == 0:
+                    print(quantized.write(folder / "quantized.txt", model, scheme.name, stacked=size.layers))
+            runs[name] = train_loop.train(name, model, corpus, plan, folder, stop, quantized=is_quantized,
+                                          layout=layout, origin=origins.get(name))  # fmt: skip
         if jax.process_index():
             return {}
         with description.of_finished(folder):
             return delivery.make(folder, runs)
+
+
+def settings_of(
+    config: Pretrain, size: llama.LlamaConfig, scheme: schemes.Scheme, corpus: text.Corpus
+) -> dict[str, str]:
+    """What changes the numbers of the run. With the path of `--init-from`, which names a folder; a run is then held to
+    the checkpoint there."""
+    settings = run_directory.fields_that_matter(
+        config, text=corpus.fingerprint, vocabulary=corpus.vocab_size, scheme=scheme.name, **dataclasses.asdict(size)
+    )
+    origin = None if config.init_from is None else config.init_from.expanduser()
+    since = {"init_from": origin, "skip_spikes": config.skip_spikes, "options": config.options}
+    for name, value in since.items():  # what a run had before they were there stays the same run
+        if value not in (None, ()):
+            settings[name] = repr(str(value))
+    return settings
 
 
 def layout_of(config: Pretrain) -> Layout | None:

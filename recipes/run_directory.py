@@ -85,15 +85,21 @@ def claim(folder: pathlib.Path, settings: dict[str, str]) -> None:
                       stacklevel=2)  # fmt: skip
 
 
+def held_to(folder: pathlib.Path) -> dict[str, str]:
+    """The settings that a run in `folder` has been trained with; none where nothing is."""
+    path = folder / "config.json"
+    return _read(path)[0] if path.exists() and _trained(folder) else {}
+
+
 def _read(path: pathlib.Path) -> tuple[dict, dict]:
     """Settings and versions, as `_write` has them."""
     try:
         content = json.loads(path.read_text())
         settings, versions = content["settings"], content["versions"]
-        if not isinstance(settings, dict) or not isinstance(versions, dict):
-            raise TypeError("settings and versions must be tables")
+        if not all(isinstance(value, str) for value in [*settings.values(), *versions.values()]):
+            raise TypeError("a setting or version that is no text")
         return settings, versions
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not what a run writes there ({error!r}). Restore it, or choose another --out."
         ) from error

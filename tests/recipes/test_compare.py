@@ -1,6 +1,7 @@
 """The comparison: intervals from a table of Student's t, differences paired by seed, cells that are not run twice."""
 
 import dataclasses
+import pathlib
 import types
 
 import numpy as np
@@ -68,8 +69,10 @@ def test_float16_comes_with_a_loss_scale(tmp_path, monkeypatch, dtype, scaled):
     monkeypatch.setattr(compare.llama, "build", lambda *_, **__: None)
     monkeypatch.setattr(compare.schemes.Scheme, "apply", lambda *_: None)
     (tmp_path / "words.txt").write_text("a word " * 2000)
+    monkeypatch.setenv("HOME", str(tmp_path))
     rows = compare.main(compare.Compare(preset="smoke", bits=(), schemes=("fp8:scaling=row",), seeds=1, dtype=dtype,
-                                        data=str(tmp_path / "words.txt"), out=tmp_path / "out"))  # fmt: skip
+                                        data="~/words.txt", out=pathlib.Path("~/out")))  # fmt: skip
+    assert (tmp_path / "out" / "compare.json").exists()
     assert [plan.optimizer().loss_scale for plan in plans] == [scaled, scaled]
     assert [row["name"] for row in rows] == ["none", "fp8-by-row"]
 

@@ -1,6 +1,7 @@
 """Another run's checkpoint as a start: its parameters, and the moments that fit."""
 
 import dataclasses
+import json
 import pathlib
 import re
 import shutil
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recipes import checkpoints, llama, metrics, pretrain, run_directory, schemes, train_loop
+from recipes import checkpoints, llama, metrics, pretrain, run_directory, schemes, text, train_loop
 from recipes.init_from import Origin
-from tests.recipes.test_pretrain import finish, settings
+from tests.recipes.test_pretrain import curve, finish, settings
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,76 @@ def test_a_finish_in_high_precision(run, tmp_path, monkeypatch):
     curve = (finishing.out / "unquantized" / "metrics.jsonl").read_bytes()
     pretrain.main(finishing)
     assert (finishing.out / "unquantized" / "metrics.jsonl").read_bytes() == curve
+
+
+class TestTheSameStart:
+    """A run goes on by the same command wherever the run that it started from lies, and by no other start."""
+
+    @pytest.fixture
+    def origin(self, run, tmp_path):
+        return pathlib.Path(shutil.copytree(run.out, tmp_path / "origin"))
+
+    @pytest.fixture
+    def started(self, origin, tmp_path, monkeypatch):
+        """Learned steps at 2 bits, which the first weights set; stopped after step 7 of 9."""
+        config = settings(tmp_path, init_from=origin, method="lsq", bits=2, steps=9)
+        monkeypatch.setattr(pretrain.deliver.Delivery, "make", lambda *_: None)
+        pretrain.main(config)
+        self.curve = curve(config, "lsq-w2a2")
+        self.cut(config)
+        return config
+
+    def cut(self, config):
+        shutil.rmtree(config.out / "lsq-w2a2" / "checkpoints" / "step_00000009")
+
+    def go_on(self, config, **changes):
+        pretrain.main(dataclasses.replace(config, **changes))
+        assert curve(config, "lsq-w2a2") == self.curve
+
+    def test_moved_written_otherwise_trained_on_or_gone(self, origin, started, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for path in ("origin", "~/origin", "origin/quest-w4a4", str(origin)):
+            self.go_on(started, init_from=pathlib.Path(path), out=pathlib.Path("~/run"))
+            self.cut(started)
+        origin.rename(tmp_path / "moved")
+        self.go_on(started, init_from=pathlib.Path("moved"))
+        self.cut(started)
+        self.go_on(started)  # the folder named first is gone
+        self.go_on(started)  # and the run finished
+
+    def test_another_start_is_refused(self, run, origin, started, tmp_path, monkeypatch):
+        with pytest.raises(ValueError, match="nowhere holds no checkpoints of a run"):
+            pretrain.main(dataclasses.replace(started, init_from=tmp_path / "nowhere"))
+        other = dataclasses.replace(run, out=tmp_path / "other", seed=1)
+        finish(other, monkeypatch)
+        refused = "init_from: there step 6 of .*origin, SHA-256 .*, now step 6 of .*other, SHA-256"
+        with pytest.raises(ValueError, match=refused):
+            pretrain.main(dataclasses.replace(started, init_from=other.out))
+        (origin / "quest-w4a4").rename(tmp_path / "old")
+        (other.out / "quest-w4a4").rename(origin / "quest-w4a4")
+        with pytest.raises(ValueError, match="init_from: there step 6 of .*origin, .*, now step 6 of .*origin, "):
+            pretrain.main(dataclasses.replace(started, baseline=True))  # whose twin would start from other weights
+
+    def test_a_run_from_before_is_held_to_the_path(self, origin, started):
+        path = started.out / "config.json"
+        content = json.loads(path.read_text())
+        content["settings"]["init_from"] = repr(str(origin))
+        path.write_text(json.dumps(content))
+        self.go_on(started)
+        with pytest.raises(ValueError, match="init_from: there '.*origin', now '.*origin/quest-w4a4'"):
+            pretrain.main(dataclasses.replace(started, init_from=origin / "quest-w4a4"))
+        self.cut(started)
+        shutil.rmtree(origin)
+        self.go_on(started)
+
+    def test_the_folder_of_a_run_without_out_is_named_as_ever(self, run):
+        """By the path; `short_hash` of the settings that were there before checkpoints were named by checksums."""
+        config = dataclasses.replace(run, init_from=pathlib.Path("a/b"))
+        size, corpus = llama.preset("smoke"), text.load(run.data)
+        found = pretrain.settings_of(config, size, schemes.Scheme(), corpus)
+        plain = pretrain.settings_of(run, size, schemes.Scheme(), corpus)
+        assert found == plain | {"init_from": "'a/b'"}
 
 
 def test_runs_that_cannot_be_the_start(run, tmp_path):
