@@ -21,6 +21,7 @@ from lowbit_jax.parallel.packed import axis_of_view
 from lowbit_jax.qtensor import NO_SEAL, QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import BFLOAT16, Group, TwoLevel, absmax
+from lowbit_jax.scaling.tiling import normalized_axes
 
 _INTEGERS = (INT2, INT3, INT4, INT5, INT6, INT7, INT8)
 
@@ -49,7 +50,8 @@ class Reduction:
     def scatter(self, x: Float[Array, "*s"], axis_name: str, axis: int) -> Float[Array, "*part"]:
         """The sum over the devices, of which each keeps its part along `axis`."""
         if self.quantizer is None:
-            return lax.psum_scatter(x, axis_name, scatter_dimension=axis % x.ndim, tiled=True)
+            at = _counted(axis, x.ndim, "Reduction.scatter")
+            return lax.psum_scatter(x, axis_name, scatter_dimension=at, tiled=True)
         return reduce_scatter_packed(x, self.quantizer, axis_name, axis=axis)
 
     def everywhere(self, x: Float[Array, "*s"], axis_name: str) -> Float[Array, "*s"]:
@@ -66,7 +68,7 @@ def all_gather(
 ) -> Float[Array, "*whole"]:
     """The array whose shard along `axis` each device holds; its cotangent is summed over the devices by `reduction`,
     and each keeps its shard's part."""
-    return lax.all_gather(x, axis_name, axis=axis % x.ndim, tiled=True)
+    return lax.all_gather(x, axis_name, axis=_counted(axis, x.ndim, "all_gather"), tiled=True)
 
 
 all_gather.defvjp(
@@ -95,8 +97,8 @@ def all_gather_packed(
     and the quantizer's estimator takes it back to `x`.
     Raises: ValueError for a tiling whose tiles the shards cut (rows along `axis`, one tile a tensor), a rotation across
     shards, and scale formats with a scale a tensor."""
-    how = _Gather(quantizer, axis_name, axis % x.ndim - x.ndim, contract % x.ndim - x.ndim, rotated, reduction)
-    return _gathered(how, x, scale, key)
+    at, along = (_counted(a, x.ndim, "all_gather_packed") - x.ndim for a in (axis, contract))
+    return _gathered(_Gather(quantizer, axis_name, at, along, rotated, reduction), x, scale, key)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,7 +150,8 @@ def gather_qtensor(packed: QTensor, axis_name: str, *, axis: int) -> QTensor:
     """The QTensor of the whole array from those of its shards along `axis`: words, scales and marks travel.
 
     Raises: ValueError when a tile would lie in several shards."""
-    at, contract, count = axis % packed.ndim, packed.ndim + packed.axis, lax.axis_size(axis_name)
+    at, contract = _counted(axis, packed.ndim, "gather_qtensor"), packed.ndim + packed.axis
+    count = lax.axis_size(axis_name)
     q = packed.quantizer
     if isinstance(q.scale_format, TwoLevel):
         raise ValueError(
@@ -198,7 +201,7 @@ def reduce_scatter_packed(
             f"reduce_scatter_packed got a scalar, which has no axis to cut into {count} parts ({axis_name!r}). Sum it"
             " with lax.psum, or stack it with others."
         )
-    at = axis % x.ndim
+    at = _counted(axis, x.ndim, "reduce_scatter_packed")
     if x.shape[at] % count:
         raise ValueError(
             f"reduce_scatter_packed: axis {at} of length {x.shape[at]} cannot be cut into {count} parts"
@@ -231,6 +234,11 @@ def all_reduce_packed(
     total = _sum_of_rows(packed, flat.size // count, axis_name)
     sums = gather_qtensor(_packed_rows(total[None], quantizer, axis_name, second), axis_name, axis=0)
     return sums.dequantize(jnp.float32)[:, : total.size].reshape(-1)[: x.size].reshape(x.shape).astype(x.dtype)
+
+
+def _counted(axis: int, ndim: int, who: str) -> int:
+    """The axis counted from the first. Raises: ValueError for one that the array does not have."""
+    return normalized_axes((axis,), ndim, who)[0]
 
 
 def _sum_of_rows(packed: QTensor, n: int, axis_name: str) -> Float[Array, " n"]:

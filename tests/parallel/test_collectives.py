@@ -240,6 +240,23 @@ class TestSums:
                 wire_quantizer(bits)
 
 
+@pytest.mark.parametrize("axis", [2, -3])
+@pytest.mark.parametrize(
+    ("who", "function"),
+    [
+        ("all_gather", lambda x, axis: all_gather(x, "fsdp", axis)),
+        ("Reduction.scatter", lambda x, axis: Reduction().scatter(x, "fsdp", axis)),
+        ("reduce_scatter_packed", lambda x, axis: reduce_scatter_packed(x, wire_quantizer(8), "fsdp", axis=axis)),
+        ("all_gather_packed", lambda x, axis: all_gather_packed(x, lb.Quantizer(), "fsdp", axis=axis, contract=0)),
+        ("all_gather_packed", lambda x, axis: all_gather_packed(x, lb.Quantizer(), "fsdp", axis=1, contract=axis)),
+        ("gather_qtensor", lambda x, axis: gather_qtensor(lb.Quantizer().quantize(x), "fsdp", axis=axis).words),
+    ],
+)
+def test_an_axis_that_is_not_there(mesh, who, function, axis):
+    with pytest.raises(ValueError, match=f"{who}: axis {axis} of an array of 2 dimensions. Give an axis from -2 to 1"):
+        on_devices(lambda x: function(x, axis), mesh, P(), P())(jnp.ones((8, 8)))
+
+
 def test_a_float_gather_with_packed_gradients(mesh, weight):
     cotangents = jax.random.normal(jax.random.key(2), (N, *weight.shape))
 
