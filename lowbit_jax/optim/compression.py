@@ -90,6 +90,7 @@ def compressed_mean(
 
     def update(updates, state, params=None):
         del params
+        trees.check_floating(updates, "compressed_mean", "gradient")
         good = all_finite(updates, axis_name)
         local = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         if state.error is not None:
@@ -134,6 +135,7 @@ def sign_momentum(
 
     def update(updates, state, params=None):
         del params
+        trees.check_floating(updates, "sign_momentum", "gradient")
         good = all_finite(updates, axis_name)
         if vote:
             momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g.astype(jnp.float32), state.momentum, updates)
@@ -182,6 +184,7 @@ def scale_by_one_bit_adam(
 
     def update(updates, state, params=None):
         del params
+        trees.check_floating(updates, "scale_by_one_bit_adam", "gradient")
         good = all_finite(updates, axis_name)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         mu, nu, error = lax.cond(state.count < warmup_steps, warm, frozen, grads, state)

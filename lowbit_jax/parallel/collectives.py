@@ -96,7 +96,8 @@ def all_gather_packed(
     differ between the devices. The cotangent is summed over the devices by `reduction`, each keeps its shard's part,
     and the quantizer's estimator takes it back to `x`.
     Raises: ValueError for a tiling whose tiles the shards cut (rows along `axis`, one tile a tensor), a rotation across
-    shards, and scale formats with a scale a tensor."""
+    shards, and scale formats with a scale a tensor; TypeError for integers."""
+    _check_floating(x, "all_gather_packed", "lax.all_gather")
     at, along = (_counted(a, x.ndim, "all_gather_packed") - x.ndim for a in (axis, contract))
     return _gathered(_Gather(quantizer, axis_name, at, along, rotated, reduction), x, scale, key)
 
@@ -194,7 +195,8 @@ def reduce_scatter_packed(
 
     Each term is rounded once and the sum is not; its error is at most half a step of each term. A stochastic rounding
     takes a `key`, into which the device's index is folded.
-    Raises: ValueError for a scalar, and when the devices do not divide the axis."""
+    Raises: ValueError for a scalar, and when the devices do not divide the axis; TypeError for integers."""
+    _check_floating(x, "reduce_scatter_packed", "lax.psum_scatter")
     count = lax.axis_size(axis_name)
     if x.ndim == 0:
         raise ValueError(
@@ -222,7 +224,10 @@ def all_reduce_packed(
 ) -> Float[Array, "*s"]:
     """The sum of the devices' `x`, whole on each, in two hops: an all-to-all of packed codes with a local sum in
     float32, then an all-gather of the sums, packed again. Every device gets the same bits. An array so small that
-    packing it saves no bytes is summed as it is."""
+    packing it saves no bytes is summed as it is.
+
+    Raises: TypeError for integers."""
+    _check_floating(x, "all_reduce_packed", "lax.psum")
     if x.size == 0:
         return x
     count = lax.axis_size(axis_name)
@@ -234,6 +239,15 @@ def all_reduce_packed(
     total = _sum_of_rows(packed, flat.size // count, axis_name)
     sums = gather_qtensor(_packed_rows(total[None], quantizer, axis_name, second), axis_name, axis=0)
     return sums.dequantize(jnp.float32)[:, : total.size].reshape(-1)[: x.size].reshape(x.shape).astype(x.dtype)
+
+
+def _check_floating(x: Array, who: str, exact: str) -> None:
+    """`exact`: the collective that takes other dtypes as they are."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{who} got {x.dtype}; it packs floating arrays, and would round any other. Use {exact}, which is exact, or"
+            " cast to a floating dtype."
+        )
 
 
 def _counted(axis: int, ndim: int, who: str) -> int:

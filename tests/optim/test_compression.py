@@ -162,6 +162,13 @@ def test_a_gradient_that_is_not_finite_is_seen_and_poisons_nothing(make, bad, me
     jax.tree.map(np.testing.assert_array_equal, step(now(2), after), step(now(2), state))
 
 
+@pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+def test_gradients_of_integers_are_refused(make, mesh):
+    state, step = runner(make(), mesh, {"b": (40,)})
+    with pytest.raises(TypeError, match="the gradient 'b' is int32; it moves floating arrays only"):
+        step({"b": jnp.ones((DEVICES, 40), jnp.int32)}, state)
+
+
 def test_a_skip_around_the_rest_of_the_chain_counts_it(mesh):
     tx = optax.chain(lb.optim.compressed_mean("data", "int8"), lb.optim.skip_nonfinite(optax.sgd(1.0)))
     state, step = runner(tx, mesh, {"w": (64,)})

@@ -240,6 +240,21 @@ class TestSums:
                 wire_quantizer(bits)
 
 
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: all_reduce_packed(x, wire_quantizer(8), "fsdp"), "all_reduce_packed got int32; .*lax.psum, which"),
+        (lambda x: reduce_scatter_packed(x, wire_quantizer(8), "fsdp", axis=0), "reduce_scatter_packed got int32"),
+        (lambda x: Reduction(wire_quantizer(8)).everywhere(x, "fsdp"), "all_reduce_packed got int32"),
+        (lambda x: all_gather_packed(x, lb.Quantizer(), "fsdp", axis=0, contract=1), "all_gather_packed got int32"),
+    ],
+)
+def test_integers_are_refused(mesh, function, words):
+    """Their sum would come rounded, and what that leaves behind the point cut off."""
+    with pytest.raises(TypeError, match=words):
+        on_devices(function, mesh, P(), P())(jnp.full((N, 300), 300))
+
+
 @pytest.mark.parametrize("axis", [2, -3])
 @pytest.mark.parametrize(
     ("who", "function"),
