@@ -118,7 +118,8 @@ class Pretrain:
     on_save_error: Literal["stop", "continue"] = free("stop")
     """What a disk that refuses a checkpoint does: end the run, or cost only that checkpoint."""
     prompt: str | None = free(None)
-    """What the sample goes on from; the first words of the held-out text unless given."""
+    """What the sample goes on from, of which the model reads the last --context tokens; the first words of the held-out
+    text unless given."""
     sample_tokens: int = free(200)
     temperature: float = free(0.7)
 

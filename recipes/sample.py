@@ -20,7 +20,8 @@ class Sample:
     run: tyro.conf.Positional[pathlib.Path]
     """Run directory of recipes.pretrain."""
     prompt: str
-    """What the text goes on from; numbers for a run on ids."""
+    """What the text goes on from, of which the model reads as much of the end as its context holds; numbers for a run
+    on ids."""
     tokens: int = 200
     """How many are written."""
     temperature: float = 0.7

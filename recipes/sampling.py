@@ -17,16 +17,18 @@ def generate(
     key: Array, cache_bits: int | None = None,
 ) -> np.ndarray:  # fmt: skip
     """The prompt and `tokens` more ids below `vocab_size` (a model may have logits for more), drawn from
-    softmax(logits / temperature); 0 takes the most likely.
+    softmax(logits / temperature); 0 takes the most likely. Of a prompt longer than `context` the model reads the last
+    `context` ids.
 
     A `Llama` caches keys and values, in `cache_bits` (2 to 8; None: its own dtype), and reads each token once; where
     `context` positions are full it reads the later half of them again and goes on. Other models, one that is laid out
     over a mesh, and one that is quantized in tiles of several tokens, read a window of the last `context` ids for every
     token.
     Raises: ValueError for `cache_bits` of a model that caches nothing, and outside 2 to 8."""
-    prompt = np.asarray(prompt, np.int32)[-context:]
+    prompt = np.asarray(prompt, np.int32)
+    read = prompt[-context:]
     window = np.zeros((context,), np.int32)
-    window[: len(prompt)] = prompt
+    window[: len(read)] = read
     graph, state = nnx.split(model)
     caches = isinstance(model, Llama) and model.placement is None and _reads_single_tokens(graph, state)
     if cache_bits is not None and not caches:
@@ -35,7 +37,7 @@ def generate(
             " Leave it out, or pass a Llama that lies on one device and whose activations are not quantized in tiles of"
             " several tokens."
         )
-    drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(prompt)), key, jnp.float32(temperature), caches,
+    drawn = _draw(graph, state, jnp.asarray(window), jnp.asarray(len(read)), key, jnp.float32(temperature), caches,
                   cache_bits, vocab_size, tokens)  # fmt: skip
     return np.concatenate([prompt, np.asarray(drawn)])
 

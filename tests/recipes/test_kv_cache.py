@@ -132,6 +132,13 @@ def test_a_prompt_as_long_as_the_context(model):
     assert len(ids) == CONTEXT + 3
 
 
+def test_a_prompt_longer_than_the_context(model):
+    """It comes back whole, and what follows is what follows its last ids."""
+    prompt = np.arange(CONTEXT + 7)
+    ids, short = drawn(model, prompt, 5), drawn(model, prompt[-CONTEXT:], 5)
+    np.testing.assert_array_equal(ids, [*prompt, *short[-5:]])
+
+
 def test_bits_of_the_cache_reach_the_text(model):
     """At 8 bits the same beginning; other widths are refused."""
     plain = drawn(model, [1, 2, 3], 5)

@@ -304,11 +304,11 @@ class TestSampling:
         )
         np.testing.assert_array_equal(ids, (np.arange(22) + 3) % 11)
 
-    def test_a_long_prompt_keeps_its_end(self):
+    def test_a_long_prompt_comes_back_whole_and_its_end_is_read(self):
         ids = sampling.generate(
             NextIs(), np.arange(10), tokens=1, context=4, temperature=0, vocab_size=11, key=jax.random.key(0)
         )
-        np.testing.assert_array_equal(ids, [6, 7, 8, 9, 10])
+        np.testing.assert_array_equal(ids, np.arange(11))
 
     def test_logits_beyond_the_vocabulary_are_never_drawn(self, key):
         """A table is padded to a multiple of 128: the model, which wants 7 after 6, has no text for it."""
