@@ -181,5 +181,6 @@ def show(answer: dict, folder: pathlib.Path) -> None:
         display.table("Weights", ["", "float", "packed", "smaller"], rows)
         print(f"held-out loss of the packed model: {packed['validation_loss']:.4f} nats a token")
     print(f"\nWritten by the {'packed' if packed else 'trained'} model:\n{display.printable(answer['sample'])}\n")
-    print(f"curves: {folder / 'curves.png'}; numbers: {folder / 'results.json'}")
+    curves = folder / "curves.png"
+    print(f"{f'curves: {curves}; ' if curves.exists() else ''}numbers: {folder / 'results.json'}")
     print(f"wall time of this command, without imports: {display.clock(answer['seconds'])}")

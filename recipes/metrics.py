@@ -22,6 +22,12 @@ class Metrics:
 
         on_error: what a disk that refuses a line does; with "continue" lines wait in memory for a better time."""
         self.steps = _LineFile(folder / "metrics.jsonl", after_step, on_error)
+        if after_step and self.steps.found_nothing:
+            warnings.warn(
+                f"metrics: {self.steps.path} has no line of the {after_step} steps that are done, and the curves lack"
+                " them. Put the file back, if there is a copy, and run the same command again.",
+                stacklevel=3,
+            )
         self.timing = _LineFile(folder / "timing.jsonl", after_step, on_error)
         self.board = _tensorboard(folder / "tensorboard", after_step) if tensorboard else None
 
@@ -83,6 +89,7 @@ class _LineFile:
     def __init__(self, path: pathlib.Path, after_step: int, on_error: str):
         self.path, self.on_error, self.told, self.waiting = path, on_error, False, b""
         with _named(path):
+            self.found_nothing = not path.exists() or path.stat().st_size == 0
             kept = _kept(path, after_step) if path.exists() else []
             replacement = path.with_suffix(".new")
             replacement.write_bytes(b"".join(kept))

@@ -5,9 +5,15 @@ import pathlib
 
 import numpy as np
 
+LOSSES = ("loss", "validation_loss")  # of a line of metrics.jsonl
+
 
 def curves(path: pathlib.Path, runs: dict[str, list[dict]], *, title: str) -> None:
-    """Training loss (a moving mean over the faint steps) and held-out loss of each run over the steps."""
+    """Training loss (a moving mean over the faint steps) and held-out loss of each run over the steps.
+
+    Without any point nothing is drawn, and what is at `path` stays."""
+    if not any(line.get(name) is not None for lines in runs.values() for line in lines for name in LOSSES):
+        return
     figure, axes = _figure(8, 5)
     tops = []
     for number, (name, lines) in enumerate(runs.items()):

@@ -203,6 +203,17 @@ def test_a_finished_run_without_its_last_held_out_loss_finds_it_again(config, re
     assert again["validation_loss"] == reference[1]["runs"]["quest-w4a4"]["validation_loss"]
 
 
+def test_a_finished_run_without_its_metrics_keeps_its_plot(config):
+    """The packed weights are made anew; what nobody can draw again stays."""
+    config = dataclasses.replace(config, steps=2)
+    pretrain.main(config)
+    plot = (config.out / "curves.png").read_bytes()
+    (config.out / "quest-w4a4" / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match="metrics.jsonl has no line of the 2 steps that are done"):
+        pretrain.main(config)
+    assert (config.out / "curves.png").read_bytes() == plot
+
+
 class TestABadEnd:
     def bad_tail(self, monkeypatch, first: int):
         """Steps from `first` on are not finite: nothing moves, as the real step has it."""

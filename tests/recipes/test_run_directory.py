@@ -125,6 +125,18 @@ class TestMetrics:
             assert self.lines(tmp_path) == [{"step": 1}, {"step": 2}]
             assert (tmp_path / f"metrics.damaged{n}").read_bytes().splitlines()[1] == line
 
+    @pytest.mark.parametrize("there", [False, True])
+    def test_lines_that_are_gone_are_told(self, tmp_path, there):
+        path = tmp_path / "metrics.jsonl"
+        if there:
+            path.touch()
+        with pytest.warns(UserWarning, match="metrics.jsonl has no line of the 7 steps that are done"):
+            with metrics.Metrics(tmp_path, after_step=7, tensorboard=False) as log:
+                log.step(8, loss=1.0)
+        assert self.lines(tmp_path) == [{"step": 8, "loss": 1.0}]
+        with metrics.Metrics(tmp_path, after_step=8, tensorboard=False):  # told once
+            pass
+
     def test_a_full_disk_names_the_file_and_can_be_outlasted(self, tmp_path):
         class Full:
             refuses = True
