@@ -1,5 +1,6 @@
 """A recipe as a command: flags from its config's fields, errors as one message, exit statuses that schedulers know."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,11 @@ def run(
     except train_loop.Stopped as stopped:
         print(stopped)
         sys.exit(stopped.status)
+    except KeyboardInterrupt:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{name}: interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if sys.flags.dev_mode:
             raise

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 import lowbit_jax as lb
-from recipes import checkpoints, display, keys, orbax_errors, plots, sampling, text, train_loop
+from recipes import checkpoints, display, keys, orbax_errors, plots, run_directory, sampling, text, train_loop
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +41,11 @@ class Delivery:
                    temperature=config.temperature, title=f"{config.preset}, {corpus.note}",
                    started=started)  # fmt: skip
 
-    def make(self, folder: pathlib.Path, runs: dict[str, train_loop.Trained]) -> dict:
-        """Prints the tables and writes the files; answers with what `results.json` holds."""
+    def make(self, folder: pathlib.Path, runs: dict[str, train_loop.Trained],
+             stop: run_directory.StopRequest | None = None) -> dict:  # fmt: skip
+        """Prints the tables and writes the files; answers with what `results.json` holds.
+
+        Raises: Stopped between two of its parts when a signal asks for it."""
         answer = {"text": self.corpus.note, "steps": self.plan.steps, "runs": {}}
         twin = runs.get("unquantized")
         for name, run in runs.items():
@@ -58,8 +61,10 @@ class Delivery:
         name, run = list(runs.items())[-1]
         model = run.model
         if name != "unquantized":
+            _stop_if_asked(stop, "its weights were packed")
             packed = _convert(run.model)
             answer["packed"] = save_both(folder, run.model, packed, then=self.goes_on(folder / name))
+            _stop_if_asked(stop, "the packed weights were evaluated")
             model = load(folder / "packed", packed)
             answer["packed"]["validation_loss"] = loss = self.held_out_loss(model)
             if not math.isfinite(loss):
@@ -67,9 +72,11 @@ class Delivery:
                     f"deliver: the packed model's held-out loss is {loss}, and the trained one's {run.validation_loss}."
                     " Pack with more bits, or keep the layers at fault out by --rules."
                 )
+        _stop_if_asked(stop, "a sample was written")
         ids = sampling.generate(model, self.prompt, tokens=self.sample_tokens, context=self.plan.context,
                                 temperature=self.temperature, vocab_size=self.corpus.tokenizer.vocab_size,
                                 key=jax.random.key(self.seed))  # fmt: skip
+        _stop_if_asked(stop, "the results were written")
         answer["sample"] = self.corpus.tokenizer.decode(ids)
         answer["seconds"] = round(time.monotonic() - self.started, 1)
         (folder / "results.json").write_text(json.dumps(answer, indent=1))
@@ -90,6 +97,13 @@ class Delivery:
             self.corpus.validation, context=plan.context, batch=plan.batch, windows=plan.validation_windows
         )
         return train_loop.evaluate(model, batches)
+
+
+def _stop_if_asked(stop: run_directory.StopRequest | None, before: str) -> None:
+    if stop is not None and stop.signal is not None:
+        raise train_loop.Stopped(
+            f"The run is trained, and was stopped before {before}; the same command does what is left.", stop.signal
+        )
 
 
 _convert = nnx.jit(lb.convert)

@@ -173,7 +173,7 @@ def main(config: Pretrain) -> dict:
         if jax.process_index():
             return {}
         with description.of_finished(folder):
-            return delivery.make(folder, runs)
+            return delivery.make(folder, runs, stop)
 
 
 def settings_of(

@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from recipes import command as recipe
+from recipes.sample import Sample
+
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
@@ -30,6 +33,15 @@ def test_errors_are_one_message_and_a_failing_status(tmp_path):
     done = run("--data", "no/such/file", cwd=tmp_path)
     assert done.returncode == 1 and "'no/such/file' is not 'stdlib'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_before_there_is_a_step_to_finish(capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        recipe.run("sample", Sample, interrupted, None, ["run", "--prompt", "a"])
+    assert ended.value.code == 130 and capsys.readouterr().err == "sample: interrupted.\n"
 
 
 @pytest.mark.slow

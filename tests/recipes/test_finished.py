@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -174,6 +176,22 @@ class TestFaults:
             pretrain.main(dataclasses.replace(words, out=copy))
         with pytest.raises(ValueError, match="has no run.json"):
             finished.load(copy)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_stopped_by_a_signal_while_it_packs_again(self, words, copy, monkeypatch, number):
+        """The command ends with the status of the signal, and what it left is no finished run; it goes on."""
+        entropy = deliver.unigram_entropy
+        told = lambda corpus: os.kill(os.getpid(), number) or entropy(corpus)
+        main = lambda _: pretrain.main(dataclasses.replace(words, out=copy))
+        with monkeypatch.context() as patch:
+            patch.setattr(deliver, "unigram_entropy", told)
+            with pytest.raises(SystemExit) as ended:
+                command.run("pretrain", Pretrain, main, None, [])
+        assert ended.value.code == 128 + number
+        with pytest.raises(ValueError, match="has no run.json"):
+            finished.load(copy)
+        main(None)
+        assert sample.main(same_again(words, run=copy)) == printed_by(words)
 
     def test_weights_that_are_gone_or_damaged(self, copy):
         (copy / "float" / "manifest.json").write_text("{")

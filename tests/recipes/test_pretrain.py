@@ -284,6 +284,30 @@ class TestTheEnd:
         model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
         return {name: train_loop.Trained(model, 2.0, [{"step": 1, "loss": 2.0}], 0.0, 0)}
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize(
+        ("part", "before"),
+        [("unigram_entropy", "its weights were packed"), ("save_both", "the packed weights were evaluated"),
+         ("load", "a sample was written"), ("sampling.generate", "the results were written")],
+    )  # fmt: skip
+    def test_a_signal_stops_between_its_parts(self, delivery, tmp_path, monkeypatch, part, before, number):
+        """And the run is not finished."""
+        parts = {"unigram_entropy": 3.0, "save_both": {}, "load": None, "sampling.generate": np.asarray([65])}
+        monkeypatch.setattr(deliver, "_convert", lambda model: model)
+        monkeypatch.setattr(deliver.Delivery, "held_out_loss", lambda *_: 2.0)
+        for name, value in parts.items():
+
+            def done(*_, name=name, value=value, **__):
+                if name == part:
+                    os.kill(os.getpid(), number)
+                return value
+
+            monkeypatch.setattr(f"recipes.deliver.{name}", done)
+        with pytest.raises(train_loop.Stopped, match=f"stopped before {before}; the same command") as stopped:
+            with run_directory.StopRequest() as stop:
+                delivery.make(tmp_path, self.trained("quest-w4a4"), stop)
+        assert stopped.value.status == 128 + number and not (tmp_path / "results.json").exists()
+
     def test_a_plot_that_fails_leaves_the_numbers(self, delivery, tmp_path, monkeypatch):
         def fails(*_, **__):
             raise ValueError("no plot")
