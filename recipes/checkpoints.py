@@ -134,6 +134,8 @@ def read(folder: pathlib.Path, like: Tree, *, a_device: str | None = None) -> tu
         checksum = manifest.pop("sha256")
         if checksum != _digest_of_json(manifest):
             raise CorruptCheckpoint("the manifest does not have its checksum")
+        if missing := [name for name in ("version", "arrays", "extra") if name not in manifest]:
+            raise CorruptCheckpoint(f"the manifest lacks {', '.join(missing)}")
     except PermissionError:
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -22,6 +22,7 @@ from recipes import deliver, init_from, llama, schemes, text, tokenizers
 
 VERSION = 1
 FILE = "run.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
@@ -100,7 +101,10 @@ class Description:
                 scheme = {"options": ()} | content["scheme"]  # which older ones do not have
                 lists = {name: tuple(scheme[name]) for name in ("rules", "options")}
                 content["scheme"] = schemes.Scheme(**scheme | lists)
-                return cls(**content)
+                description = cls(**content)
+                for part in (description, description.model_config):
+                    _check(part)
+                return description
         except FileNotFoundError:
             raise ValueError(
                 f"finished: {folder} has no {FILE}, which recipes.pretrain writes at its end: the run is not finished,"
@@ -183,6 +187,17 @@ class Description:
                 " the tokenizer.json that wrote the ids."
             )
         return codec
+
+
+def _check(part: Any) -> None:
+    """Raises: ValueError for a field that holds what no run has there."""
+    values = {field.name: (field.type, getattr(part, field.name)) for field in dataclasses.fields(part)}
+    for name, (kind, value) in values.items():
+        counted = kind is int and type(value) is int and value >= 1
+        measured = kind is float and type(value) in (int, float) and value >= 0
+        written = kind is str and type(value) is str and (value in DTYPES or not name.endswith("dtype"))
+        if kind in (int, float, str) and not (counted or measured or written):
+            raise ValueError(f"{name} {value!r:.40}")
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -123,8 +123,8 @@ class _LineFile:
 
 
 def _kept(path: pathlib.Path, after_step: int) -> list[bytes]:
-    """The lines up to `after_step`. A last line cut short by a kill goes silently; a file with other lines that cannot
-    be read is set aside under another name, and its good lines are kept."""
+    """The lines up to `after_step`. A last line cut short by a kill goes silently; a file with other lines that no run
+    writes is set aside under another name, and its good lines are kept."""
     kept, damaged = [], []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
@@ -141,8 +141,8 @@ def _kept(path: pathlib.Path, after_step: int) -> list[bytes]:
         shutil.copyfile(path, aside)
         lines = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines from line {damaged[0]} on"
         warnings.warn(
-            f"metrics: {path}, {lines} cannot be read as JSON with a step. The file is kept as {aside.name}; the run"
-            f" goes on with its {len(kept)} good lines up to step {after_step}.",
+            f"metrics: {path}, {lines} cannot be read as JSON with a step and numbers. The file is kept as"
+            f" {aside.name}; the run goes on with its {len(kept)} good lines up to step {after_step}.",
             stacklevel=4,
         )
     return kept
@@ -153,7 +153,9 @@ def _step_of(line: bytes) -> int | None:
         content = json.loads(line)
     except ValueError:  # also bytes that are not UTF-8
         return None
-    step = content.get("step") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not all(isinstance(value, int | float | None) for value in content.values()):
+        return None
+    step = content.get("step")
     return step if isinstance(step, int) else None
 
 

@@ -96,7 +96,7 @@ def test_wrong_values_under_a_valid_file_are_noticed(saved):
         assert_is(saved.latest(tree(0.0)), 10, 1.5)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove arrays", "remove manifest", "change manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "remove arrays", "remove manifest", "change manifest", "no version"])
 def test_other_damage_falls_back(saved, damage):
     newest = saved.folder / "step_00000020"
     if damage == "truncate":
@@ -106,6 +106,11 @@ def test_other_damage_falls_back(saved, damage):
         shutil.rmtree(newest / "arrays")
     elif damage == "remove manifest":
         (newest / "manifest.json").unlink()
+    elif damage == "no version":  # under a checksum of its own, as another program might write it
+        manifest = json.loads((newest / "manifest.json").read_text())
+        del manifest["version"], manifest["sha256"]
+        manifest["sha256"] = checkpoints._digest_of_json(manifest)
+        (newest / "manifest.json").write_text(json.dumps(manifest))
     else:
         manifest = json.loads((newest / "manifest.json").read_text())
         manifest["extra"]["data"]["next_index"] = 3

@@ -206,13 +206,24 @@ class TestFaults:
         with pytest.raises(ValueError, match="run.json is of version 2, and these recipes read version 1"):
             finished.load(copy)
 
-    @pytest.mark.parametrize("fields", [{"scheme": []}, {"model_config": {"layers": 1}}, {"new": 1}, {"scheme": {}}])
+    @pytest.mark.parametrize(
+        "fields",
+        [{"scheme": []}, {"model_config": {"layers": 1}}, {"new": 1}, {"scheme": {}}, {"vocab_size": -5},
+         {"vocab_size": 256.0}, {"dtype": "float33"}, {"param_dtype": None}, {"layout": 3}],
+    )  # fmt: skip
     def test_a_file_that_no_run_wrote(self, copy, fields):
         change(copy, **fields)
         with pytest.raises(ValueError, match="run.json is not what recipes.pretrain writes there"):
             finished.load(copy)
         (copy / "run.json").write_text("{")
         with pytest.raises(ValueError, match="run.json is not what recipes.pretrain writes there"):
+            finished.load(copy)
+
+    @pytest.mark.parametrize("fields", [{"layers": 0}, {"width": "64"}, {"learning_rate": None}, {"init": 1}])
+    def test_a_model_that_no_run_has(self, copy, fields):
+        size = json.loads((copy / "run.json").read_text())["model_config"]
+        change(copy, model_config=size | fields)
+        with pytest.raises(ValueError, match=f"run.json is not what .*{next(iter(fields))}"):
             finished.load(copy)
 
 

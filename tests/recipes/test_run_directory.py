@@ -114,7 +114,8 @@ class TestMetrics:
             log.step(4, loss=4.5)
         assert self.lines(tmp_path) == [{"step": s, "loss": s / 3} for s in (1, 2, 3)] + [{"step": 4, "loss": 4.5}]
 
-    @pytest.mark.parametrize("line", [b"{", b"\xff\x00", b"[1]", b'{"loss": 2.0}', b'{"step": "3"}', b""])
+    @pytest.mark.parametrize("line", [b"{", b"\xff\x00", b"[1]", b'{"loss": 2.0}', b'{"step": "3"}', b"",
+                                      b'{"step": 2, "tokens_per_second": "abc"}'])  # fmt: skip
     def test_a_damaged_line_sets_the_file_aside_and_the_rest_stays(self, tmp_path, line):
         path = tmp_path / "metrics.jsonl"
         for n in (1, 2):
