@@ -59,6 +59,10 @@ class LlamaConfig:
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.width * self.ffn + 2 * self.width) + self.width
 
+    def params(self, vocab_size: int) -> int:
+        """All of them."""
+        return self.block_params + 2 * vocab_size * self.width
+
 
 def _quest(layers: int, width: int, heads: int, ffn: int, learning_rate: float, steps: int) -> LlamaConfig:
     """A row of the QuEST set-up: 512 sequences of 512 tokens a step (Panferov et al. 2025, arXiv:2502.05003)."""

@@ -1,6 +1,7 @@
 """How many microbatches a step needs to fit a device, read from the compiled program before anything runs."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,12 +33,12 @@ def budget(text: str | None) -> int:
         return int(SHARE * limit)
     found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kMGT]?)i?B?\s*", text, re.IGNORECASE)
     try:
-        number = float(found[1]) if found else 0
+        number = float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " ") if found else 0
     except ValueError:
         number = 0
-    if found is None or number <= 0:
-        raise ValueError(f"memory: {text!r} is not an amount of memory, such as 2GB or 512MB.")
-    return int(number * 1000 ** " kmgt".index(found[2].lower() or " "))
+    if not 0 < number < math.inf:
+        raise ValueError(f"memory: {text!r:.40} is not an amount of memory, such as 2GB or 512MB.")
+    return int(number)
 
 
 def step_bytes(compiled: Any) -> int:

@@ -1,4 +1,4 @@
-"""What to tell when a device runs out of memory: what the step needs, what there is, and which flags lower it."""
+"""What to tell when a device runs out of memory: what is needed, what there is, and which flags lower it."""
 
 import contextlib
 import os
@@ -10,12 +10,19 @@ from recipes import display
 
 
 class OutOfMemory(RuntimeError):
-    """A device had less memory than a step takes."""
+    """A device had less memory than a step or a model takes."""
+
+
+OF_A_STEP = (
+    "Raise --microbatches (or take --microbatches auto), use --remat full, or lower --batch or --context;"
+    " --optimizer-bits 8 and --mesh fsdp=N make the state smaller. What the last checkpoint holds is safe."
+)
+OF_A_MODEL = "Take a smaller --preset, a --tokenizer with fewer words, or --mesh fsdp=N."
 
 
 @contextlib.contextmanager
-def explained(step: str, estimate: Callable[[], int]) -> Iterator[None]:
-    """Turns the runtime's RESOURCE_EXHAUSTED into one sentence. estimate: bytes that the step takes on each device; it
+def explained(what: str, estimate: Callable[[], int], way_out: str = OF_A_STEP) -> Iterator[None]:
+    """Turns the runtime's RESOURCE_EXHAUSTED into one sentence. estimate: bytes that `what` takes on each device; it
     is asked only then, and may fail in the same way."""
     try:
         yield
@@ -24,9 +31,8 @@ def explained(step: str, estimate: Callable[[], int]) -> Iterator[None]:
             raise
         said = " ".join(str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().partition("\n")[0].split()).rstrip(".")
         raise OutOfMemory(
-            f"out of memory: {step} needs {_needed(estimate)} on each device, and it has {_available()} ({said}). Raise"
-            " --microbatches (or take --microbatches auto), use --remat full, or lower --batch or --context;"
-            " --optimizer-bits 8 and --mesh fsdp=N make the state smaller. What the last checkpoint holds is safe."
+            f"out of memory: {what} needs {_needed(estimate)} on each device, and it has {_available()} ({said})."
+            f" {way_out}"
         ) from error
 
 

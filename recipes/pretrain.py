@@ -21,7 +21,19 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import lowbit_jax as lb
-from recipes import command, deliver, finished, init_from, llama, quantized, run_directory, schemes, text, train_loop
+from recipes import (
+    command,
+    deliver,
+    finished,
+    init_from,
+    llama,
+    out_of_memory,
+    quantized,
+    run_directory,
+    schemes,
+    text,
+    train_loop,
+)
 from recipes.layout import Layout
 
 NOT_NUMBERS = {"numbers": False}  # metadata: this setting changes no number, or is compared in another form
@@ -155,7 +167,11 @@ def main(config: Pretrain) -> dict:
     def new_model(name: str) -> nnx.Module:
         make = lambda: llama.build(size, corpus.vocab_size, dtype=config.dtype, remat=config.remat, seed=config.seed,
                                    attention=config.attention, unroll=config.unroll)  # fmt: skip
-        model = make() if layout is None else layout.attach(layout.build(make))
+        what = f"the model with a vocabulary of {corpus.vocab_size:,}"
+        needs = lambda: 4 * size.params(corpus.vocab_size) // (1 if layout is None else layout.mesh.size)
+        with out_of_memory.explained(what, needs, out_of_memory.OF_A_MODEL):
+            model = make() if layout is None else layout.attach(layout.build(make))
+            jax.block_until_ready(nnx.state(model))
         return origins[name].model(model) if name in origins else model
 
     with one_of_many(folder, settings), run_directory.StopRequest() as stop:

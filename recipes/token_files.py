@@ -11,6 +11,7 @@ import numpy as np
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 CHUNK = 1 << 24
+MOST_WORDS = 2**31  # whose ids an int32 holds
 
 
 def write(path: pathlib.Path, tokens: np.ndarray, *, vocab_size: int, text_bytes: int | None = None) -> None:
@@ -54,6 +55,11 @@ def read(path: pathlib.Path) -> tuple[np.ndarray, dict]:
                 f"token_files.read: the index {side} has the {key} {value!r:.40}; it must be a whole number of at least"
                 f" {lowest}. It looks like {example}."
             )
+    if index["vocab_size"] > MOST_WORDS:
+        raise ValueError(
+            f"token_files.read: the index {side} has the vocab_size {index['vocab_size']}; ids are read as int32, so it"
+            f" can be {MOST_WORDS} (2**31) at most. It looks like {example}."
+        )
     dtype = DTYPES[index["dtype"]]
     if path.stat().st_size != index["tokens"] * dtype.itemsize:
         raise ValueError(

@@ -25,6 +25,7 @@ from recipes.ramp import Ramp
 from recipes.spikes import Spikes
 
 MOST_SKIPS_IN_A_ROW = 25
+MOST_STEPS = 2**31  # which optax counts in int32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,8 @@ class Plan:
                      "checkpoint_every", "keep", "log_every"):  # fmt: skip
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"train_loop: {name} must be at least 1, not {getattr(self, name)}.")
+        if self.steps >= MOST_STEPS:
+            raise ValueError(f"train_loop: --steps must be below {MOST_STEPS} (2**31), and is {self.steps}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"train_loop: --seed must lie between 0 and 2**63 - 1, and is {self.seed}.")
         if self.microbatches == "auto":

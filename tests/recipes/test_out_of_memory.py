@@ -21,6 +21,14 @@ def test_a_real_one_is_explained():
         assert knob in words
 
 
+def test_a_model_has_another_way_out():
+    huge = jax.jit(lambda: jnp.zeros((1 << 48,), jnp.float32))
+    with pytest.raises(out_of_memory.OutOfMemory, match="the model needs .*smaller --preset") as told:
+        with out_of_memory.explained("the model", lambda: 1 << 50, out_of_memory.OF_A_MODEL):
+            huge().block_until_ready()
+    assert "--microbatches" not in str(told.value)
+
+
 def test_an_estimate_that_fails_in_the_same_way():
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.\nmore")
 

@@ -197,7 +197,7 @@ class TestMemory:
     def test_amounts(self, text, count):
         assert memory.budget(text) == count
 
-    @pytest.mark.parametrize("text", ["much", "-1GB", "0", "2 apples", "."])
+    @pytest.mark.parametrize("text", ["much", "-1GB", "0", "2 apples", ".", "1e400GB", "1e300TB"])
     def test_what_is_no_amount(self, text):
         with pytest.raises(ValueError, match="is not an amount of memory"):
             memory.budget(text)

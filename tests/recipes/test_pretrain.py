@@ -26,6 +26,7 @@ from recipes import (
     run_directory,
     schemes,
     text,
+    token_files,
     train_loop,
 )
 from recipes.pretrain import Pretrain
@@ -344,6 +345,17 @@ def test_out_of_memory_names_what_helps(config, monkeypatch):
         pretrain.main(config)
 
 
+def test_a_vocabulary_that_no_device_holds(config, tmp_path):
+    """2^31 words of width 64, in and out: 1.1 TB."""
+    token_files.write(tmp_path / "ids.bin", np.arange(4000) % 300, vocab_size=300)
+    index = json.loads((tmp_path / "ids.json").read_text())
+    (tmp_path / "ids.json").write_text(json.dumps(index | {"vocab_size": 2**31}))
+    config = dataclasses.replace(config, data=str(tmp_path / "ids.bin"), tokenizer="ids", prompt="1")
+    needed = "a vocabulary of 2,147,483,648 needs an estimated 1099.51 GB .*smaller --preset"
+    with pytest.raises(out_of_memory.OutOfMemory, match=needed):
+        pretrain.main(config)
+
+
 def test_other_settings_in_the_same_directory_are_refused(config):
     (config.out / "quest-w4a4").mkdir(parents=True)
     run_directory.claim(config.out, {"seed": "5"})
@@ -379,7 +391,9 @@ def test_settings_that_change_no_number_may_change(config):
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"), ({"microbatches": 3}, "cut into 3"),
-     ({"steps": 0}, "steps must be"), ({"learning_rate": -1.0}, "rate -1.0"),
+     ({"steps": 0}, "steps must be"), ({"steps": 10**30}, "--steps must be below .* and is 1000"),
+     ({"microbatches": "auto", "memory_budget": "1e400GB"}, "is not an amount of memory"),
+     ({"learning_rate": -1.0}, "rate -1.0"),
      ({"learning_rate": float("nan")}, "rate nan.*finite"), ({"weight_decay": float("inf")}, "decay inf.*finite"),
      ({"temperature": float("nan")}, "temperature nan"), ({"seed": -1}, "--seed must .* and is -1"),
      ({"skip_spikes": 1.0}, "--skip-spikes 1.0"),

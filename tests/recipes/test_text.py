@@ -251,6 +251,12 @@ class TestTokenFiles:
         with pytest.raises(ValueError, match=f"t.json has the {next(iter(change))} .*must be a whole number"):
             token_files.read(path)
 
+    def test_a_vocabulary_beyond_int32(self, path):
+        index = json.loads(path.with_suffix(".json").read_text())
+        path.with_suffix(".json").write_text(json.dumps(index | {"vocab_size": 99999999999}))
+        with pytest.raises(ValueError, match="vocab_size 99999999999; ids are read as int32, so it can be 2147483648"):
+            token_files.read(path)
+
     @pytest.mark.parametrize("index", ["{", "[]", "{}", "5", "null",
                                        '{"version": 2, "dtype": "uint16", "tokens": 1, "vocab_size": 1}',
                                        '{"version": 1, "dtype": "int9", "tokens": 1, "vocab_size": 1}'])  # fmt: skip
