@@ -5,28 +5,40 @@ of the text in UTF-8, may be left out, and then bits per byte are not reported."
 
 import hashlib
 import json
+import os
 import pathlib
 
 import numpy as np
+import numpy.typing as npt
 
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 CHUNK = 1 << 24
 MOST_WORDS = 2**31  # whose ids an int32 holds
 
 
-def write(path: pathlib.Path, tokens: np.ndarray, *, vocab_size: int, text_bytes: int | None = None) -> None:
+def write(path: str | os.PathLike, tokens: npt.ArrayLike, *, vocab_size: int, text_bytes: int | None = None) -> None:
+    """Both files. Raises: ValueError for another name than `name.bin`, for ids in other than one dimension, and outside
+    the vocabulary; TypeError for ids that are no integers."""
+    path, ids = pathlib.Path(path), np.asarray(tokens)
+    if path.suffix != ".bin":
+        raise ValueError(f"token_files.write: {path} is not named .bin. Pass {path.with_suffix('.bin')}, say.")
+    if ids.ndim != 1:
+        raise ValueError(f"token_files.write: ids of shape {ids.shape}. Give one row of them: ids.reshape(-1).")
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"token_files.write: ids are integers, not {ids.dtype}. Cast them, if they are whole.")
+    if not 1 <= vocab_size <= MOST_WORDS:
+        raise ValueError(f"token_files.write: a vocabulary of {vocab_size}; 1 to {MOST_WORDS} words can be read back.")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(f"token_files.write: ids from {ids.min()} to {ids.max()} in a vocabulary of {vocab_size}.")
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        raise ValueError(
-            f"token_files.write: ids from {tokens.min()} to {tokens.max()} in a vocabulary of {vocab_size}."
-        )
-    tokens.astype(DTYPES[dtype]).tofile(path)
-    index = {"version": 1, "dtype": dtype, "tokens": len(tokens), "vocab_size": vocab_size, "bytes": text_bytes}
+    ids.astype(DTYPES[dtype]).tofile(path)
+    index = {"version": 1, "dtype": dtype, "tokens": len(ids), "vocab_size": vocab_size, "bytes": text_bytes}
     path.with_suffix(".json").write_text(json.dumps(index))
 
 
-def read(path: pathlib.Path) -> tuple[np.ndarray, dict]:
+def read(path: str | os.PathLike) -> tuple[np.ndarray, dict]:
     """The ids, mapped rather than loaded, and the index. Every id is checked against the vocabulary."""
+    path = pathlib.Path(path)
     side = path.with_suffix(".json")
     if not path.is_file():
         raise ValueError(f"token_files.read: there is no file {path}.")

@@ -265,6 +265,28 @@ class TestTokenFiles:
         with pytest.raises(ValueError, match="t.json"):
             token_files.read(path)
 
+    def test_write_takes_the_name_as_text_and_the_ids_as_a_list(self, tmp_path):
+        token_files.write(str(tmp_path / "v1.5.bin"), [3, 1, 2], vocab_size=4)
+        ids, index = token_files.read(str(tmp_path / "v1.5.bin"))
+        assert ids.tolist() == [3, 1, 2] and index["tokens"] == 3
+
+    @pytest.mark.parametrize(
+        ("name", "ids", "error", "words"),
+        [("t.json", [1, 2], ValueError, "t.json is not named .bin. Pass .*t.bin"),
+         ("t", [1, 2], ValueError, "t is not named .bin. Pass .*t.bin"),
+         ("t.bin", [[1, 2]], ValueError, r"ids of shape \(1, 2\)"), ("t.bin", 1, ValueError, r"ids of shape \(\)"),
+         ("t.bin", [0.7, 1.0], TypeError, "integers, not float64"), ("t.bin", [True], TypeError, "integers, not bool")],
+    )  # fmt: skip
+    def test_write_refuses_what_it_could_not_read_back(self, tmp_path, name, ids, error, words):
+        with pytest.raises(error, match=words):
+            token_files.write(tmp_path / name, ids, vocab_size=5)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("size", [0, 2**31 + 1])
+    def test_write_refuses_a_vocabulary_that_cannot_be_read_back(self, tmp_path, size):
+        with pytest.raises(ValueError, match=f"a vocabulary of {size}; 1 to 2147483648"):
+            token_files.write(tmp_path / "t.bin", [], vocab_size=size)
+
     def test_write_refuses_ids_outside(self, tmp_path):
         with pytest.raises(ValueError, match="ids from 0 to 5 in a vocabulary of 5"):
             token_files.write(tmp_path / "t.bin", np.arange(6), vocab_size=5)
