@@ -51,7 +51,7 @@ class Pretrain:
     method: str = free("quest")
     """A name of lb.methods.names(), or none."""
     bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, "e2m1"] | None = free(None)
-    """Width of weights and activations; 4 unless given."""
+    """Width of weights and activations, for methods that have one; the method's default, 4 for most, unless given."""
     weight_only: bool = False
     """Keep activations in high precision."""
     backward: Literal[8] | None = free(None)

@@ -1,11 +1,13 @@
 """The main job from the command line's words to its results, interrupted in every way."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 
@@ -14,8 +16,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import lowbit_jax as lb
 from recipes import (
     checkpoints,
+    command,
     deliver,
     display,
     llama,
@@ -422,6 +426,19 @@ class TestSchemes:
     )  # fmt: skip
     def test_names(self, scheme, name):
         assert scheme.name == name
+
+    def test_the_width_without_one_is_as_the_help_says(self, capsys):
+        with pytest.raises(SystemExit):
+            command.run("pretrain", Pretrain, pretrain.main, None, ["--help"])
+        told = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+        assert "for methods that have one; the method's default, 4 for most, unless given" in told
+        widths = {}
+        for name in lb.methods.names():
+            for bits in range(1, 9):
+                with contextlib.suppress(ValueError):
+                    if schemes.Scheme(method=name, bits=bits).name == schemes.Scheme(method=name).name:
+                        widths[name] = bits
+        assert widths == {"quest": 4, "lsq": 4, "pact": 4, "straight_through": 4, "absmax_integer": 8}
 
     def test_none_takes_no_options(self):
         with pytest.raises(ValueError, match="cannot take effect"):
