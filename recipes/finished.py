@@ -44,6 +44,19 @@ def load(
     return description.model(folder, weights), codec
 
 
+def preset(name: str, **changes: Any) -> tuple[llama.LlamaConfig, int | None]:
+    """Sizes by the name of a preset, or those of the model of a finished run, by its directory, with its vocabulary;
+    with the `changes` that are not None.
+
+    Raises: ValueError for what is neither, and as `llama.LlamaConfig`."""
+    folder = pathlib.Path(name).expanduser()
+    if name in llama.PRESETS or not (folder / FILE).is_file():
+        return llama.preset(name, **changes), None
+    description = Description.read(folder)
+    told = {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.replace(description.model_config, **told), description.vocab_size
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
     """What it takes to use a run: kept as JSON beside its weights."""
@@ -193,7 +206,7 @@ def _check(part: Any) -> None:
     """Raises: ValueError for a field that holds what no run has there."""
     values = {field.name: (field.type, getattr(part, field.name)) for field in dataclasses.fields(part)}
     for name, (kind, value) in values.items():
-        counted = kind is int and type(value) is int and value >= 1
+        counted = kind is int and type(value) is int and value >= (name != "steps")  # none of an imported model
         measured = kind is float and type(value) in (int, float) and value >= 0
         written = kind is str and type(value) is str and (value in DTYPES or not name.endswith("dtype"))
         if kind in (int, float, str) and not (counted or measured or written):

@@ -47,7 +47,8 @@ def free(default):
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pretrain:
     preset: str = free("tiny")
-    """smoke (seconds), tiny, 30M, 50M, 100M, 200M, 430M, 800M, 1.6B or 3.2B."""
+    """smoke (seconds), tiny, 30M, 50M, 100M, 200M, 430M, 800M, 1.6B or 3.2B; or the directory of a finished run, for a
+    model of its sizes."""
     method: str = free("quest")
     """A name of lb.methods.names(), or none."""
     bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, "e2m1"] | None = free(None)
@@ -141,8 +142,11 @@ def main(config: Pretrain) -> dict:
     started = time.monotonic()
     if (config.coordinator, config.processes, config.process) != (None, None, None):
         lb.parallel.start(config.coordinator, config.processes, config.process)
-    size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
-                        learning_rate=config.learning_rate)  # fmt: skip
+    size, vocabulary = finished.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
+                                       learning_rate=config.learning_rate)  # fmt: skip
+    if vocabulary is not None and size.steps == 0:
+        raise ValueError(f"pretrain: {config.preset} was imported and has no number of steps. Pass --steps, and a"
+                         " --learning-rate and a --batch that suit it.")  # fmt: skip
     scheme = schemes.Scheme(method=config.method, bits=config.bits, weight_only=config.weight_only, rules=config.rules,
                             backward=config.backward, options=config.options)  # fmt: skip
     if scheme.name == "none" and config.baseline:
@@ -151,10 +155,11 @@ def main(config: Pretrain) -> dict:
     layout = layout_of(config)
     corpus = text.load(config.data, tokenizer=config.tokenizer, held_out=config.held_out, glob=config.glob,
                        hf_bytes=config.hf_bytes)  # fmt: skip
+    corpus = corpus if vocabulary is None else corpus.of_model(vocabulary)
     delivery = deliver.Delivery.of(config, corpus, plan, started=started)
     description = finished.Description.of(config, size, scheme, corpus)
     settings = settings_of(config, size, scheme, corpus)
-    named = f"{config.preset}-{scheme.name}-{run_directory.short_hash(settings)}"
+    named = f"{pathlib.Path(config.preset).name}-{scheme.name}-{run_directory.short_hash(settings)}"
     folder = pathlib.Path("runs") / named if config.out is None else config.out.expanduser()
 
     names = ["unquantized"] if scheme.name == "none" else [*(["unquantized"] if config.baseline else []), scheme.name]
@@ -198,7 +203,7 @@ def settings_of(
     """What changes the numbers of the run. With the path of `--init-from`, which names a folder; a run is then held to
     the checkpoint there."""
     settings = run_directory.fields_that_matter(
-        config, text=corpus.fingerprint, vocabulary=corpus.vocab_size, scheme=scheme.name, **dataclasses.asdict(size)
+        config, text=corpus.fingerprint, vocabulary=corpus.vocab_size, scheme=scheme.name, **size.settings()
     )
     origin = None if config.init_from is None else config.init_from.expanduser()
     since = {"init_from": origin, "skip_spikes": config.skip_spikes, "options": config.options}

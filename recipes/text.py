@@ -31,11 +31,22 @@ class Corpus:
     bytes_per_token: float | None  # of the held-out text; None when only ids are known
     note: str  # where it came from, in words
     fingerprint: str
+    vocabulary: int | None = None  # of a model that is there already
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's, rounded up to a multiple of 128 as the QuEST runs do (50257 -> 50304)."""
-        return -(-self.tokenizer.vocab_size // 128) * 128
+        """Of the model: the tokenizer's, rounded up to a multiple of 128 as the QuEST runs do (50257 -> 50304), unless
+        the model has its own."""
+        return -(-self.tokenizer.vocab_size // 128) * 128 if self.vocabulary is None else self.vocabulary
+
+    def of_model(self, vocabulary: int) -> "Corpus":
+        """The same for a model with that vocabulary. Raises: ValueError where the tokenizer has more ids."""
+        if self.tokenizer.vocab_size > vocabulary:
+            raise ValueError(
+                f"recipes.text: {self.note} has {self.tokenizer.vocab_size} different ids, and the model {vocabulary}."
+                " Pass the --tokenizer that the model was trained with."
+            )
+        return dataclasses.replace(self, vocabulary=vocabulary)
 
     def sample(self, context: int, batch: int) -> np.ndarray:
         """The first `batch` inputs of the training text, for calibration."""

@@ -1,5 +1,6 @@
 """Models in Hugging Face's files become runs that answer what a Llama that we did not write answers."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 import lowbit_jax as lb
-from recipes import command, export, finished, import_hf, llama, sample
+from recipes import command, export, finished, import_hf, llama, pretrain, sample, token_files
 from recipes.export import Export
 from recipes.import_hf import Import
+from recipes.pretrain import Pretrain
 from recipes.sample import Sample
 from tests.recipes import hf_llama
 
@@ -175,3 +177,51 @@ def test_a_model_of_transformers(tmp_path):
     with torch.no_grad():
         expected = theirs(torch.from_numpy(TOKENS)[None]).logits[0].numpy()
     np.testing.assert_allclose(np.asarray(model(TOKENS[None]))[0], expected, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ids") / "ids.bin"
+    token_files.write(path, np.random.default_rng(0).integers(0, 40, 4000), vocab_size=40)
+    return path
+
+
+class TestTraining:
+    """What starts from an imported model."""
+
+    def test_it_starts_from_the_imported_weights(self, text, tmp_path, capsys):
+        folder, _ = written(tmp_path / "hf", **SCALED)
+        model, _ = imported(folder, tmp_path / "run")
+        config = Pretrain(
+            preset=str(tmp_path / "run"), init_from=tmp_path / "run", out=tmp_path / "trained", data=str(text),
+            tokenizer="ids", method="none", steps=2, batch=4, context=32, learning_rate=1e-12, weight_decay=0.0,
+            tensorboard=False, sample_tokens=4,
+        )  # fmt: skip
+        answer = pretrain.main(config)
+        trained, _ = finished.load(tmp_path / "trained", weights="float")
+        np.testing.assert_allclose(trained(TOKENS[None]), model(TOKENS[None]), atol=1e-4)
+        assert answer["runs"]["unquantized"]["validation_loss"] > 3 and trained.vocab_size == 40
+
+    def test_in_few_bits(self, text, tmp_path):
+        folder, _ = written(tmp_path / "hf")
+        imported(folder, tmp_path / "run")
+        config = Pretrain(
+            preset=str(tmp_path / "run"), init_from=tmp_path / "run", data=str(text), tokenizer="ids", bits=4, steps=8,
+            batch=4, context=32, learning_rate=3e-3, tensorboard=False, sample_tokens=4, out=tmp_path / "trained",
+        )  # fmt: skip
+        answer = pretrain.main(config)
+        losses = [answer["packed"]["validation_loss"], answer["runs"]["quest-w4a4"]["validation_loss"]]
+        assert all(3.5 < loss < 6 for loss in losses)
+        assert abs(losses[0] - losses[1]) < 0.1  # heads of a group answer alike at first, on the edge of two levels
+
+    def test_settings_that_do_not_fit_the_model(self, text, tmp_path):
+        folder, _ = written(tmp_path / "hf")
+        imported(folder, tmp_path / "run")
+        config = Pretrain(preset=str(tmp_path / "run"), data=str(text), tokenizer="ids", tensorboard=False)
+        with pytest.raises(ValueError, match="was imported and has no number of steps. Pass --steps"):
+            pretrain.main(config)
+        more = dataclasses.replace(config, steps=2, tokenizer="bytes", data="stdlib")
+        with pytest.raises(ValueError, match="has 256 different ids, and the model 40"):
+            pretrain.main(more)
+        with pytest.raises(ValueError, match="has no preset"):
+            pretrain.main(dataclasses.replace(config, preset=str(tmp_path / "nowhere")))

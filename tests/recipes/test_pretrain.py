@@ -438,7 +438,8 @@ class TestSchemes:
                 with contextlib.suppress(ValueError):
                     if schemes.Scheme(method=name, bits=bits).name == schemes.Scheme(method=name).name:
                         widths[name] = bits
-        assert widths == {"quest": 4, "lsq": 4, "pact": 4, "straight_through": 4, "absmax_integer": 8}
+        assert widths == {"quest": 4, "lsq": 4, "pact": 4, "straight_through": 4, "absmax_integer": 8,
+                          "static_integer": 8}  # fmt: skip
 
     def test_none_takes_no_options(self):
         with pytest.raises(ValueError, match="cannot take effect"):
