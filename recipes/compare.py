@@ -9,6 +9,7 @@ finished is not run again. What to expect at this size (seeds differ by 0.01 to 
 1 and 2 bits by 0.1 and more; QuEST and LSQ apart by less than the noise at 2 to 8 bits. Paper: arXiv:2502.05003."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -47,9 +48,10 @@ def main(config: Compare) -> list[dict]:
     cells += map(schemes.Scheme.of, config.schemes)
     if config.seeds < 1 or len(cells) == 1:
         raise ValueError("recipes.compare needs at least one seed, and one method and width or one scheme.")
-    names = [scheme.name for scheme in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"recipes.compare: {', '.join(twice)} would run twice. Name each method once for a width.")
+    for one, other in itertools.combinations(cells, 2):
+        if one.name == other.name or one.same_as(other):
+            twice = one.name if one.name == other.name else f"{one.name}, also named {other.name},"
+            raise ValueError(f"recipes.compare: {twice} would run twice. Name each method once for a width.")
     size = llama.preset(config.preset, steps=config.steps, batch=config.batch, context=config.context,
                         learning_rate=config.learning_rate)  # fmt: skip
     corpus = text.load(config.data, tokenizer=config.tokenizer)
@@ -82,7 +84,8 @@ def summary(cells: list[schemes.Scheme], losses: dict[str, list[float]]) -> list
         mine, quest = losses[scheme.name], f"quest-w{scheme.bits}a{scheme.bits}"
         against_quest = scheme.method not in ("none", "quest") and quest in losses
         rows.append({
-            "name": scheme.name, "method": scheme.method, "bits": scheme.bits, "loss": interval(mine),
+            "name": scheme.name, "method": scheme.method, "bits": scheme.bits, "options": list(scheme.options),
+            "loss": interval(mine),
             "above_unquantized": None if scheme.method == "none" else interval(np.subtract(mine, losses["none"])),
             "above_quest": interval(np.subtract(mine, losses[quest])) if against_quest else None,
         })  # fmt: skip
@@ -115,8 +118,9 @@ def show(rows: list[dict], folder: pathlib.Path, config: Compare, corpus: text.C
     display.table(title, ["run", "loss", "above unquantized", "above QuEST"], lines)
     series: dict[str, list] = {}
     for row in rows:
-        if row["bits"] is not None:
-            series.setdefault(row["method"], []).append((row["bits"], row["loss"][0], row["loss"][1] or 0.0))
+        if isinstance(row["bits"], int):
+            label = ":".join([row["method"], *filter(None, [",".join(row["options"])])])
+            series.setdefault(label, []).append((row["bits"], row["loss"][0], row["loss"][1] or 0.0))
     plot = folder / "compare.png"
     if series:
         plots.by_bits(plot, series, baseline=rows[0]["loss"][0], title=f"{config.preset}, {corpus.note}")

@@ -33,8 +33,12 @@ class Scheme:
     @classmethod
     def of(cls, text: str) -> "Scheme":
         """From `method` or `method:option=value,option=value`."""
-        method, _, options = text.partition(":")
-        return cls(method=method, options=tuple(filter(None, options.split(","))))
+        method, _, rest = text.partition(":")
+        options = list(filter(None, rest.split(",")))
+        width = next((option for option in options if option.startswith("bits=")), None)
+        if width is not None:
+            options.remove(width)
+        return cls(method=method, bits=width and _option(width)[1], options=tuple(options))
 
     @property
     def name(self) -> str:
@@ -45,6 +49,10 @@ class Scheme:
         without = lambda option: tuple(other for other in self.options if other != option)
         untold = [option for option in self.options if named(self.options) == named(without(option))]
         return "-".join([named(self.options), *(["rules"] if self.rules else []), *untold])
+
+    def same_as(self, other: "Scheme") -> bool:
+        """Whether both quantize the same layers by the same recipes, however they are written."""
+        return self._all_rules() == other._all_rules()
 
     def apply(self, model: nnx.Module, tokens: np.ndarray) -> nnx.Module:
         """The quantized view of `model`, learned steps set from `tokens`; `model` itself for "none"."""

@@ -77,9 +77,36 @@ def test_float16_comes_with_a_loss_scale(tmp_path, monkeypatch, dtype, scaled):
     assert [row["name"] for row in rows] == ["none", "fp8-by-row"]
 
 
-def test_cells_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="fp8-by-tensor would run twice"):
-        compare.main(compare.Compare(bits=(), schemes=("fp8", "fp8")))
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ({"schemes": ("fp8", "fp8")}, "fp8-by-tensor would run twice"),
+        (
+            {"schemes": ("fp8", "fp8:scaling=tensor")},
+            "fp8-by-tensor, also named fp8-by-tensor-scaling=tensor, would run",
+        ),
+        ({"bits": (4,), "methods": ("quest",), "schemes": ("quest:bits=4",)}, "quest-w4a4 would run twice"),
+        ({"bits": (4,), "methods": ("lsq", "quest"), "schemes": ("quest",)}, "quest-w4a4 would run twice"),
+    ],
+)
+def test_cells_of_one_recipe_are_refused(cells, words, tmp_path):
+    small = {"preset": "smoke", "steps": 1, "seeds": 1, "bits": (), "data": __file__}
+    with pytest.raises(ValueError, match=words):
+        compare.main(compare.Compare(**small | cells, out=tmp_path))
+
+
+def test_widths_among_the_schemes_are_points_of_the_plot(tmp_path, monkeypatch):
+    """Those with other options on a line of their own; what is no number of bits on none."""
+    drawn = {}
+    monkeypatch.setattr(compare.plots, "by_bits", lambda path, series, **_: drawn.update(series))
+    cells = [schemes.Scheme(method="none"), schemes.Scheme(bits=4), schemes.Scheme.of("quest:bits=3"),
+             schemes.Scheme.of("quest:bits=3,signs=0"), schemes.Scheme.of("lsq:bits=3"),
+             schemes.Scheme.of("quest:bits=e2m1"), schemes.Scheme.of("fp8")]  # fmt: skip
+    losses = {scheme.name: [float(i)] for i, scheme in enumerate(cells)}
+    rows = compare.summary(cells, losses)
+    compare.show(rows, tmp_path, compare.Compare(), types.SimpleNamespace(note="words"))
+    assert drawn == {"quest": [(4, 1.0, 0.0), (3, 2.0, 0.0)], "quest:signs=0": [(3, 3.0, 0.0)], "lsq": [(3, 4.0, 0.0)]}
+    assert rows[4]["above_quest"] == (2.0, None)
 
 
 def test_nothing_to_compare():
