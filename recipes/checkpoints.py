@@ -30,6 +30,14 @@ class CorruptCheckpoint(Exception):
     """What was read is not what was written."""
 
 
+class OtherStructure(ValueError):
+    """What was read is whole, and has other arrays than are wanted. difference: in words that follow its name."""
+
+    def __init__(self, folder: pathlib.Path, difference: str):
+        super().__init__(f"Checkpoint {folder} {difference}. Use another --out.")
+        self.difference = difference
+
+
 class Checkpoints:
     """The newest `keep` checkpoints of one run."""
 
@@ -183,17 +191,13 @@ def size_on_disk(folder: pathlib.Path) -> int:
 def _refuse_other_structure(folder: pathlib.Path, entries: dict, wanted: dict, a_device: str | None) -> None:
     other = set(entries) ^ set(wanted)
     if other:
-        raise ValueError(
-            f"Checkpoint {folder} and this run differ in the arrays {sorted(other)[:5]}. Use another --out."
-        )
+        raise OtherStructure(folder, f"and this run differ in the arrays {sorted(other)[:5]}")
     for name, leaf in wanted.items():
         stored, expected = entries[name], _describe(leaf)
         if a_device is not None and name.startswith(a_device):
             stored = stored | {"shape": [*expected["shape"][:1], *stored["shape"][1:]]}
         if any(stored[key] != expected[key] for key in expected):
-            raise ValueError(
-                f"Checkpoint {folder} stores {name!r} as {stored}; this run needs {expected}. Use another --out."
-            )
+            raise OtherStructure(folder, f"stores {name!r} as {stored}; this run needs {expected}")
 
 
 def named(tree: Tree) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def save_both(folder: pathlib.Path, trained: Any, packed: Any, *, then: str) -> 
 def load(folder: pathlib.Path, like: Any) -> Any:
     """The model `like` with the arrays that `save_both` wrote: every checksum and every packed tensor is checked.
 
-    Raises: ValueError for files or packed weights that are damaged."""
+    Raises: ValueError for files or packed weights that are damaged, or of another model."""
     graph, state = nnx.split(like)
     try:
         found, _ = checkpoints.read(folder, keys.as_numbers(state))
@@ -165,9 +165,15 @@ def load(folder: pathlib.Path, like: Any) -> Any:
         for tensor in jax.tree.leaves(state, is_leaf=_checks_itself):
             if _checks_itself(tensor):
                 tensor.validate()
+    except checkpoints.OtherStructure as error:
+        raise ValueError(
+            f"deliver: {folder} {error.difference}. Its run.json was changed, or is that of another run. Put the old one"
+            " back, or run the command of the run again, which writes both anew."
+        ) from error
     except (checkpoints.CorruptCheckpoint, ValueError) as error:
         raise ValueError(
-            f"deliver: the weights in {folder} are damaged: {error}. Run the same command again: it writes them anew."
+            f"deliver: the weights in {folder} are damaged: {str(error).rstrip('.')}. Run the same command again: it"
+            " writes them anew."
         ) from error
     return nnx.merge(graph, jax.tree.map(jnp.asarray, state))
 

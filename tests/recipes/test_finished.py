@@ -226,6 +226,16 @@ class TestFaults:
         with pytest.raises(ValueError, match=f"run.json is not what .*{next(iter(fields))}"):
             finished.load(copy)
 
+    def test_weights_of_another_model_than_the_file_says(self, copy):
+        scheme = json.loads((copy / "run.json").read_text())["scheme"]
+        for other, weights in ({"bits": 3}, "packed"), ({"method": "lsq", "bits": 2}, "float"):
+            change(copy, scheme=scheme | other)
+            with pytest.raises(
+                ValueError, match=rf"{weights} (stores|and this run).*\. Its run.json was changed"
+            ) as told:
+                finished.load(copy, weights=weights)
+            assert ".." not in str(told.value) and "--out" not in str(told.value)
+
 
 class TestTokenizer:
     def test_moved(self, words, copy, tmp_path):
