@@ -102,6 +102,7 @@ def test_a_person_sees_which_step_was_skipped(tmp_path, capsys, monkeypatch, ter
               "in_a_row": np.int32(1), "loss_scale": np.float32(2**15)}  # fmt: skip
     bar = display.Progress("quest-w4a4", start=6, steps=100, tokens_per_step=64)
     assert (bar.bar is not None) == terminal
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "loss": 2.0}\n')
     with metrics.Metrics(tmp_path, after_step=6, tensorboard=False) as log, bar:
         train_loop._write(log, [(7, values)], optimizer.one_cycle(1e-3, 100), bar.say)
     line = "quest-w4a4 | step 7 was skipped: loss 2, gradient norm inf, loss scale 32768 (1 in a row, 3 in all)"
