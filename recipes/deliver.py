@@ -167,7 +167,7 @@ def load(folder: pathlib.Path, like: Any) -> Any:
                 tensor.validate()
     except checkpoints.OtherStructure as error:
         raise ValueError(
-            f"deliver: {folder} {error.difference}. Its run.json was changed, or is that of another run. Put the old one"
+            f"deliver: {folder} {error.difference}. Its run.json was changed, or is another run's. Put the old one"
             " back, or run the command of the run again, which writes both anew."
         ) from error
     except (checkpoints.CorruptCheckpoint, ValueError) as error:
