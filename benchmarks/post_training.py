@@ -11,6 +11,7 @@ Held-out loss above the float model's, window by window with its standard error.
 import dataclasses
 import functools
 import pathlib
+from typing import Literal
 
 import jax
 import tyro
@@ -45,7 +46,7 @@ def recipes(bits: int) -> dict[str, lb.LinearRecipe]:
     }
 
 
-def activations(bits: int) -> dict[str, tuple[lb.LinearRecipe, str | None]]:
+def activations(bits: int) -> dict[str, tuple[lb.LinearRecipe, Literal["mean", "max"] | None]]:
     """8-bit weights with activations of so many bits, by their names in the table; with the statistic of batches that
     static scales are."""
     static = functools.partial(lb.methods.static_integer, bits, weight_bits=8)
