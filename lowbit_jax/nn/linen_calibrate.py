@@ -1,10 +1,11 @@
-"""Linen: learned scales from one batch, those of activations and of weights that a norm makes at every call.
+"""Linen: learned scales from batches, those of activations and of weights that a norm makes at every call.
 
 A call fits each scale where it is used and writes it into `params`. Where Flax does not let it, in a loop whose turns
 share their parameters or under a norm of weights, the call reports all that it fits instead."""
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,20 +18,54 @@ from jaxtyping import Array
 from lowbit_jax.nn.linen import watching
 from lowbit_jax.nn.linen_layers import Calibration, calibrating, calibration_names
 from lowbit_jax.nn.linen_sites import Call, Sites, array_call, checked_trace, inside, with_layers
+from lowbit_jax.nn.met import call_arguments, no_batches, several
 from lowbit_jax.nn.site import initial_scales
+
+Scales = dict[tuple[str, str], tuple[Array, Array]]  # by path and side: the scale, and of how many fits it is the mean
 
 
 def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Variables whose learned scales are fitted to one batch; see `lb.calibrate`."""
     if not args and not kwargs:
         raise TypeError("lb.calibrate(model, variables, *args) fits scales to a batch. Pass the inputs of one call.")
+    variables, learned, found = _found(model, variables, args, kwargs, "lb.calibrate")
+    return _with_scales(variables, learned, {entry: scale for entry, (scale, _) in found.items()})
+
+
+def calibrate_over(model: linen.Module, variables: Any, batches: Iterable[Any], statistic: Callable) -> Any:
+    """The same over several batches, each from the variables as they are; see `lb.nn.calibrate_over`."""
+    who = "lb.nn.calibrate_over"
+    calls = [_found(model, variables, *call_arguments(batch), who) for batch in several(batches, who)]
+    if not calls:
+        raise ValueError(no_batches(who))
+    completed, learned, first = calls[-1]
+    scales = {}
+    for entry in first:
+        each = [found[entry] for _, _, found in calls]
+        met = statistic(jnp.stack([jnp.where(fits == 0, jnp.nan, scale) for scale, fits in each]), axis=0)
+        scales[entry] = jnp.where(jnp.isnan(met), each[0][0], met)  # a scale that nothing fitted is as it was
+    return _with_scales(completed, learned, scales)
+
+
+def _with_scales(variables: Any, learned: Sites, scales: dict[tuple[str, str], Array]) -> Any:
+    def fitted(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
+        own = {f"{side}_scale": scales.get((site.path, side)) for side in ("lhs", "rhs")}
+        return layer | {name: scale for name, scale in own.items() if scale is not None}
+
+    return with_layers(variables, learned, fitted)
+
+
+def _found(
+    model: linen.Module, variables: Any, args: tuple, kwargs: dict[str, Any], who: str
+) -> tuple[Any, Sites, Scales]:
+    """The variables with the scales that a float model lacks, the layers that learn scales, and what one call fits."""
     with calibrating(Calibration()):
-        traced = checked_trace(model, variables, args, kwargs, "lb.calibrate")
+        traced = checked_trace(model, variables, args, kwargs, who)
     learned = {path: site for path, site in traced.sites.items() if site[1].learned}
     sides = lambda path: ("lhs", "rhs") if path in traced.normed else ("lhs",)
     entries = frozenset((path, s) for path, (_, recipe) in learned.items() for s in sides(path) if s in recipe.learned)
     if not entries:
-        raise ValueError("lb.calibrate: no activation scale is learned here; the scales are read off each batch.")
+        raise ValueError(f"{who}: no activation scale is learned here; the scales are read off each batch.")
     call, variables = Call.of(model, args, kwargs), with_layers(variables, learned, _completed)
     dims = lambda path, side: np.ndim(linen.meta.unbox(inside(variables["params"], path)[f"{side}_scale"]))
     stacked = frozenset(entry for entry in entries if dims(*entry))
@@ -40,22 +75,20 @@ def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: 
     calibration, call = next((way for way in ways if _runs(way[1], variables, learned, way[0])), last)
     if lost := sorted(path for path, _ in stacked & calibration.reported.keys()):
         raise ValueError(
-            f"lb.calibrate: {lost[0]!r} is a stack of layers under a norm of weights, or beside one, and what they fit"
+            f"{who}: {lost[0]!r} is a stack of layers under a norm of weights, or beside one, and what they fit"
             " does not tell them apart. Leave the stack out by a rule, or train it from the scales that init gives."
         )
     _, ran = jax.block_until_ready(_ran(jax.jit, call, variables, learned, calibration))
-
-    def fitted(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
-        new = {}
-        for side in ("lhs", "rhs"):
-            name, entry = f"{side}_scale", (site.path, side)
-            if entry in calibration.stored:
-                new[name] = inside(ran["params"], site.path)[name]
-            elif entry in calibration.reported:
-                new[name] = _mean(calibration.reported[entry], layer[name], site.path)
-        return layer | new
-
-    return with_layers(variables, learned, fitted)
+    found: Scales = {}
+    for path, side in entries:
+        _, name, count = calibration_names(side)
+        if (path, side) in calibration.stored:
+            layer = inside(ran["params"], path)
+            found[path, side] = layer[name], layer[count]
+        elif (path, side) in calibration.reported:
+            held = linen.meta.unbox(inside(variables["params"], path)[name])
+            found[path, side] = _mean(calibration.reported[path, side], held, path, who)
+    return variables, learned, found
 
 
 def _completed(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:
@@ -90,14 +123,14 @@ def _runs(call: Call, variables: Any, learned: Sites, calibration: Calibration) 
     return True
 
 
-def _mean(reports: list[Any], held: Array, path: str) -> Array:
-    """Mean of the scales that were reported, such as by the turns of a loop; 0 stands for an operand of zeros, and
-    where all are, the scale stays."""
+def _mean(reports: list[Any], held: Array, path: str, who: str) -> tuple[Array, Array]:
+    """Mean of the scales that were reported, such as by the turns of a loop, and their number; 0 stands for an operand
+    of zeros, and where all are, the scale stays."""
     if not reports:
         raise ValueError(
-            f"lb.calibrate: the scale of {path!r} can only be reported while the model runs, and nothing was. Call it"
+            f"{who}: the scale of {path!r} can only be reported while the model runs, and nothing was. Call it"
             " outside jit, with inputs that run this layer."
         )
     fitted = np.stack([np.asarray(report) for report in reports])
     count = np.count_nonzero(fitted, axis=0)
-    return jnp.where(count == 0, held, (fitted.sum(0) / np.maximum(count, 1)).astype(held.dtype))
+    return jnp.where(count == 0, held, (fitted.sum(0) / np.maximum(count, 1)).astype(held.dtype)), jnp.asarray(count)

@@ -1,8 +1,10 @@
 """What layers note in variables of their own while `lb.calibrate` or `lb.nn.gptq` runs an NNX model, and whether a
-transformation inside of it loses that."""
+transformation inside of it loses that; and the batches that they run it on."""
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,25 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jax import lax
 from jaxtyping import Array, Float
+
+
+def several(batches: Any, who: str) -> Iterable[Any]:
+    """Raises: TypeError for one batch in place of several: an array, or a dict of arguments."""
+    if isinstance(batches, Mapping) or hasattr(batches, "shape") or not isinstance(batches, Iterable):
+        raise TypeError(f"{who} takes an iterable of batches, such as a list, and got a {type(batches).__name__}.")
+    return batches
+
+
+def call_arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
+    """Of one call, from a batch: an array, a tuple of the arguments, or a dict of them by name."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return batch if isinstance(batch, tuple) else (batch,), {}
+
+
+def no_batches(who: str) -> str:
+    return f"{who} got no batches. Give one or more, each an array, or a tuple or dict of the arguments of a call."
+
 
 _runs: set[tuple] = set()  # of layers, as the programs of lb.calibrate or lb.nn.gptq run them
 _traces = itertools.count()

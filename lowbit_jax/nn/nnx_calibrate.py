@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax.errors import TraceContextError
 from jax import core
 from jaxtyping import Array
 
-from lowbit_jax.nn.met import LOSES, closed_over, runs
+from lowbit_jax.nn.met import LOSES, call_arguments, closed_over, no_batches, runs, several
 from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, layer_type, modules, normed_layers
 
 WHO = "lb.calibrate"
@@ -28,14 +28,8 @@ def calibrate(model: nnx.Module, *args: Any, **kwargs: Any) -> nnx.Module:
 
 def calibrate_over(model: nnx.Module, batches: Iterable[Any], statistic: Callable) -> nnx.Module:
     """The same over several batches; see `lb.nn.calibrate_over`."""
-    return _calibrated(model, "lb.nn.calibrate_over", map(call_arguments, batches), statistic)
-
-
-def call_arguments(batch: Any) -> tuple[tuple, dict[str, Any]]:
-    """Of one call, from a batch: an array, a tuple of the arguments, or a dict of them by name."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return batch if isinstance(batch, tuple) else (batch,), {}
+    who = "lb.nn.calibrate_over"
+    return _calibrated(model, who, map(call_arguments, several(batches, who)), statistic)
 
 
 def _calibrated(
@@ -55,9 +49,7 @@ def _calibrated(
         runs()  # forgets those of a call that raised
         found.append(_checked(run(*split_arrays(who, args, kwargs)), who))
     if not found:
-        raise ValueError(
-            f"{who} got no batches. Give one or more, each an array, or a tuple or dict of the arguments of a call."
-        )
+        raise ValueError(no_batches(who))
     for path, (product, sides) in held.items():
         for side in sides:
             scale = _scale(product, side)

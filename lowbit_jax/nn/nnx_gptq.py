@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array
 
 from lowbit_jax.gptq import damped
-from lowbit_jax.nn.met import LOSES, add_to, ran, runs
+from lowbit_jax.nn.met import LOSES, add_to, call_arguments, no_batches, ran, runs, several
 from lowbit_jax.nn.nnx import PackedWeight, Scale, attribute_of, edited, hook, layer_type, modules, weight_of
-from lowbit_jax.nn.nnx_calibrate import Call, call_arguments, refuse_traced, split_arrays
+from lowbit_jax.nn.nnx_calibrate import Call, refuse_traced, split_arrays
 from lowbit_jax.nn.nnx_convert import convert
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import Site, called
@@ -120,15 +120,13 @@ def _grams(model: nnx.Module, batches: Iterable[Any]) -> dict[str, tuple[Array, 
 
     count = 0
     runs()  # forgets those of a call that raised
-    for batch in batches:
+    for batch in several(batches, WHO):
         refuse_traced(WHO, model, batch)
         arrays, call = split_arrays(WHO, *call_arguments(batch))
         met = run(met, rest, arrays, call)
         count += 1
     if not count:
-        raise ValueError(
-            f"{WHO} got no batches. Give one or more, each an array, or a tuple or dict of the arguments of a call."
-        )
+        raise ValueError(no_batches(WHO))
     observed = [module for _, module in nnx.iter_modules(nnx.merge(graph, met, rest)) if isinstance(module, _Observed)]
     return {module.site.path: (module.gram.get_value(), module.calls.get_value()[..., 1]) for module in observed}
 

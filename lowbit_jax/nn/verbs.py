@@ -187,29 +187,34 @@ def calibrate(model: Any, *args: Any, **kwargs: Any) -> Any:
     return linen_calibrate.calibrate(model, *args, **kwargs)
 
 
-def calibrate_over(model: Any, batches: Iterable[Any], *, statistic: Literal["mean", "max"] = "mean") -> Any:
+def calibrate_over(model: Any, *args: Any, statistic: Literal["mean", "max"] = "mean") -> Any:
     """`lb.calibrate` over several batches: static activation scales, as post-training quantization has them.
 
         model = lb.nn.calibrate_over(lb.quantize(model, lb.methods.get("static_integer")), batches)
 
-    Each scale becomes the mean of what the batches fit, or the largest ("max": by absmax, that of all batches). One in
-    which the input of a layer is all zeros fits no scale there, and does not count. batches: as of `lb.nn.gptq`. Sets
-    the scales in place and returns the model; where a batch raises, nothing is set.
-    Raises: TypeError for what is no NNX module; ValueError without batches, for another statistic, and as
-    `lb.calibrate`."""
-    if framework(model, "lb.nn.calibrate_over") != "nnx":
-        raise TypeError(
-            "lb.nn.calibrate_over takes an nnx module. In Linen call lb.calibrate(model, variables, batch) for each"
-            " batch, and take the mean of the scales of its answers."
-        )
+    Each scale becomes the mean of what the batches fit, or the largest ("max"; by absmax that of all of them, but for a
+    layer that a call runs several times, where a batch fits the mean). One in which the input of a layer is all zeros
+    fits no scale there, and does not count. batches: as of `lb.nn.gptq`.
+    NNX: `calibrate_over(model, batches)` sets the scales in place and returns the model; where a batch raises, nothing
+    is set. Linen: `calibrate_over(model, variables, batches)` returns new variables; each batch is compiled anew.
+    Raises: TypeError for what is no module, or other arguments; ValueError without batches, for another statistic, and
+    as `lb.calibrate`."""
     import jax.numpy as jnp
 
-    from lowbit_jax.nn import nnx_calibrate
-
+    who, kind = "lb.nn.calibrate_over", framework(model, "lb.nn.calibrate_over")
+    told = {"nnx": "model, batches", "linen": "model, variables, batches"}[kind]
+    if len(args) != told.count(","):
+        raise TypeError(f"{who} of this module takes ({told}), and got {len(args) + 1} arguments.")
     known = {"mean": jnp.nanmean, "max": jnp.nanmax}
     if statistic not in known:
-        raise ValueError(f"lb.nn.calibrate_over(statistic={statistic!r}): it is 'mean' or 'max'.")
-    return nnx_calibrate.calibrate_over(model, batches, known[statistic])
+        raise ValueError(f"{who}(statistic={statistic!r}): it is 'mean' or 'max'.")
+    if kind == "nnx":
+        from lowbit_jax.nn import nnx_calibrate
+
+        return nnx_calibrate.calibrate_over(model, args[0], known[statistic])
+    from lowbit_jax.nn import linen_calibrate
+
+    return linen_calibrate.calibrate_over(model, args[0], args[1], known[statistic])
 
 
 def recipes(model: Any) -> dict[str, LinearRecipe]:

@@ -90,6 +90,62 @@ def test_zeros_fit_no_scale_on_any_grid(fmt):
     assert float(new["params"]["lhs_scale"]) == jnp.float32(0.3)
 
 
+class TestLinen:
+    """The same of a Linen model, whose layers are named alike by both."""
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            hidden = linen.relu(linen.Dense(16)(x))
+            return linen.Dense(4)(hidden)
+
+    def made(self):
+        model = lb.quantize(self.Net(), STATIC)
+        return model, model.init(jax.random.key(0), jnp.ones((2, 32)))
+
+    @staticmethod
+    def scales(variables):
+        return [float(variables["params"][f"Dense_{i}"]["lhs_scale"]) for i in (0, 1)]
+
+    @pytest.mark.parametrize("statistic, of", [("mean", np.mean), ("max", np.max)])
+    def test_scales_are_those_of_all_batches(self, statistic, of):
+        model, variables = self.made()
+        new = lb.nn.calibrate_over(model, variables, batches(), statistic=statistic)
+        alone = [self.scales(lb.calibrate(model, variables, x)) for x in batches()]
+        np.testing.assert_allclose(self.scales(new), of(alone, axis=0), rtol=1e-6)
+        np.testing.assert_allclose(self.scales(new)[0], of([absmax(x) for x in batches()]), rtol=1e-6)
+        before = self.scales(variables)
+        assert self.scales(new) != before and self.scales(variables) == before
+
+    def test_a_batch_of_zeros_does_not_count(self):
+        model, variables = self.made()
+        plain = lb.nn.calibrate_over(model, variables, batches())
+        with_zeros = lb.nn.calibrate_over(model, variables, [*batches(), jnp.zeros((4, 32))])
+        assert self.scales(with_zeros)[0] == self.scales(plain)[0]
+        only = lb.nn.calibrate_over(model, variables, [jnp.zeros((4, 32))])
+        assert self.scales(only)[0] == self.scales(variables)[0]
+
+    def test_a_float_model_and_layers_that_a_loop_shares(self):
+        class Loop(linen.Module):
+            @linen.compact
+            def __call__(self, x):
+                turn = lambda layer, x, _: (layer(x), None)
+                shared = linen.scan(turn, variable_broadcast="params", split_rngs={"params": False}, length=3)
+                return shared(linen.Dense(32), x, None)[0]
+
+        model, floats = lb.quantize(Loop(), STATIC), Loop().init(jax.random.key(0), jnp.ones((2, 32)))
+        new = lb.nn.calibrate_over(model, floats, batches(2))
+        each = [lb.calibrate(model, floats, x)["params"]["Dense_0"]["lhs_scale"] for x in batches(2)]
+        np.testing.assert_allclose(new["params"]["Dense_0"]["lhs_scale"], np.mean(each), rtol=1e-6)
+
+    def test_bad_input(self):
+        model, variables = self.made()
+        with pytest.raises(ValueError, match="calibrate_over got no batches"):
+            lb.nn.calibrate_over(model, variables, [])
+        with pytest.raises(ValueError, match="calibrate_over: no activation scale is learned here"):
+            lb.nn.calibrate_over(lb.quantize(self.Net()), variables, batches(1))
+
+
 def test_arguments_by_name_and_what_is_no_array():
     class Two(nnx.Module):
         def __init__(self):
@@ -139,12 +195,17 @@ def test_bad_input_sets_nothing():
         lb.nn.calibrate_over(model, [good, good.at[0, 0].set(jnp.nan)])
     with pytest.raises(ValueError, match="calibrate_over got no batches"):
         lb.nn.calibrate_over(model, [])
+    for one in (good, {"x": good}):
+        with pytest.raises(TypeError, match="takes an iterable of batches"):
+            lb.nn.calibrate_over(model, one)
     with pytest.raises(ValueError, match=r"statistic='median'\): it is 'mean' or 'max'"):
         lb.nn.calibrate_over(model, [good], statistic="median")
     with pytest.raises(ValueError, match="no activation scale is learned here"):
         lb.nn.calibrate_over(lb.quantize(net()), [good])
-    with pytest.raises(TypeError, match="takes an nnx module. In Linen"):
+    with pytest.raises(TypeError, match=r"takes \(model, variables, batches\), and got 2 arguments"):
         lb.nn.calibrate_over(lb.quantize(linen.Dense(4), STATIC), [good])
+    with pytest.raises(TypeError, match=r"takes \(model, batches\), and got 3 arguments"):
+        lb.nn.calibrate_over(model, {}, [good])
     with pytest.raises(ValueError, match="that are being traced"):
         jax.jit(lambda x: lb.nn.calibrate_over(model, [x]))(good)
     for bits, percent in ((1, 100.0), (9, 100.0), (8, 0.0), (8, 101.0)):
