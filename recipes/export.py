@@ -40,6 +40,7 @@ class Export:
 
 def main(config: Export) -> None:
     """Writes the files and prints what they hold."""
+    config = dataclasses.replace(config, run=config.run.expanduser(), folder=config.folder.expanduser())
     packed = finished.Description.read(config.run).scheme.method != "none"
     if not packed and config.to == "compressed-tensors":
         raise ValueError(
@@ -57,6 +58,8 @@ def main(config: Export) -> None:
     else:
         kinds = _safetensors(config, model, codec, inputs)
     _show(config.folder, kinds, model, inputs)
+    if config.to == "safetensors" and config.dtype != "float32":
+        print(f"All weights are rounded to {config.dtype}.")
 
 
 def _inputs(model: llama.Llama, config: Export) -> dict[str, lb.Quantizer]:
@@ -98,8 +101,11 @@ def _safetensors(
             texts=texts,
         )
         return {name: _format(leaf, config.dtype) for name, leaf in weights.items()}
-    floats = {n: leaf if isinstance(leaf, np.ndarray) else np.asarray(leaf.dequantize()) for n, leaf in layers.items()}
-    arrays = {f"{name}.weight": a.astype(config.dtype) for name, a in (floats | hugging_face.arrays(model)).items()}
+    floats = {n: leaf if isinstance(leaf, np.ndarray) else leaf.dequantize(np.float32) for n, leaf in layers.items()}
+    arrays = {
+        f"{name}.weight": lb.io.tensors.cast(np.asarray(array), config.dtype, f"export: {name}")
+        for name, array in (floats | hugging_face.arrays(model)).items()
+    }
     texts |= {"config.json": json.dumps(told | {"dtype": config.dtype}, indent=2)}
     lb.io.tensors.write(config.folder, arrays, texts, "export")
     return dict.fromkeys(arrays, config.dtype)
@@ -117,6 +123,8 @@ def _show(folder: pathlib.Path, kinds: dict[str, str], model: llama.Llama, input
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print(f"{display.size(size)} on disk")
     quantized = any(recipe.out.lhs is not None for recipe in lb.nn.recipes(model).values())
+    if any(q.format.name == "int8" and not (q.zero_point or q.learned) for q in inputs.values()):
+        print("Readers put the largest magnitude of int8 activations on 127 or on 127.5: answers differ a little.")
     if quantized and not inputs:
         print("Activations are in high precision there, and were quantized in training: the answers differ.")
 

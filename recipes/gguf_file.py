@@ -32,10 +32,10 @@ def write(
     tensors |= {name: ("F32", array.astype(np.float32)) for name, array in hugging_face.arrays(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     hidden = folder / f".writing-{NAME}"
-    writer = library.GGUFWriter(hidden, "llama")
+    writer = _writer_of(library)(hidden, "llama")
     try:
         _describe(writer, library, model)
-        _tokens(writer, library, codec)
+        _tokens(writer, library, codec, model.vocab_size)
         for name, (kind, array) in tensors.items():
             raw = None if kind == "F32" else library.GGMLQuantizationType[kind]
             writer.add_tensor(f"{_renamed(name)}.weight", array, raw_dtype=raw)
@@ -88,10 +88,11 @@ def _describe(writer: Any, library: Any, model: llama.Llama) -> None:
     writer.add_rope_freq_base(size.rope_theta)
     writer.add_vocab_size(model.vocab_size)
     writer.add_file_type(library.LlamaFileType.GUESSED)
+    writer.add_quantization_version(library.GGML_QUANT_VERSION)
 
 
-def _tokens(writer: Any, library: Any, codec: tokenizers.Tokenizer) -> None:
-    """The vocabulary. Bytes are a byte-level tokenizer that merges nothing.
+def _tokens(writer: Any, library: Any, codec: tokenizers.Tokenizer, vocab_size: int) -> None:
+    """The vocabulary, filled up to the model's. Bytes are a byte-level tokenizer that merges nothing.
 
     Raises: NotImplementedError for the vocabulary of a tokenizer.json, which says too little for these files."""
     if isinstance(codec, tokenizers.Ids):
@@ -104,10 +105,25 @@ def _tokens(writer: Any, library: Any, codec: tokenizers.Tokenizer) -> None:
         )
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(hugging_face.byte_names())
-    writer.add_token_types([library.TokenType.NORMAL] * 256)
-    writer.add_token_merges([])
+    spare = vocab_size - 256
+    writer.add_token_list([*hugging_face.byte_names(), *(f"[PAD{number}]" for number in range(spare))])
+    writer.add_token_types([library.TokenType.NORMAL] * 256 + [library.TokenType.UNUSED] * spare)
+    text = library.GGUFValueType.STRING
+    writer.add_key_value(library.Keys.Tokenizer.MERGES, [], library.GGUFValueType.ARRAY, sub_type=text)
     writer.add_eos_token_id(codec.separator)
+
+
+def _writer_of(library: Any) -> Any:
+    """The package's writer, which knows no empty arrays: readers look for the list of merges, and bytes have none."""
+
+    class Writer(library.GGUFWriter):
+        def _pack_val(self, val: Any, vtype: Any, *args: Any, **kwargs: Any) -> bytes:
+            sub_type = kwargs.get("sub_type")
+            if vtype != library.GGUFValueType.ARRAY or len(val) or sub_type is None:
+                return super()._pack_val(val, vtype, *args, **kwargs)
+            return self._pack("I", vtype) + self._pack("I", sub_type) + self._pack("Q", 0)
+
+    return Writer
 
 
 def _gguf() -> Any:

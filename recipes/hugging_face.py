@@ -75,7 +75,8 @@ def config(model: llama.Llama, separator: int | None) -> dict[str, Any]:
         "max_position_embeddings": size.context,
         "rms_norm_eps": size.norm_eps,
         "rope_theta": size.rope_theta,
-        "rope_parameters": {"rope_theta": size.rope_theta, **_scaling(size)},
+        "rope_parameters": {"rope_theta": size.rope_theta, **_scaling(size)},  # as transformers 5 names it, and 4
+        **({} if size.rope_scaling is None else {"rope_scaling": _scaling(size)}),
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": False,
         "attention_bias": False,
@@ -88,7 +89,8 @@ def config(model: llama.Llama, separator: int | None) -> dict[str, Any]:
 def _scaling(size: llama.LlamaConfig) -> dict[str, Any]:
     if size.rope_scaling is None:
         return {"rope_type": "default"}
-    return {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, size.rope_scaling, strict=True))
+    factor, low, high, positions = size.rope_scaling
+    return {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, (factor, low, high, int(positions)), strict=True))
 
 
 def tokenizer_files(codec: tokenizers.Tokenizer) -> dict[str, str]:
@@ -96,10 +98,11 @@ def tokenizer_files(codec: tokenizers.Tokenizer) -> dict[str, str]:
     if isinstance(codec, tokenizers.Ids):
         return {}
     inner = codec.inner if isinstance(codec, tokenizers.TokenizerFile) else _bytes()
+    file = json.loads(inner.to_str()) | {"post_processor": None}  # which would add tokens that training never saw
     told: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
     if codec.separator is not None:
         told["eos_token"] = inner.id_to_token(codec.separator)
-    return {"tokenizer.json": inner.to_str(), "tokenizer_config.json": json.dumps(told, indent=1)}
+    return {"tokenizer.json": json.dumps(file, ensure_ascii=False), "tokenizer_config.json": json.dumps(told, indent=1)}
 
 
 def byte_names() -> list[str]:

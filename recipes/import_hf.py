@@ -10,6 +10,7 @@ model shares with its head become two, of which the head trains on its own."""
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -39,11 +40,14 @@ def main(config: Import) -> None:
     folder, run = config.model.expanduser(), config.run.expanduser()
     told = _read(folder / "config.json")
     size = sizes(told, context=config.context)
+    tied, vocab_size = told.get("tie_word_embeddings", False), int(told["vocab_size"])
+    if not isinstance(tied, bool):
+        raise ValueError(f"{_WHO}: its config.json has tie_word_embeddings {tied!r}; it is true or false.")
+    description = _description(folder, size, vocab_size)
     tensors = parameters(folder, told)
-    model = nnx.eval_shape(lambda: llama.build(size, int(told["vocab_size"]), dtype="float32"))
+    model = nnx.eval_shape(lambda: llama.build(size, vocab_size, dtype="float32"))
     _, shapes = nnx.split(model, nnx.Param)
-    params = _filled(shapes, stacked(tensors, size, tied=bool(told.get("tie_word_embeddings"))))
-    description = _description(folder, size, int(told["vocab_size"]))
+    params = _filled(shapes, stacked(tensors, size, tied=tied))
     with run_directory.locked(run):
         if (run / "config.json").exists():
             raise FileExistsError(f"{_WHO}: {run} is a run already, and is not written over. Give a new directory.")
@@ -58,7 +62,7 @@ def main(config: Import) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(told, dict):
             return told
         reason = "it holds no table"
@@ -79,26 +83,24 @@ def sizes(told: dict[str, Any], *, context: int | None = None) -> llama.LlamaCon
                 f"{_WHO}: its config.json has {name} {found!r}, and recipes.llama computes {wanted[0]!r}. Import"
                 " another model."
             )
-    try:
-        heads, width = int(told["num_attention_heads"]), int(told["hidden_size"])
-        positions = int(told["max_position_embeddings"])
-        size = dataclasses.replace(
-            _TRAINED,
-            layers=int(told["num_hidden_layers"]),
-            width=width,
-            heads=heads,
-            kv_heads=int(told.get("num_key_value_heads") or heads),
-            ffn=int(told["intermediate_size"]),
-            context=context or positions,
-            steps=0,
-            norm_eps=float(told.get("rms_norm_eps", 1e-6)),
-            **_rotary(told),
-        )
-        int(told["vocab_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        if str(error).startswith(_WHO):
-            raise
-        raise ValueError(f"{_WHO}: its config.json lacks a size of the model, or has none there: {error!r}.") from error
+    heads, width, positions = (
+        _whole(told, name) for name in ("num_attention_heads", "hidden_size", "max_position_embeddings")
+    )
+    if width % heads:
+        raise ValueError(f"{_WHO}: its width {width} is no multiple of its {heads} heads. Import another model.")
+    size = dataclasses.replace(
+        _TRAINED,
+        layers=_whole(told, "num_hidden_layers"),
+        width=width,
+        heads=heads,
+        kv_heads=_whole(told, "num_key_value_heads", heads),
+        ffn=_whole(told, "intermediate_size"),
+        context=positions if context is None else context,
+        steps=0,
+        norm_eps=_positive(told, "rms_norm_eps", 1e-6),
+        **_rotary(told),
+    )
+    _whole(told, "vocab_size")
     if size.context > positions or size.context < 1:
         raise ValueError(f"{_WHO}: --context {context}: the model was trained with {positions} positions.")
     if told.get("head_dim") not in (None, size.head_dim):
@@ -107,6 +109,24 @@ def sizes(told: dict[str, Any], *, context: int | None = None) -> llama.LlamaCon
             f" {size.head_dim}. Import another model."
         )
     return size
+
+
+def _whole(told: dict[str, Any], name: str, otherwise: int | None = None) -> int:
+    found = told.get(name)
+    found = otherwise if found is None else found
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ValueError(
+            f"{_WHO}: its config.json has {name} {found!r}; it is a whole number from 1. The file is damaged."
+        )
+    return found
+
+
+def _positive(told: dict[str, Any], name: str, otherwise: float | None = None) -> float:
+    found = told.get(name)
+    found = otherwise if found is None else found
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+        raise ValueError(f"{_WHO}: its config.json has {name} {found!r}; it is a positive number. The file is damaged.")
+    return float(found)
 
 
 _WANTED = {  # the first is what a configuration that does not say means
@@ -120,25 +140,32 @@ _WANTED = {  # the first is what a configuration that does not say means
 
 def _rotary(told: dict[str, Any]) -> dict[str, Any]:
     """Base of the positions' angles and their scaling, which transformers 5 has under one name and 4 under two."""
-    rope = dict(told.get("rope_scaling") or {}) | dict(told.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or told.get("rope_theta") or 10_000.0)
+    parts = [told.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{_WHO}: its config.json has {parts} for the scaling of positions, which are tables.")
+    rope = parts[0] | parts[1]
+    theta = _positive(rope if "rope_theta" in rope else told, "rope_theta", 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":
         raise ValueError(f"{_WHO}: its positions are scaled by {kind!r}, and recipes.llama knows 'llama3'.")
-    return {"rope_theta": theta, "rope_scaling": tuple(float(rope[name]) for name in hugging_face.ROPE_SCALING)}
+    return {"rope_theta": theta, "rope_scaling": tuple(_positive(rope, name) for name in hugging_face.ROPE_SCALING)}
 
 
 def parameters(folder: pathlib.Path, told: dict[str, Any]) -> dict[str, np.ndarray]:
     """Name of a parameter -> its array, float32."""
-    if "quantization_config" in told:
+    if told.get("quantization_config") is not None:
         read = lb.io.compressed_tensors.load(folder)
         dense = {f"{name}.weight": leaf.dequantize() for name, leaf in read.items() if isinstance(leaf, lb.QTensor)}
         arrays = {name: leaf for name, leaf in read.items() if not isinstance(leaf, lb.QTensor)} | dense
     else:
         arrays = lb.io.tensors.read(folder, _WHO)
-    return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    with np.errstate(over="ignore"):
+        found = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    if bad := sorted(name for name, array in found.items() if not np.isfinite(array).all()):
+        raise ValueError(f"{_WHO}: {bad[0]} holds NaN, or numbers beyond float32. The files are damaged.")
+    return found
 
 
 def stacked(tensors: dict[str, np.ndarray], size: llama.LlamaConfig, *, tied: bool) -> dict[str, np.ndarray]:
@@ -194,6 +221,8 @@ def _filled(shapes: Any, arrays: dict[str, np.ndarray]) -> Any:
 def _description(folder: pathlib.Path, size: llama.LlamaConfig, vocab_size: int) -> finished.Description:
     path = folder / "tokenizer.json"
     codec = tokenizers.TokenizerFile(path) if path.is_file() else tokenizers.Ids(vocab_size)
+    if codec.vocab_size > vocab_size:
+        raise ValueError(f"{_WHO}: {path} has {codec.vocab_size} ids, and config.json {vocab_size}. They do not fit.")
     return finished.Description.of_imported(
         name=folder.resolve().name, size=size, vocab_size=vocab_size, codec=codec,
         tokenizer=str(path.resolve()) if path.is_file() else "ids",

@@ -16,7 +16,7 @@ import numpy as np
 
 from lowbit_jax import coding
 from lowbit_jax.formats.catalogue import E2M1
-from lowbit_jax.io.matrix import Integers, Matrix, Outputs, outputs_of
+from lowbit_jax.io.matrix import Integers, Matrix, Outputs, outputs_of, rounded_scales
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.scaling import PowerOfTwo
 
@@ -117,15 +117,12 @@ def _of_integers(name: str, integers: Integers, group: int, round_scales: bool) 
     kind = next(k for k in _KINDS if k.low <= low and high <= k.high and group % k.size == 0)
     values = integers.values.astype(np.int16).reshape(rows, -1, kind.size)
     scales = np.repeat(integers.scales, group // kind.size, axis=1)
-    with np.errstate(over="ignore"):
-        half = scales.astype(np.float16)
-    if not np.isfinite(half).all() or (half.astype(np.float32) != scales).any() and not round_scales:
-        changed = half.astype(np.float32) != scales
-        at = tuple(int(i) for i in np.argwhere(changed)[0])
+    half, at = rounded_scales(scales, "float16", round_scales)
+    if at is not None:
         raise ValueError(
             f"{_WHO}: the scale {scales[at]} of output {at[0]} of {name} would become {half[at]}, as GGUF keeps scales"
             " in float16, and the weights others. Quantize with scale_format=lb.scaling.CastScale('float16'), which"
-            " training then computes with, or pass round_scales=True."
+            " training then computes with, or pass round_scales=True, for scales that it holds to all of its bits."
         )
     own = [half[..., None].view(np.uint8)]
     coded = kind.code(values)

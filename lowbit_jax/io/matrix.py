@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from lowbit_jax.ops import int8
@@ -142,3 +143,14 @@ def _zeros(matrix: Matrix) -> np.ndarray:
     """Zero points in two's complement: their codes count from 0, whatever the format's lowest level is."""
     codes = matrix.by_output(matrix.packed.zeros).astype(np.int16)
     return (codes - 2 ** (matrix.quantizer.format.bits - 1)).astype(np.int8)
+
+
+def rounded_scales(scales: np.ndarray, dtype: str, rounded: bool) -> tuple[np.ndarray, tuple[int, ...] | None]:
+    """Scales in a dtype, and the index of the first that is not kept: exactly, or where `rounded`, to all of its bits,
+    as those are that do not become 0, subnormal or infinite."""
+    with np.errstate(over="ignore", under="ignore"):
+        cast = scales.astype(dtype)
+    back, info = cast.astype(np.float32), ml_dtypes.finfo(dtype)
+    inside = (back >= float(info.smallest_normal)) & np.isfinite(back)
+    lost = (back != scales) & ~(inside & rounded)
+    return cast, tuple(int(i) for i in np.argwhere(lost)[0]) if lost.any() else None

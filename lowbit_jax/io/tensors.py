@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -18,27 +19,38 @@ _DTYPES = {
 
 
 def write(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], texts: Mapping[str, str], who: str) -> None:
-    """`model.safetensors` and the text files, into a folder that has no such file yet.
+    """`model.safetensors` and the text files, as a folder that is there at once and whole, or not at all.
 
-    Raises: FileExistsError where it has; ImportError without safetensors; OSError when the disk refuses."""
-    library = _safetensors(who)
-    names = [FILE, *texts]
-    if taken := [name for name in names if (folder / name).exists()]:
-        raise FileExistsError(
-            f"{who}: {folder / taken[0]} is there already, and is not written over. Give a new folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    hidden = {name: folder / f".writing-{name}" for name in names}
+    Raises: FileExistsError where a folder holds files already; ImportError without safetensors; OSError when the disk
+    refuses."""
+    library, folder = _safetensors(who), folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{who}: {folder} is there already, and is not written over. Give a new folder.")
+    hidden = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)  # what a kill left
+    hidden.mkdir(parents=True)
     try:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        library.numpy.save_file(contiguous, hidden[FILE], metadata={"format": "pt"})
+        library.numpy.save_file(contiguous, hidden / FILE, metadata={"format": "pt"})
         for name, text in texts.items():
-            hidden[name].write_text(text)
-        for name in names:
-            os.replace(hidden[name], folder / name)
+            (hidden / name).write_text(text, encoding="utf-8")
+            shutil.copymode(hidden / name, hidden / FILE)  # the package makes it for its owner alone
+        os.replace(hidden, folder)
     finally:
-        for path in hidden.values():
-            path.unlink(missing_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def cast(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
+    """A floating array in another dtype; integers and booleans stay as they are.
+
+    Raises: ValueError where a finite number would become infinite; `what` names the array."""
+    if array.dtype.kind in "iub":
+        return array
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype)
+    if (np.isfinite(array) & ~np.isfinite(found)).any():
+        raise ValueError(f"{what} holds {np.abs(array).max()}, which is infinite in {dtype}. Take float32 or bfloat16.")
+    return found
 
 
 def read(folder: pathlib.Path, who: str) -> dict[str, np.ndarray]:
@@ -49,7 +61,9 @@ def read(folder: pathlib.Path, who: str) -> dict[str, np.ndarray]:
     files = [FILE]
     if index.is_file() and not (folder / FILE).is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not files:
+                raise ValueError("it names no file")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{who}: {index} does not say which files there are ({error!r}).") from error
     arrays = {}
@@ -70,7 +84,7 @@ def _read_one(path: pathlib.Path, who: str) -> dict[str, np.ndarray]:
     for name, entry in found:
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{who}: {name} in {path} is of the dtype {entry['dtype']}, which is not read here.")
-        arrays[name] = np.frombuffer(bytes(entry["data"]), _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        arrays[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
 
 

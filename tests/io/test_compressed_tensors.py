@@ -176,7 +176,7 @@ def test_one_scheme_goes_by_the_class_and_several_by_names(tmp_path):
     "inputs, told",
     [
         (files.quantizer("int8"), {"num_bits": 8, "type": "int", "strategy": "token"}),
-        (files.quantizer("int4"), {"num_bits": 4, "type": "int", "strategy": "token"}),
+        (files.quantizer("int4", zero_point=True), {"num_bits": 4, "type": "int", "symmetric": False}),
         (files.quantizer("int8", zero_point=True), {"num_bits": 8, "strategy": "token", "symmetric": False}),
         (files.quantizer("e4m3", PerTensor()), {"num_bits": 8, "type": "float", "strategy": "tensor"}),
         (files.quantizer("e4m3", Group(128)), {"type": "float", "strategy": "group", "group_size": 128}),
@@ -239,6 +239,13 @@ def test_scales_are_kept_or_refused(tmp_path):
     large = files.quantizer("int4").quantize(files.weight() * 1e8, axis=0)
     with pytest.raises(ValueError, match="would become inf"):
         compressed_tensors.save(tmp_path / "huge", {"layer": large}, dtype="float16", round_scales=True)
+    for small in (1e-8, 1e-3):  # zero in float16, and subnormal, with fewer bits
+        tiny = files.quantizer("int8").quantize(files.weight() * small, axis=0)
+        with pytest.raises(ValueError, match="of layer would become .* to all of its bits"):
+            compressed_tensors.save(tmp_path / "tiny", {"layer": tiny}, dtype="float16", round_scales=True)
+    with pytest.raises(ValueError, match="norm holds 100000.0, which is infinite in float16"):
+        weights = {"layer": packed(files.half(files.quantizer("int4"))), "norm": jnp.full(3, 1e5)}
+        compressed_tensors.save(tmp_path / "norm", weights, dtype="float16")
 
 
 REFUSED = {
@@ -270,6 +277,16 @@ def test_bad_arguments(tmp_path):
         save({"a.weight": layer})
     with pytest.raises(ValueError, match="two arrays for 'a.weight'"):
         save({"b": layer, "a": jnp.ones(3), "a.weight": jnp.ones(3)})
+    for bits, zeros in ((7, False), (2, False)):
+        with pytest.raises(NotImplementedError, match=f"a are int{bits} by absmax, which readers .* half way between"):
+            save({"a": layer}, inputs=files.quantizer(f"int{bits}", zero_point=zeros))
+    for weights in ({"a": layer, "b": "text"}, {"a": layer, "b": None}, {"a": layer, 3: jnp.ones(3)}):
+        with pytest.raises(TypeError, match="goes with a .*; weights are packed or arrays"):
+            save(weights)
+    with pytest.raises(TypeError, match=r"inputs='int8'\): give a Quantizer"):
+        save({"a": layer}, inputs="int8")
+    with pytest.raises(TypeError, match=r"save\(config=\): .*float32.* It holds what JSON has"):
+        save({"a": layer}, config={"x": np.float32(1)})
     with pytest.raises(NotImplementedError, match="activations of a are midrise4 by row"):
         save({"a": layer}, inputs=lb.quest_quantizer(4, block=None))
     with pytest.raises(ValueError, match="the layer has 24 outputs"):
@@ -283,6 +300,25 @@ def test_bad_arguments(tmp_path):
     save({"a": layer})
     with pytest.raises(FileExistsError, match="is not written over"):
         save({"a": layer})
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """As a kill between two files leaves it: what was written waits beside, and the next try removes it."""
+    layer, folder = packed(files.ALL["int4 by groups"]), tmp_path / "model"
+    kill = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            compressed_tensors.save(folder, {"a": layer})
+    assert not folder.exists()
+    (tmp_path / ".writing-model").mkdir()
+    (tmp_path / ".writing-model/half").write_text("")
+    compressed_tensors.save(folder, {"a": layer}, texts={"note.txt": "é"})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "note.txt").read_bytes() == "é".encode()
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(modes) == 1, "one may read all files or none"
 
 
 def test_damaged_and_foreign_folders(tmp_path):
@@ -309,6 +345,16 @@ def test_damaged_and_foreign_folders(tmp_path):
     with pytest.raises(ValueError, match="no group of config.json is for layer"):
         changed(config_groups={"g": group | {"targets": ["other"]}})
     assert set(changed(config_groups={"g": group | {"targets": ["re:lay.*"]}})) == {"layer"}
+    for groups in ([], {}, {"g": []}, {"g": group | {"targets": [1]}}, {"g": group | {"targets": ["re:("]}},
+                   {"g": group | {"format": ["x"]}}, {"g": {"targets": ["Linear"]}}):  # fmt: skip
+        with pytest.raises(ValueError, match="its quantization_config has (no config_groups|a (group|damaged group))"):
+            changed(config_groups=groups)
+    for other in ("transform_config", "sparsity_config"):
+        with pytest.raises(ValueError, match=f"has a {other}, which is not read here"):
+            changed(**{other: {"config_groups": {"R": {}}}})
+    for weights in ({"num_bits": 12}, {"group_size": 7}):
+        with pytest.raises(ValueError, match="layer, in the format 'pack-quantized', cannot be read"):
+            changed(config_groups={"g": group | {"weights": group["weights"] | weights}})
     config.write_text(json.dumps(told))
     path.write_bytes(data[:-40])
     with pytest.raises(ValueError, match="no safetensors file, or damaged"):
@@ -316,6 +362,28 @@ def test_damaged_and_foreign_folders(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="there is no .*model.safetensors"):
         compressed_tensors.load(tmp_path)
+
+
+def test_groups_out_of_order_and_zero_points_that_nobody_told(tmp_path):
+    from safetensors.numpy import save_file
+
+    compressed_tensors.save(tmp_path / "zeros", {"layer": packed(files.ALL["uint4, zero points"])})
+    arrays, told = raw(tmp_path / "zeros")
+    told["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    (tmp_path / "zeros/config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="it has zero points, and its configuration says symmetric"):
+        compressed_tensors.load(tmp_path / "zeros")
+    compressed_tensors.save(tmp_path / "order", {"layer": packed(files.ALL["int4 by groups"])})
+    arrays, _ = raw(tmp_path / "order")
+    neighbors = np.arange(files.K, dtype=np.int32) // 64
+    for index, fits in ((neighbors, True), (neighbors[::-1].copy(), False)):
+        path = tmp_path / "order/model.safetensors"
+        save_file({name: array.copy() for name, array in arrays.items()} | {"layer.weight_g_idx": index}, path)
+        if fits:
+            assert set(compressed_tensors.load(tmp_path / "order")) == {"layer"}
+        else:
+            with pytest.raises(ValueError, match="its groups are not of neighboring inputs"):
+                compressed_tensors.load(tmp_path / "order")
 
 
 def test_models_in_several_files(tmp_path):
@@ -330,4 +398,7 @@ def test_models_in_several_files(tmp_path):
     assert set(found) == {"a", "b"}
     (tmp_path / "a/model-2.safetensors").unlink()
     with pytest.raises(ValueError, match="there is no .*model-2"):
+        compressed_tensors.load(tmp_path / "a")
+    (tmp_path / "a/model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="does not say which files there are"):
         compressed_tensors.load(tmp_path / "a")

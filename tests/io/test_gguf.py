@@ -63,6 +63,8 @@ def test_scales_are_kept_or_refused():
     assert 0 < error.max() < 2**-11 * np.abs(np.asarray(packed.dequantize())).max() * 1.01
     with pytest.raises(ValueError, match="would become inf"):
         gguf.blocks(files.quantizer("int4").quantize(files.weight() * 1e8, axis=0), round_scales=True)
+    with pytest.raises(ValueError, match="would become 0.0, .* to all of its bits"):
+        gguf.blocks(files.quantizer("int4").quantize(files.weight() * 1e-8, axis=0), round_scales=True)
 
 
 @pytest.mark.parametrize(

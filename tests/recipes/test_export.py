@@ -18,6 +18,7 @@ TEXT = "the square of 7 is 49 \n"
 
 
 def trained(folder, **changes) -> Pretrain:
+    folder.mkdir(exist_ok=True)
     (folder / "words.txt").write_text("".join(f"the square of {i} is {i * i} \n" for i in range(2000)))
     config = Pretrain(preset="smoke", steps=3, data=str(folder / "words.txt"), out=folder / "run", tensorboard=False,
                       sample_tokens=10, prompt="the square of ", **changes)  # fmt: skip
@@ -120,7 +121,10 @@ def of_gguf(path) -> tuple[dict[str, np.ndarray], dict]:
         "rope_theta": field("rope.freq_base"),
         "num_hidden_layers": field("block_count"),
     }
-    assert reader.fields["tokenizer.ggml.tokens"].contents()[ord("a")] == "a"
+    tokens, kinds = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert tokens[ord("a")] == "a" and len(tokens) == len(kinds) == len(arrays["lm_head.weight"])
+    assert reader.fields["tokenizer.ggml.merges"].contents() == [], "readers look for it, though bytes merge nothing"
+    assert reader.fields["general.quantization_version"].contents() == 2
     return arrays, told
 
 
@@ -173,6 +177,45 @@ def test_dtype(weights_only, tmp_path):
         exported(weights_only, tmp_path / "gguf", to="gguf", dtype="bfloat16")
 
 
+def test_weights_of_a_bfloat16_run_are_not_rounded_twice(tmp_path, capsys):
+    run = trained(tmp_path, method="absmax_integer", weight_only=True, param_dtype="bfloat16")
+    model, _ = finished.load(run.out)
+    kernel = model.blocks.mlp.down.kernel.get_value()
+    exact = np.asarray(kernel.dequantize(np.float32))
+    assert kernel.dtype == "bfloat16" and (exact != np.asarray(kernel.dequantize(), np.float32)).any()
+    arrays, _ = floats(exported(run, tmp_path / "hf", to="safetensors"))
+    np.testing.assert_array_equal(arrays["model.layers.1.mlp.down_proj.weight"], exact[1].T)
+    assert "rounded" not in capsys.readouterr().out
+    exported(run, tmp_path / "hf16", to="safetensors", dtype="bfloat16")
+    assert "All weights are rounded to bfloat16." in capsys.readouterr().out
+
+
+def test_integers_that_readers_round_otherwise(tmp_path, capsys):
+    run = trained(tmp_path, method="absmax_integer", bits=4)
+    with pytest.raises(NotImplementedError, match="q_proj are int4 by absmax, which readers .*--activations float"):
+        exported(run, tmp_path / "ct")
+    exported(run, tmp_path / "ct", activations="float")
+    eight = trained(tmp_path / "eight", method="absmax_integer")
+    capsys.readouterr()
+    exported(eight, tmp_path / "ct8")
+    assert "on 127 or on 127.5: answers differ a little" in capsys.readouterr().out
+
+
+def test_a_tokenizer_adds_nothing_that_training_did_not_see(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["[UNK]", "<s>", "the", "square", "of", "is", *map(str, range(100))])}
+    inner = library.Tokenizer(library.models.WordLevel(words, unk_token="[UNK]"))
+    inner.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    inner.post_processor = library.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    run = trained(tmp_path, tokenizer=str(tmp_path / "tokenizer.json"), method="none")
+    folder = exported(run, tmp_path / "hf", to="safetensors")
+    assert inner.encode("the square").ids == [1, 2, 3]
+    assert library.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the square").ids == [2, 3]
+    with pytest.raises(NotImplementedError, match="vocabulary of tokenizer.json is not written to GGUF"):
+        exported(run, tmp_path / "gguf", to="gguf")
+
+
 def test_bytes_have_a_tokenizer(weights_only, tmp_path):
     library = pytest.importorskip("tokenizers")
     folder = exported(weights_only, tmp_path / "hf", to="safetensors")
@@ -210,6 +253,8 @@ def test_hugging_face_opens_it(weights_only, options, tmp_path):
     with torch.no_grad():
         found = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
     np.testing.assert_allclose(found, expected, atol=3e-3 if how else 2e-5)
+    codec = transformers.AutoTokenizer.from_pretrained(folder, **how)
+    assert codec(TEXT)["input_ids"] == tokens.tolist()
 
 
 @pytest.mark.parametrize("activations, alike", [("same", True), ("float", False)])

@@ -113,6 +113,9 @@ def test_what_was_exported_is_imported(tmp_path, capsys):
     folder, _ = written(tmp_path / "hf", **SCALED)
     model, _ = imported(folder, tmp_path / "run")
     export.main(Export(run=tmp_path / "run", folder=tmp_path / "out", to="safetensors"))
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert told["rope_scaling"]["original_max_position_embeddings"] == 32
+    assert "32.0" not in (tmp_path / "out/config.json").read_text(), "readers ask for an integer"
     again, _ = imported(tmp_path / "out", tmp_path / "again")
     np.testing.assert_array_equal(again(TOKENS[None]), model(TOKENS[None]))
     assert again.config == model.config
@@ -132,13 +135,23 @@ def test_what_was_exported_is_imported(tmp_path, capsys):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "positions are scaled by 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "positions are scaled by 'linear'"),
         ({"head_dim": 16}, "its heads have 16 entries"),
-        ({"hidden_size": None}, "lacks a size of the model"),
-        ({"vocab_size": "many"}, "lacks a size of the model"),
+        ({"hidden_size": None}, "has hidden_size None; it is a whole number from 1"),
+        ({"vocab_size": "many"}, "has vocab_size 'many'; it is a whole number from 1"),
         ({"intermediate_size": 64}, r"gate_proj.weight has the shape \(48, 32\), and config.json makes it \(64, 32\)"),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is not there"),
         ({"num_hidden_layers": 1}, "model.layers.1.* is no parameter of a Llama without biases"),
         ({"vocab_size": 41}, r"embed/embedding would be \(40, 32\)"),
         ({"num_key_value_heads": 4}, "k_proj.weight has the shape"),
+        ({"num_attention_heads": 0}, "has num_attention_heads 0; it is a whole number from 1"),
+        ({"num_attention_heads": 5}, "its width 32 is no multiple of its 5 heads"),
+        ({"num_hidden_layers": -1}, "has num_hidden_layers -1"),
+        ({"vocab_size": 40.7}, "has vocab_size 40.7"),
+        ({"rms_norm_eps": float("nan")}, "has rms_norm_eps nan; it is a positive number"),
+        ({"rope_theta": -5.0}, "has rope_theta -5.0"),
+        ({"rope_theta": float("inf")}, "has rope_theta inf"),
+        ({"rope_parameters": SCALED["rope_parameters"] | {"factor": 0}}, "has factor 0"),
+        ({"rope_parameters": ["llama3"]}, "for the scaling of positions, which are tables"),
+        ({"tie_word_embeddings": "false"}, "has tie_word_embeddings 'false'; it is true or false"),
     ],
 )
 def test_what_is_no_such_llama(changes, words, tmp_path):
@@ -146,6 +159,24 @@ def test_what_is_no_such_llama(changes, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         import_hf.main(Import(model=folder, run=tmp_path / "run"))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_numbers_that_are_none(value, tmp_path):
+    arrays = parameters(dtype=np.float64)
+    arrays["model.norm.weight"][3] = value
+    folder, _ = written(tmp_path / "hf", arrays)
+    with pytest.raises(ValueError, match="model.norm.weight holds NaN, or numbers beyond float32"):
+        import_hf.main(Import(model=folder, run=tmp_path / "run"))
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    folder, _ = written(tmp_path / "hf", quantization_config=None)
+    inner = library.Tokenizer(library.models.WordLevel({str(i): i for i in range(41)}, unk_token="0"))
+    inner.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has 41 ids, and config.json 40"):
+        import_hf.main(Import(model=folder, run=tmp_path / "run"))
 
 
 def test_bad_folders_and_options(tmp_path):

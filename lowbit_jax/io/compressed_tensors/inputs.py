@@ -51,6 +51,13 @@ def _of(name: str, quantizer: Quantizer, scale: Any, who: str) -> Inputs:
     match tiling:
         case PerTensor() if bare and plain and quantizer.learned:
             return Inputs(arguments | {"strategy": "tensor", "dynamic": False}, _static(name, scale, who))
+        case _ if fitted and whole and fmt.bits < 8 and not quantizer.zero_point:
+            raise NotImplementedError(
+                f"{who}: the activations of {name} are {fmt.name} by absmax, which readers of these files scale and"
+                f" round otherwise: they put the largest magnitude on {2 ** (fmt.bits - 1) - 0.5}, half way between"
+                " two levels. Use zero points or a static scale for activations below 8 bits, or give no inputs"
+                " (recipes.export: --activations float)."
+            )
         case PerRow() if fitted and plain:
             return Inputs(arguments | {"strategy": "token"})
         case PerTensor() if fitted and plain:
@@ -61,9 +68,10 @@ def _of(name: str, quantizer: Quantizer, scale: Any, who: str) -> Inputs:
             return Inputs(arguments | {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"})
     raise NotImplementedError(
         f"{who}: the activations of {name} are {fmt.name} by {tiling.describe()}, a fit that readers of these"
-        " files do not make: they know absmax of int2 to int8 and FP8 by token, tensor or group, static scales of the"
-        " same for a tensor, and MX formats. Leave inputs out for weights alone: the model then computes with"
-        " activations in high precision, and answers otherwise than it was trained."
+        " files do not make: they know absmax of int8 and FP8 by token, tensor or group, of fewer bits with zero"
+        " points, static scales of a tensor, and MX formats. Give no inputs (recipes.export: --activations float) for"
+        " weights alone: the model then computes with activations in high precision, and answers otherwise than it was"
+        " trained."
     )
 
 

@@ -46,23 +46,54 @@ def load(folder: str | os.PathLike) -> dict[str, QTensor | np.ndarray]:
     return found | {key: array for key, array in arrays.items() if key not in parts}
 
 
-_LOCAL = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+_LOCAL = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+    "weight_g_idx",
+)
 
 
 def _read_configuration(path: pathlib.Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_text())["quantization_config"]
-        if told["quant_method"] == "compressed-tensors" and told["config_groups"]:
+        told = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
+        if told["quant_method"] != "compressed-tensors":
+            reason = f"its method is {told['quant_method']!r}"
+        elif reason := _what_is_wrong(told):
+            reason = f"its quantization_config {reason}"
+        else:
             return told
-        reason = f"its method is {told['quant_method']!r}"
     except FileNotFoundError:
         reason = "there is no such file"
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{error!r}"
     raise ValueError(
         f"{_WHO}: {path} is no configuration of a model in compressed-tensors: {reason}. Give the folder that"
         f" holds {CONFIG} and {tensors.FILE}."
     )
+
+
+def _what_is_wrong(told: Mapping[str, Any]) -> str | None:
+    """Of a configuration by this method, in words."""
+    for other in ("transform_config", "sparsity_config"):
+        if told.get(other):
+            return f"has a {other}, which is not read here: the weights would stand for others"
+    groups = told.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return "has no config_groups"
+    for group in groups.values():
+        try:
+            form = group.get("format") or told["format"]
+            words = isinstance(form, str) and isinstance(group["weights"], dict)
+            if not words or not all(isinstance(target, str) for target in group["targets"]):
+                return "has a group without format, weights or targets"
+            _ = [re.compile(target[3:]) for target in group["targets"] if target.startswith("re:")]
+        except (AttributeError, KeyError, TypeError, re.error) as error:
+            return f"has a damaged group ({error!r})"
+    return None
 
 
 def _scheme_of(name: str, told: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -85,14 +116,26 @@ def _layer(name: str, own: Mapping[str, np.ndarray], scheme: tuple[str, dict[str
     if reader is None:
         raise ValueError(f"{_WHO}: {name} is in the format {form!r}; formats read are {', '.join(_READERS)}.")
     try:
+        _check_order(own, arguments)
         packed = reader(own, arguments)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        packed.validate("its weight")
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{_WHO}: {name}, in the format {form!r}, lacks what it should have ({error!r}); it has"
-            f" {', '.join(sorted(own))}. The files are damaged or do not belong together."
+            f"{_WHO}: {name}, in the format {form!r}, cannot be read: {error}; it has {', '.join(sorted(own))}. The"
+            " files are damaged, do not belong together, or are of a kind that is not read here."
         ) from error
-    packed.validate(f"{_WHO}: {name}")
     return packed.sealed()
+
+
+def _check_order(own: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for groups that are not of neighbors, and zero points that the configuration does not know."""
+    if "weight_g_idx" in own:
+        index = own["weight_g_idx"]
+        if (index != np.arange(len(index)) // max(int(arguments.get("group_size") or len(index)), 1)).any():
+            raise ValueError("its groups are not of neighboring inputs (weight_g_idx)")
+    if "weight_zero_point" in own and arguments.get("symmetric", True):
+        if own["weight_zero_point"].any():
+            raise ValueError("it has zero points, and its configuration says symmetric")
 
 
 def _packed(words: np.ndarray, scales: tuple, quantizer: Quantizer, length: int, zeros: Any = None) -> QTensor:
@@ -113,7 +156,7 @@ def _tiling(arguments: Mapping[str, Any]) -> PerRow | PerTensor | Group | Block:
         case "block", _, [int(rows), int(columns)]:
             return Block(columns, rows)
     raise ValueError(
-        f"{_WHO}: the strategy {arguments.get('strategy')!r} (group_size {arguments.get('group_size')!r},"
+        f"the strategy {arguments.get('strategy')!r} (group_size {arguments.get('group_size')!r},"
         f" block_structure {arguments.get('block_structure')!r}) is none of channel, tensor, group, tensor_group and"
         " block."
     )
@@ -153,7 +196,7 @@ def _codes(words: np.ndarray, length: int, bits: int) -> np.ndarray:
     size, rows = packing.packed_size(length, bits), np.ascontiguousarray(words).view(np.uint8)
     if words.dtype != np.int32 or rows.shape[1] != -(-size // 4) * 4:
         raise ValueError(
-            f"{_WHO}: words are {words.dtype}{list(words.shape)}, and {length} codes of {bits} bits take int32"
+            f"words are {words.dtype}{list(words.shape)}, and {length} codes of {bits} bits take int32"
             f" [..., {-(-size // 4)}]. The file is damaged or of an older layout with gaps: save it anew with"
             " compressed-tensors 0.15 or later."
         )
@@ -163,7 +206,7 @@ def _codes(words: np.ndarray, length: int, bits: int) -> np.ndarray:
 def _read_int8(own: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> QTensor:
     bits, tiling, scale = arguments["num_bits"], _tiling(arguments), own["weight_scale"]
     if not arguments.get("symmetric", True):
-        raise ValueError(f"{_WHO}: zero points beside int8 weights that are not packed are not read here.")
+        raise ValueError("zero points beside int8 weights that are not packed are not read here.")
     quantizer = Quantizer(
         format=element_format(f"int{bits}"), tiling=tiling, fit=absmax, scale_format=CastScale(scale.dtype.name)
     )
@@ -180,7 +223,7 @@ def _read_fp8(own: Mapping[str, np.ndarray], arguments: Mapping[str, Any]) -> QT
 
 def _fp8_bytes(weight: np.ndarray) -> np.ndarray:
     if weight.dtype != ml_dtypes.float8_e4m3fn:
-        raise ValueError(f"{_WHO}: FP8 weights are stored as float8_e4m3fn, not {weight.dtype}.")
+        raise ValueError(f"FP8 weights are stored as float8_e4m3fn, not {weight.dtype}.")
     return weight.view(np.uint8)
 
 

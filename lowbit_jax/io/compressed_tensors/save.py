@@ -17,7 +17,7 @@ from lowbit_jax.formats.base import FloatFormat
 from lowbit_jax.formats.catalogue import E2M1, E2M3, E4M3
 from lowbit_jax.io import tensors
 from lowbit_jax.io.compressed_tensors.inputs import Inputs, by_name
-from lowbit_jax.io.matrix import Integers, Matrix, Outputs, outputs_of
+from lowbit_jax.io.matrix import Integers, Matrix, Outputs, outputs_of, rounded_scales
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import Block, Group, PerTensor, PowerOfTwo, TwoLevel
@@ -69,6 +69,7 @@ def save(
     and as `QTensor.validate`; ImportError without the package safetensors."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"{_WHO}(dtype={dtype!r}): it is 'float32', 'bfloat16' or 'float16'.")
+    _check_kinds(weights, inputs)
     layers = {name: outputs_of(leaf) for name, leaf in weights.items() if isinstance(leaf, QTensor | Outputs)}
     if not layers:
         raise ValueError(f"{_WHO}: no weight is packed. Pack layers by lb.convert, or write plain safetensors.")
@@ -76,13 +77,18 @@ def save(
     modules = {name: _module(name, leaf, told.get(name), scales) for name, leaf in layers.items()}
     arrays: dict[str, np.ndarray] = {}
     for name, leaf in weights.items():
-        own = modules[name].tensors if name in modules else {"": _cast(np.asarray(leaf), dtype)}
+        own = (
+            modules[name].tensors if name in modules else {"": tensors.cast(np.asarray(leaf), dtype, f"{_WHO}: {name}")}
+        )
         keys = {f"{name}.{local}" if local else _parameter(name): array for local, array in own.items()}
         if twice := sorted(set(keys) & set(arrays)):
             raise ValueError(f"{_WHO}: there are two arrays for {twice[0]!r}. Name each module once.")
         arrays |= keys
     whole = dict(config or {}) | {"dtype": dtype, "quantization_config": _configuration(modules, set(weights))}
-    files = dict(texts or {}) | {CONFIG: json.dumps(whole, indent=2)}
+    try:
+        files = dict(texts or {}) | {CONFIG: json.dumps(whole, indent=2)}
+    except TypeError as error:
+        raise TypeError(f"{_WHO}(config=): {error}. It holds what JSON has: texts, numbers, lists, dicts.") from error
     tensors.write(pathlib.Path(folder), arrays, files, _WHO)
 
 
@@ -91,9 +97,17 @@ def _parameter(name: str) -> str:
     return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
 
-def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Integers and booleans stay as they are."""
-    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+def _check_kinds(weights: Any, inputs: Any) -> None:
+    """Raises TypeError for what is no weight, no name and no quantizer."""
+    for name, leaf in weights.items():
+        if not isinstance(name, str) or not hasattr(leaf, "dtype") and not isinstance(leaf, Outputs):
+            raise TypeError(
+                f"{_WHO}: {name!r} goes with a {type(leaf).__name__}; weights are packed or arrays, by the name of"
+                " their module."
+            )
+    for quantizer in inputs.values() if isinstance(inputs, Mapping) else [inputs]:
+        if not isinstance(quantizer, Quantizer | None):
+            raise TypeError(f"{_WHO}(inputs={quantizer!r}): give a Quantizer, such as recipe.out.lhs, or None.")
 
 
 def _module(name: str, outputs: Outputs, inputs: Inputs | None, scales: "Scales") -> _Module:
@@ -206,17 +220,14 @@ class Scales:
     rounded: bool
 
     def stored(self, scales: np.ndarray, name: str) -> np.ndarray:
-        """Raises ValueError where the dtype would change a scale, and that was not asked for, or make it infinite."""
-        with np.errstate(over="ignore"):
-            cast = scales.astype(self.dtype)
-        changed = cast.astype(np.float32) != scales
-        if np.isfinite(cast).all() and (self.rounded or not changed.any()):
+        """Raises ValueError where the dtype would change a scale, and that was not asked for, or lies out of range."""
+        cast, changed = rounded_scales(scales, self.dtype, self.rounded)
+        if changed is None:
             return cast
-        at = tuple(int(i) for i in np.argwhere(changed)[0])
         raise ValueError(
-            f"{_WHO}(dtype={self.dtype!r}): the scale {scales[at]} of {name} would become {cast[at]}, and the"
+            f"{_WHO}(dtype={self.dtype!r}): the scale {scales[changed]} of {name} would become {cast[changed]}, and the"
             f" weights others. Quantize with scale_format=lb.scaling.CastScale({self.dtype!r}), which training then"
-            " computes with, save in float32, or pass round_scales=True."
+            " computes with, save in float32, or pass round_scales=True, for scales that it holds to all of its bits."
         )
 
 
