@@ -52,6 +52,7 @@ def main(config: Export) -> None:
         raise ValueError(
             f"export: --dtype {config.dtype} has no effect --to gguf, whose arrays are float32. Leave it out."
         )
+    _refuse_rotations(model, config)
     inputs = _inputs(model, config)
     if config.to == "gguf":
         kinds = gguf_file.write(config.folder, model, codec, round_scales=config.round_scales)
@@ -60,6 +61,18 @@ def main(config: Export) -> None:
     _show(config.folder, kinds, model, inputs)
     if config.to == "safetensors" and config.dtype != "float32":
         print(f"All weights are rounded to {config.dtype}.")
+
+
+def _refuse_rotations(model: llama.Llama, config: Export) -> None:
+    """Raises ValueError where the files cannot say that weights are rotated."""
+    for name, (_, leaf) in hugging_face.layers(model).items():
+        rotation = leaf.packed.quantizer.rotation if isinstance(leaf, lb.io.Outputs) else None
+        if rotation is not None and config.to != "safetensors":
+            raise ValueError(
+                f"export: the weights of {name} are rotated ({rotation.describe()}), which files --to {config.to} cannot"
+                " say. --to safetensors --activations float writes them as floats, turned back; a run with --options"
+                " block=none has none to turn."
+            )
 
 
 def _inputs(model: llama.Llama, config: Export) -> dict[str, lb.Quantizer]:

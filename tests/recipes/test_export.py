@@ -140,8 +140,11 @@ def test_unquantized(unquantized, tmp_path):
 
 
 def test_rotations_and_activations_are_not_lost_in_silence(both, tmp_path, capsys):
-    with pytest.raises(NotImplementedError, match="q_proj is rotated"):
-        exported(both, tmp_path / "ct", activations="float")
+    for to in ("compressed-tensors", "gguf"):
+        with pytest.raises(
+            ValueError, match=f"q_proj are rotated .*, which files --to {to} cannot say. --to safetensors"
+        ):
+            exported(both, tmp_path / "ct", to=to)
     with pytest.raises(ValueError, match="midrise4 by row in training, which files --to safetensors cannot say"):
         exported(both, tmp_path / "hf", to="safetensors")
     folder = exported(both, tmp_path / "hf", to="safetensors", activations="float")
