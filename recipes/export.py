@@ -69,9 +69,9 @@ def _refuse_rotations(model: llama.Llama, config: Export) -> None:
         rotation = leaf.packed.quantizer.rotation if isinstance(leaf, lb.io.Outputs) else None
         if rotation is not None and config.to != "safetensors":
             raise ValueError(
-                f"export: the weights of {name} are rotated ({rotation.describe()}), which files --to {config.to} cannot"
-                " say. --to safetensors --activations float writes them as floats, turned back; a run with --options"
-                " block=none has none to turn."
+                f"export: the weights of {name} are rotated ({rotation.describe()}), which files --to {config.to}"
+                " cannot say. --to safetensors --activations float writes them as floats, turned back; a run with"
+                " --options block=none has none to turn."
             )
 
 
