@@ -45,6 +45,7 @@ def main(config: Import) -> None:
         raise ValueError(f"{_WHO}: its config.json has tie_word_embeddings {tied!r}; it is true or false.")
     description = _description(folder, size, vocab_size)
     tensors = parameters(folder, told)
+    counted = sum(leaf.size for leaf in tensors.values())
     model = nnx.eval_shape(lambda: llama.build(size, vocab_size, dtype="float32"))
     _, shapes = nnx.split(model, nnx.Param)
     params = _filled(shapes, stacked(tensors, size, tied=tied))
@@ -55,7 +56,6 @@ def main(config: Import) -> None:
             saved = checkpoints.Checkpoints(run / "unquantized" / "checkpoints")
             saved.save(size.steps, {"params": params})
             run_directory.claim(run, {"imported": repr(str(folder.resolve()))})
-    counted = sum(leaf.size for leaf in tensors.values())
     print(f"{run}: {size.layers} layers of width {size.width}, {size.block_params:,} parameters in the blocks")
     print(f"{counted:,} numbers of {display.size(4 * counted)} in float32, tokenizer: {description.tokenizer}")
 
@@ -169,40 +169,51 @@ def parameters(folder: pathlib.Path, told: dict[str, Any]) -> dict[str, np.ndarr
 
 
 def stacked(tensors: dict[str, np.ndarray], size: llama.LlamaConfig, *, tied: bool) -> dict[str, np.ndarray]:
-    """The parameters of `recipes.llama` by their paths, layers on a leading axis.
+    """The parameters of `recipes.llama` by their paths, layers on a leading axis. Takes them out of `tensors`, so that
+    the model is not held twice.
 
     Raises: ValueError for parameters that are missing, left over or of another shape."""
-    left = dict(tensors)
 
     def take(name: str, *shape: int) -> np.ndarray:
-        found = left.pop(f"{name}.weight", None)
+        found = tensors.pop(f"{name}.weight", None)
         if found is None or found.shape != shape:
             told = "is not there" if found is None else f"has the shape {found.shape}"
             raise ValueError(f"{_WHO}: {name}.weight {told}, and config.json makes it {shape}. The files do not fit.")
         return found
 
-    width, kv = size.width, size.kv_heads * size.head_dim
-    linear = lambda name, out: take(name, out, width).T
-    layers = [f"model.layers.{number}" for number in range(size.layers)]
-    both = lambda at, *parts: np.concatenate([linear(f"{at}.{name}", out) for name, out in parts], axis=1)
-    qkv = [both(at, *((f"self_attn.{p}_proj", n) for p, n in (("q", width), ("k", kv), ("v", kv)))) for at in layers]
-    gate_up = [both(at, ("mlp.gate_proj", size.ffn), ("mlp.up_proj", size.ffn)) for at in layers]
-    embedding = left.get("model.embed_tokens.weight", np.zeros((0, width), np.float32))
+    def norms(name: str) -> np.ndarray:
+        return np.stack([take(f"model.layers.{number}.{name}", size.width) for number in range(size.layers)])
+
+    def kernels(inputs: int, *parts: tuple[str, int]) -> np.ndarray:
+        """[layers, inputs, outputs] of matrices side by side, by their names and outputs."""
+        ends = np.cumsum([count for _, count in parts])
+        found = np.empty((size.layers, inputs, ends[-1]), np.float32)
+        for number in range(size.layers):
+            for (name, count), end in zip(parts, ends, strict=True):
+                found[number, :, end - count : end] = take(f"model.layers.{number}.{name}", count, inputs).T
+        return found
+
+    width, kv, ffn = size.width, size.kv_heads * size.head_dim, size.ffn
+    vocabulary = len(tensors.get("model.embed_tokens.weight", ()))
+    embedding = take("model.embed_tokens", vocabulary, width)
+    head = embedding if tied and "lm_head.weight" not in tensors else take("lm_head", vocabulary, width)
     found = {
-        "embed/embedding": take("model.embed_tokens", len(embedding), width),
-        "blocks/attention_norm/scale": np.stack([take(f"{at}.input_layernorm", width) for at in layers]),
-        "blocks/attention/qkv/kernel": np.stack(qkv),
-        "blocks/attention/out/kernel": np.stack([linear(f"{at}.self_attn.o_proj", width) for at in layers]),
-        "blocks/mlp_norm/scale": np.stack([take(f"{at}.post_attention_layernorm", width) for at in layers]),
-        "blocks/mlp/gate_up/kernel": np.stack(gate_up),
-        "blocks/mlp/down/kernel": np.stack([take(f"{at}.mlp.down_proj", width, size.ffn).T for at in layers]),
+        "embed/embedding": embedding,
+        "blocks/attention_norm/scale": norms("input_layernorm"),
+        "blocks/attention/qkv/kernel": kernels(
+            width, ("self_attn.q_proj", width), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)
+        ),
+        "blocks/attention/out/kernel": kernels(width, ("self_attn.o_proj", width)),
+        "blocks/mlp_norm/scale": norms("post_attention_layernorm"),
+        "blocks/mlp/gate_up/kernel": kernels(width, ("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)),
+        "blocks/mlp/down/kernel": kernels(ffn, ("mlp.down_proj", width)),
         "norm/scale": take("model.norm", width),
+        "lm_head/kernel": np.ascontiguousarray(head.T),
     }
-    head = embedding if tied and "lm_head.weight" not in left else take("lm_head", len(embedding), width)
-    rest = [name for name in left if not name.endswith(("rotary_emb.inv_freq", "input_scale"))]
+    rest = [name for name in tensors if not name.endswith(("rotary_emb.inv_freq", "input_scale"))]
     if rest:
         raise ValueError(f"{_WHO}: {sorted(rest)[0]} is no parameter of a Llama without biases. Import another model.")
-    return found | {"lm_head/kernel": np.ascontiguousarray(head.T)}
+    return found
 
 
 def _filled(shapes: Any, arrays: dict[str, np.ndarray]) -> Any:

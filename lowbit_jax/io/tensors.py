@@ -47,7 +47,7 @@ def cast(array: np.ndarray, dtype: str, what: str) -> np.ndarray:
     if array.dtype.kind in "iub":
         return array
     with np.errstate(over="ignore"):
-        found = array.astype(dtype)
+        found = array.astype(dtype, copy=False)
     if (np.isfinite(array) & ~np.isfinite(found)).any():
         raise ValueError(f"{what} holds {np.abs(array).max()}, which is infinite in {dtype}. Take float32 or bfloat16.")
     return found

@@ -138,7 +138,7 @@ def test_what_was_exported_is_imported(tmp_path, capsys):
         ({"hidden_size": None}, "has hidden_size None; it is a whole number from 1"),
         ({"vocab_size": "many"}, "has vocab_size 'many'; it is a whole number from 1"),
         ({"intermediate_size": 64}, r"gate_proj.weight has the shape \(48, 32\), and config.json makes it \(64, 32\)"),
-        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is not there"),
+        ({"num_hidden_layers": 3}, "model.layers.2.* is not there"),
         ({"num_hidden_layers": 1}, "model.layers.1.* is no parameter of a Llama without biases"),
         ({"vocab_size": 41}, r"embed/embedding would be \(40, 32\)"),
         ({"num_key_value_heads": 4}, "k_proj.weight has the shape"),
