@@ -47,26 +47,33 @@ def main(config: Export) -> None:
             "export: the run was trained with the method 'none', and compressed-tensors are packed weights. Export it"
             " --to safetensors, or --to gguf."
         )
-    model, codec = finished.load(config.run, weights="packed" if packed else "float", tokenizer=config.tokenizer)
     if config.to == "gguf" and config.dtype != "float32":
         raise ValueError(
             f"export: --dtype {config.dtype} has no effect --to gguf, whose arrays are float32. Leave it out."
         )
-    _refuse_rotations(model, config)
-    inputs = _inputs(model, config)
+    if config.round_scales and config.to == "safetensors":
+        raise ValueError("export: --round-scales has no effect --to safetensors, which hold no scales. Leave it out.")
+    model, codec = finished.load(config.run, weights="packed" if packed else "float", tokenizer=config.tokenizer)
+    layers = hugging_face.layers(model)
+    _refuse_rotations(layers, config)
+    inputs = _inputs(model, layers, config)
     if config.to == "gguf":
-        kinds = gguf_file.write(config.folder, model, codec, round_scales=config.round_scales)
+        kinds = gguf_file.write(config.folder, model, layers, codec, round_scales=config.round_scales)
     else:
-        kinds = _safetensors(config, model, codec, inputs)
+        kinds = _safetensors(config, model, layers, codec, inputs)
     _show(config.folder, kinds, model, inputs)
     if config.to == "safetensors" and config.dtype != "float32":
         print(f"All weights are rounded to {config.dtype}.")
 
 
-def _refuse_rotations(model: llama.Llama, config: Export) -> None:
+Layers = dict[str, hugging_face.Layer]
+
+
+def _refuse_rotations(layers: Layers, config: Export) -> None:
     """Raises ValueError where the files cannot say that weights are rotated."""
-    for name, (_, leaf) in hugging_face.layers(model).items():
-        rotation = leaf.packed.quantizer.rotation if isinstance(leaf, lb.io.Outputs) else None
+    for name, layer in layers.items():
+        weight = layer.weight
+        rotation = weight.packed.quantizer.rotation if isinstance(weight, lb.io.Outputs) else None
         if rotation is not None and config.to != "safetensors":
             raise ValueError(
                 f"export: the weights of {name} are rotated ({rotation.describe()}), which files --to {config.to}"
@@ -75,12 +82,12 @@ def _refuse_rotations(model: llama.Llama, config: Export) -> None:
             )
 
 
-def _inputs(model: llama.Llama, config: Export) -> dict[str, lb.Quantizer]:
+def _inputs(model: llama.Llama, layers: Layers, config: Export) -> dict[str, lb.Quantizer]:
     """The quantizers of activations that the files are to name, by layer.
 
     Raises: ValueError where they cannot name any and --activations float was not asked for."""
     recipes = lb.nn.recipes(model)
-    found = {name: recipes[path].out.lhs for name, (path, _) in hugging_face.layers(model).items() if path in recipes}
+    found = {name: recipes[layer.path].out.lhs for name, layer in layers.items() if layer.path in recipes}
     found = {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, lb.Quantizer)}
     if config.activations == "float":
         return {}
@@ -95,29 +102,28 @@ def _inputs(model: llama.Llama, config: Export) -> dict[str, lb.Quantizer]:
 
 
 def _safetensors(
-    config: Export, model: llama.Llama, codec: tokenizers.Tokenizer, inputs: dict[str, lb.Quantizer]
+    config: Export, model: llama.Llama, layers: Layers, codec: tokenizers.Tokenizer, inputs: dict[str, lb.Quantizer]
 ) -> dict[str, str]:
     """Writes a folder that Hugging Face's transformers open; answers with the format of each tensor."""
-    layers = {name: leaf for name, (_, leaf) in hugging_face.layers(model).items()}
+    leaves = {name: layer.weight for name, layer in layers.items()} | hugging_face.arrays(model)
     told = hugging_face.config(model, codec.separator)
     texts = hugging_face.tokenizer_files(codec)
     if config.to == "compressed-tensors":
-        weights = layers | hugging_face.arrays(model)
         lb.io.compressed_tensors.save(
             config.folder,
-            weights,
+            leaves,
             config=told,
             inputs=inputs or None,
-            input_scales=hugging_face.input_scales(model) if inputs else None,
+            input_scales=hugging_face.input_scales(model, layers) if inputs else None,
             dtype=config.dtype,
             round_scales=config.round_scales,
             texts=texts,
         )
-        return {name: _format(leaf, config.dtype) for name, leaf in weights.items()}
-    floats = {n: leaf if isinstance(leaf, np.ndarray) else leaf.dequantize(np.float32) for n, leaf in layers.items()}
+        return {name: _format(leaf, config.dtype) for name, leaf in leaves.items()}
+    floats = lambda leaf: leaf if isinstance(leaf, np.ndarray) else leaf.dequantize(np.float32)
     arrays = {
-        f"{name}.weight": lb.io.tensors.cast(np.asarray(array), config.dtype, f"export: {name}")
-        for name, array in (floats | hugging_face.arrays(model)).items()
+        f"{name}.weight": lb.io.tensors.cast(floats(leaf), config.dtype, f"export: {name}")
+        for name, leaf in leaves.items()
     }
     texts |= {"config.json": json.dumps(told | {"dtype": config.dtype}, indent=2)}
     lb.io.tensors.write(config.folder, arrays, texts, "export")
@@ -125,8 +131,7 @@ def _safetensors(
 
 
 def _format(leaf: hugging_face.Leaf, dtype: str) -> str:
-    packed = leaf.packed if isinstance(leaf, lb.io.Outputs) else leaf
-    return packed.quantizer.format.name if isinstance(packed, lb.QTensor) else dtype
+    return dtype if isinstance(leaf, np.ndarray) else leaf.packed.quantizer.format.name
 
 
 def _show(folder: pathlib.Path, kinds: dict[str, str], model: llama.Llama, inputs: dict[str, Any]) -> None:

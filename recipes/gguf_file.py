@@ -19,16 +19,17 @@ _OTHERS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def write(
-    folder: pathlib.Path, model: llama.Llama, codec: tokenizers.Tokenizer, *, round_scales: bool
-) -> dict[str, str]:
-    """Writes the file; answers with the GGML type of each tensor.
+    folder: pathlib.Path, model: llama.Llama, layers: dict[str, hugging_face.Layer], codec: tokenizers.Tokenizer,
+    *, round_scales: bool,
+) -> dict[str, str]:  # fmt: skip
+    """Writes the file; answers with the GGML type of each tensor. layers: `hugging_face.layers(model)`.
 
     Raises: FileExistsError where it is already; ImportError without the package gguf; as `lb.io.gguf.blocks`."""
     library = _gguf()
     path = folder / NAME
     if path.exists():
         raise FileExistsError(f"export: {path} is there already, and is not written over. Give a new folder.")
-    tensors = {name: _blocks(name, leaf, model, round_scales) for name, (_, leaf) in hugging_face.layers(model).items()}
+    tensors = {name: _blocks(name, layer.weight, model, round_scales) for name, layer in layers.items()}
     tensors |= {name: ("F32", array.astype(np.float32)) for name, array in hugging_face.arrays(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     hidden = folder / f".writing-{NAME}"

@@ -1,5 +1,6 @@
 """The decoder of `recipes.llama` as Hugging Face's Llama: names of its parameters, configuration, tokenizer."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,41 +10,51 @@ import numpy as np
 import lowbit_jax as lb
 from recipes import llama, tokenizers
 
-Leaf = lb.QTensor | lb.io.Outputs | np.ndarray
+Leaf = lb.io.Outputs | np.ndarray
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def layers(model: llama.Llama) -> dict[str, tuple[str, Leaf]]:
-    """Name of a module -> (path of the layer in our model, its weight): packed, or an array [outputs, inputs]."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """A product of the decoder. path: of the layer in our model. number: in its stack, of those that are stacked.
+    weight: packed, or an array [outputs, inputs]."""
+
+    path: str
+    number: int | None
+    weight: Leaf
+
+
+def layers(model: llama.Llama) -> dict[str, Layer]:
+    """By the names of modules."""
     size = model.config
-    head, ffn = size.head_dim, size.ffn
-    q, kv = size.heads * head, size.kv_heads * head
+    q, kv, ffn = size.heads * size.head_dim, size.kv_heads * size.head_dim, size.ffn
     parts = {
-        "self_attn.q_proj": ("blocks/attention/qkv", 0, q),
-        "self_attn.k_proj": ("blocks/attention/qkv", q, q + kv),
-        "self_attn.v_proj": ("blocks/attention/qkv", q + kv, q + 2 * kv),
-        "self_attn.o_proj": ("blocks/attention/out", 0, size.width),
-        "mlp.gate_proj": ("blocks/mlp/gate_up", 0, ffn),
-        "mlp.up_proj": ("blocks/mlp/gate_up", ffn, 2 * ffn),
-        "mlp.down_proj": ("blocks/mlp/down", 0, size.width),
+        "blocks/attention/qkv": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+        "blocks/attention/out": {"self_attn.o_proj": size.width},
+        "blocks/mlp/gate_up": {"mlp.gate_proj": ffn, "mlp.up_proj": ffn},
+        "blocks/mlp/down": {"mlp.down_proj": size.width},
     }
-    found: dict[str, tuple[str, Leaf]] = {}
-    for number in range(size.layers):
-        for name, (path, start, stop) in parts.items():
-            kernel = jax.tree.map(lambda leaf, number=number: leaf[number], _held(model, path, "kernel"))
-            found[f"model.layers.{number}.{name}"] = path, _outputs(kernel, start, stop)
-    found["lm_head"] = "lm_head", _outputs(_held(model, "lm_head", "kernel"), 0, model.vocab_size)
-    return found
-
-
-def input_scales(model: llama.Llama) -> dict[str, np.ndarray]:
-    """Name of a module -> the learned scale of its activations, of the layers that hold one."""
+    stacks = {path: _held(model, path, "kernel") for path in parts}
     found = {}
-    for name, (path, _) in layers(model).items():
-        scale = getattr(_module(model, path).dot_general, "lhs_scale", None)
+    for number in range(size.layers):
+        for path, outputs in parts.items():
+            kernel, start = jax.tree.map(lambda leaf, number=number: leaf[number], stacks[path]), 0
+            for name, count in outputs.items():
+                weight = _outputs(kernel, start, start + count)
+                found[f"model.layers.{number}.{name}"] = Layer(path, number, weight)
+                start += count
+    head = _outputs(_held(model, "lm_head", "kernel"), 0, model.vocab_size)
+    return found | {"lm_head": Layer("lm_head", None, head)}
+
+
+def input_scales(model: llama.Llama, layers: dict[str, Layer]) -> dict[str, np.ndarray]:
+    """The learned scale of the activations, of the layers that hold one."""
+    found = {}
+    for name, layer in layers.items():
+        scale = getattr(_module(model, layer.path).dot_general, "lhs_scale", None)
         if scale is not None:
-            held, number = np.asarray(scale.get_value()), name.split(".")[2:3]
-            found[name] = held[int(number[0])] if held.ndim else held
+            held = np.asarray(scale.get_value())
+            found[name] = held if layer.number is None else held[layer.number]
     return found
 
 

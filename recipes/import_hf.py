@@ -38,6 +38,8 @@ class Import:
 def main(config: Import) -> None:
     """Writes the run and prints what it holds."""
     folder, run = config.model.expanduser(), config.run.expanduser()
+    if (run / "config.json").exists():
+        raise FileExistsError(f"{_WHO}: {run} is a run already, and is not written over. Give a new directory.")
     told = _read(folder / "config.json")
     size = sizes(told, context=config.context)
     tied, vocab_size = told.get("tie_word_embeddings", False), int(told["vocab_size"])
@@ -49,13 +51,10 @@ def main(config: Import) -> None:
     model = nnx.eval_shape(lambda: llama.build(size, vocab_size, dtype="float32"))
     _, shapes = nnx.split(model, nnx.Param)
     params = _filled(shapes, stacked(tensors, size, tied=tied))
-    with run_directory.locked(run):
-        if (run / "config.json").exists():
-            raise FileExistsError(f"{_WHO}: {run} is a run already, and is not written over. Give a new directory.")
-        with description.of_finished(run):
-            saved = checkpoints.Checkpoints(run / "unquantized" / "checkpoints")
-            saved.save(size.steps, {"params": params})
-            run_directory.claim(run, {"imported": repr(str(folder.resolve()))})
+    with run_directory.locked(run), description.of_finished(run):
+        saved = checkpoints.Checkpoints(run / "unquantized" / "checkpoints")
+        saved.save(size.steps, {"params": params})
+        run_directory.claim(run, {"imported": repr(str(folder.resolve()))})
     print(f"{run}: {size.layers} layers of width {size.width}, {size.block_params:,} parameters in the blocks")
     print(f"{counted:,} numbers of {display.size(4 * counted)} in float32, tokenizer: {description.tokenizer}")
 
@@ -218,12 +217,11 @@ def stacked(tensors: dict[str, np.ndarray], size: llama.LlamaConfig, *, tied: bo
 
 def _filled(shapes: Any, arrays: dict[str, np.ndarray]) -> Any:
     """The state of a model with these arrays in place of its shapes."""
-    state = nnx.to_flat_state(shapes)
     filled = []
-    for path, leaf in state:
-        array, shape = arrays["/".join(map(str, path))], tuple(leaf.get_value().shape)
+    for path, leaf in nnx.to_flat_state(shapes):
+        name, shape = "/".join(map(str, path)), tuple(leaf.get_value().shape)
+        array = arrays[name]
         if array.shape != shape:
-            name = "/".join(map(str, path))
             raise ValueError(f"{_WHO}: {name} would be {array.shape}, and config.json makes it {shape}.")
         filled.append((path, leaf.replace(array)))
     return nnx.from_flat_state(filled)

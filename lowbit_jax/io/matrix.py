@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -93,7 +92,7 @@ class Matrix:
         if isinstance(tiling, Group):
             array = array.squeeze(at + 1)
         elif isinstance(tiling, Block):
-            _, inner = tiling.split(jnp.zeros(self.packed.shape, jnp.uint8), at)
+            _, inner = tiling.split(np.empty(self.packed.shape, np.uint8), at)  # looks at the shape alone
             array = array.squeeze(inner)
         array = np.moveaxis(array, at, -1)
         return array.reshape(-1, array.shape[-1])
@@ -101,7 +100,8 @@ class Matrix:
     @property
     def group(self) -> int:
         """Neighboring inputs that share a scale."""
-        return self.packed.length // self.scales.shape[1]
+        tiling = self.quantizer.tiling
+        return tiling.size if isinstance(tiling, Group | Block) else self.packed.length
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

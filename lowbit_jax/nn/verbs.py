@@ -202,9 +202,9 @@ def calibrate_over(model: Any, *args: Any, statistic: Literal["mean", "max"] = "
     import jax.numpy as jnp
 
     who, kind = "lb.nn.calibrate_over", framework(model, "lb.nn.calibrate_over")
-    told = {"nnx": "model, batches", "linen": "model, variables, batches"}[kind]
-    if len(args) != told.count(","):
-        raise TypeError(f"{who} of this module takes ({told}), and got {len(args) + 1} arguments.")
+    wanted = ("batches",) if kind == "nnx" else ("variables", "batches")
+    if len(args) != len(wanted):
+        raise TypeError(f"{who} of this module takes (model, {', '.join(wanted)}), and got {len(args) + 1} arguments.")
     known = {"mean": jnp.nanmean, "max": jnp.nanmax}
     if statistic not in known:
         raise ValueError(f"{who}(statistic={statistic!r}): it is 'mean' or 'max'.")

@@ -48,25 +48,14 @@ def dot_general(
     `scales` holds the parameters of learned fits, under "lhs" and "rhs".
     Raises: TypeError for operands that are not floating or a recipe that is none; ValueError for sizes that disagree,
     products without a contraction, missing keys or scales, and groups that do not divide the contraction."""
-    return dot_general_of(
-        "lb.dot_general", lhs, rhs, dimension_numbers, precision, preferred_element_type,
-        out_sharding=out_sharding, recipe=recipe, key=key, scales=scales,
-    )  # fmt: skip
+    options = (precision, preferred_element_type, out_sharding, recipe, key, scales)
+    return dot_general_of("lb.dot_general", lhs, rhs, dimension_numbers, *options)
 
 
 def dot_general_of(
-    who: str,
-    lhs: Any,
-    rhs: Any,
-    dimension_numbers: DimensionNumbers,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    *,
-    out_sharding: Any = None,
-    recipe: LinearRecipe,
-    key: Array | None = None,
-    scales: Mapping[str, Array] | None = None,
-) -> Float[Array, "*out"]:
+    who: str, lhs: Any, rhs: Any, dimension_numbers: Any, precision: Any, preferred_element_type: Any,
+    out_sharding: Any, recipe: LinearRecipe, key: Array | None, scales: Mapping[str, Array] | None,
+) -> Float[Array, "*out"]:  # fmt: skip
     """`dot_general`, called by `who`, whose name starts the errors about its arguments."""
     _check_recipe(who, recipe)
     check_operands(who, lhs, rhs, key)

@@ -86,16 +86,6 @@ def einsum(
     check_operands("lb.einsum", lhs, rhs, key)
     merged = max(_contracted(spec) - 1, 0) if isinstance(rhs, QTensor) else 0  # a packed weight has one axis for them
     numbers, permutation = parse(spec, lhs.ndim, rhs.ndim + merged)
-    out = dot_general_of(
-        "lb.einsum",
-        lhs,
-        rhs,
-        numbers,
-        precision,
-        preferred_element_type,
-        out_sharding=_permuted(out_sharding, permutation),
-        recipe=recipe,
-        key=key,
-        scales=scales,
-    )
+    options = (precision, preferred_element_type, _permuted(out_sharding, permutation), recipe, key, scales)
+    out = dot_general_of("lb.einsum", lhs, rhs, numbers, *options)
     return jnp.transpose(out, permutation)

@@ -32,7 +32,9 @@ def by_name(
     scales = scales or {}
     if unknown := sorted((set(found) | set(scales)) - set(layers)):
         raise ValueError(f"{who}(inputs=): {unknown[0]!r} is none of the packed layers {sorted(layers)[:3]}...")
-    inputs = {name: _of(name, quantizer, scales.get(name), who) for name, quantizer in found.items() if quantizer}
+    inputs = {
+        name: _of(name, quantizer, scales.get(name), who) for name, quantizer in found.items() if quantizer is not None
+    }
     if spare := sorted(set(scales) - {name for name, own in inputs.items() if own.scale is not None}):
         raise ValueError(
             f"{who}(input_scales=): the activations of {spare[0]} have no scale of their own. Leave it out."

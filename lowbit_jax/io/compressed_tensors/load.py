@@ -36,12 +36,12 @@ def load(folder: str | os.PathLike) -> dict[str, QTensor | np.ndarray]:
     folder = pathlib.Path(folder)
     told = _read_configuration(folder / CONFIG)
     arrays = tensors.read(folder, _WHO)
-    found: dict[str, QTensor | np.ndarray] = {}
-    for key in sorted(arrays):
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
         name, _, local = key.rpartition(".")
-        if local == "weight_scale":
-            own = {k.removeprefix(f"{name}."): a for k, a in arrays.items() if k.rpartition(".")[0] == name}
-            found[name] = _layer(name, own, _scheme_of(name, told))
+        modules.setdefault(name, {})[local] = array
+    packed = {name: own for name, own in modules.items() if "weight_scale" in own}
+    found = {name: _layer(name, own, _scheme_of(name, told)) for name, own in packed.items()}
     parts = {f"{name}.{local}" for name in found for local in _LOCAL}
     return found | {key: array for key, array in arrays.items() if key not in parts}
 

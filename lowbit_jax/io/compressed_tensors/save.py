@@ -73,14 +73,14 @@ def save(
     layers = {name: outputs_of(leaf) for name, leaf in weights.items() if isinstance(leaf, QTensor | Outputs)}
     if not layers:
         raise ValueError(f"{_WHO}: no weight is packed. Pack layers by lb.convert, or write plain safetensors.")
-    scales, told = Scales(dtype, round_scales), by_name(inputs, input_scales, layers, _WHO)
+    scales, told = _Scales(dtype, round_scales), by_name(inputs, input_scales, layers, _WHO)
     modules = {name: _module(name, leaf, told.get(name), scales) for name, leaf in layers.items()}
     arrays: dict[str, np.ndarray] = {}
     for name, leaf in weights.items():
-        own = (
-            modules[name].tensors if name in modules else {"": tensors.cast(np.asarray(leaf), dtype, f"{_WHO}: {name}")}
-        )
-        keys = {f"{name}.{local}" if local else _parameter(name): array for local, array in own.items()}
+        if name in modules:
+            keys = {f"{name}.{local}": array for local, array in modules[name].tensors.items()}
+        else:
+            keys = {_parameter(name): tensors.cast(np.asarray(leaf), dtype, f"{_WHO}: {name}")}
         if twice := sorted(set(keys) & set(arrays)):
             raise ValueError(f"{_WHO}: there are two arrays for {twice[0]!r}. Name each module once.")
         arrays |= keys
@@ -110,7 +110,7 @@ def _check_kinds(weights: Any, inputs: Any) -> None:
             raise TypeError(f"{_WHO}(inputs={quantizer!r}): give a Quantizer, such as recipe.out.lhs, or None.")
 
 
-def _module(name: str, outputs: Outputs, inputs: Inputs | None, scales: "Scales") -> _Module:
+def _module(name: str, outputs: Outputs, inputs: Inputs | None, scales: "_Scales") -> _Module:
     quantizer = outputs.packed.quantizer
     if name.endswith((".weight", ".bias")):
         raise ValueError(f"{_WHO}: {name!r} is packed, and goes by the name of its module, without what follows it.")
@@ -134,7 +134,7 @@ def _module(name: str, outputs: Outputs, inputs: Inputs | None, scales: "Scales"
     return dataclasses.replace(form, inputs=told)
 
 
-def _as_floats(matrix: Matrix, kept: "Scales") -> _Module | None:
+def _as_floats(matrix: Matrix, kept: "_Scales") -> _Module | None:
     quantizer = matrix.quantizer
     fmt, scales = quantizer.format, quantizer.scale_format
     if not isinstance(fmt, FloatFormat):
@@ -188,7 +188,7 @@ def _fp8_strategy(matrix: Matrix) -> tuple[dict[str, Any], np.ndarray]:
             return {"strategy": "channel"}, scales
 
 
-def _as_integers(matrix: Matrix, inputs: dict[str, Any] | None, kept: "Scales") -> _Module | None:
+def _as_integers(matrix: Matrix, inputs: dict[str, Any] | None, kept: "_Scales") -> _Module | None:
     integers = Integers.of(matrix)
     if integers is None:
         return None
@@ -213,7 +213,7 @@ def _words(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Scales:
+class _Scales:
     """How scales are stored: in the dtype, exactly or rounded."""
 
     dtype: str
