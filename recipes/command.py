@@ -29,7 +29,8 @@ def run(
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit(f"{name}: {_words(error)}\n(python -X dev -m recipes.{name} shows where it was raised.)")
+        words = _words(error).removeprefix(f"{name}: ")  # an error of the command's own names it already
+        sys.exit(f"{name}: {words}\n(python -X dev -m recipes.{name} shows where it was raised.)")
 
 
 def _words(error: Exception) -> str:

@@ -245,6 +245,9 @@ def test_the_command(weights_only, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         command.run("export", Export, export.main, export.__doc__, arguments)
     assert "export: " in str(stopped.value) and "is not written over" in str(stopped.value)
+    with pytest.raises(SystemExit) as stopped:
+        command.run("export", Export, export.main, None, [*arguments, "--to", "safetensors", "--round-scales"])
+    assert str(stopped.value).startswith("export: --round-scales has no effect"), "named once"
 
 
 @pytest.mark.parametrize("options", [{}, {"to": "safetensors"}, {"to": "gguf", "round_scales": True}])
