@@ -4,9 +4,10 @@ products of an int8 layer read their cotangent.
     rows      c[m, n] = round(g[m, n] v[n] / s[m]),  s[m] = max_n |g v| / 127       [M, N]
     columns   d[n, m] = round(g[m, n] u[m] / t[n]),  t[n] = max_m |g u| / 127       [N, M]
 
-Two kernels: the first owns rows, finds their maxima and the columns' maxima among them, and reads the rows again, from
-the cache, to write their codes; the second writes the columns' codes transposed, as a product contracts them. g is read
-twice from memory, where a pass for each maximum, for each set of codes and for the transposition takes twice the bytes.
+Two kernels, each over tiles of g: the first finds the maxima of rows and of columns in a tile, the second writes both
+codes of a tile, those of columns transposed, as a product contracts them. g is read twice and each code is written
+once, 6 bytes an element of bfloat16, where a pass for each maximum, for each set of codes and for the transposition
+takes twice that.
 """
 
 import functools
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from pallas_kernels import launch, masks, tuning
 from pallas_kernels.checks import check_matrix, check_offsets, check_shape
@@ -50,8 +51,8 @@ def quantize_both_ways(
     column of g; absmax scales, nearest even.
 
     A row or column of zeros has scale 1. One with NaN or infinity has scale NaN, its codes mean nothing, and the others
-    are as without it. tile: rows and columns of what a program of the first kernel holds at once.
-    Reference: `impl="xla"`, equal but for codes at a tie where the chip divides inexactly.
+    are as without it. tile: rows and columns of what a program holds at once.
+    Reference: `impl="xla"`, equal.
     Raises: ValueError for shapes and from 2^31 elements on, TypeError for dtypes."""
     who = "quantize_both_ways"
     launch.check_impl(who, impl)
@@ -74,7 +75,7 @@ def default_tile(m: int, n: int, dtype: Any) -> Tile:
     """The tuned tile of this shape's bucket, or one that compiles without spills."""
     if (found := tuning.lookup(tuning_key(m, n, dtype))) and found.get("split", 1) == 1:
         return Tile(**found)
-    return Tile(rows=16, columns=256, stages=1)
+    return Tile(rows=64, columns=64, stages=1)
 
 
 def cases() -> list[tuple]:
@@ -110,71 +111,70 @@ def _reference(g, along_columns, along_rows):
 
 def _run(g, along_columns, along_rows, tile, impl):
     m, n = g.shape
-    parts = -(-m // tile.rows)
-    kernel = functools.partial(_rows_kernel, m=m, n=n, tile=tile)
-    out = (jax.ShapeDtypeStruct((m, n), jnp.int8), jax.ShapeDtypeStruct((m,), jnp.float32),
-           jax.ShapeDtypeStruct((parts, n), jnp.int32))  # fmt: skip
-    rows, row_scales, maxima = launch.call(kernel, "quantize_both_ways_rows", impl, tile, grid=(parts,), out_shape=out)(
-        g, along_columns, along_rows
-    )
-    column_scales = _settled(number_of(jnp.max(maxima, axis=0)))
-    side = min(tile.columns, 64)
-    square = Tile(rows=64, columns=side, warps=4, stages=1)
-    columns = launch.call(
-        functools.partial(_columns_kernel, m=m, n=n, tile=square), "quantize_both_ways_columns", impl, square,
-        grid=(-(-m // square.rows), -(-n // square.columns)), out_shape=jax.ShapeDtypeStruct((n, m), jnp.int8),
-    )(g, along_rows, 1 / column_scales)  # fmt: skip
-    return BothWays(rows, row_scales, columns, column_scales)
+    grid = -(-m // tile.rows), -(-n // tile.columns)
+    sizes, launched = dict(m=m, n=n, tile=tile), functools.partial(launch.call, impl=impl, tile=tile, grid=grid)
+    of_rows, of_columns = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((grid[1], m), (grid[0], n)))
+    maxima = launched(
+        functools.partial(_maxima_kernel, **sizes), "quantize_both_ways_maxima", out_shape=(of_rows, of_columns)
+    )(g, along_columns, along_rows)
+    s, t = (_settled(number_of(jnp.max(found, axis=0))) for found in maxima)
+    codes = jax.ShapeDtypeStruct((m, n), jnp.int8), jax.ShapeDtypeStruct((n, m), jnp.int8)
+    rows, columns = launched(
+        functools.partial(_codes_kernel, **sizes), "quantize_both_ways_codes", out_shape=codes
+    )(g, along_columns, along_rows, 1 / s, 1 / t)  # fmt: skip
+    return BothWays(rows, s, columns, t)
 
 
-def _rows_kernel(g_ref, v_ref, u_ref, code_ref, scale_ref, maxima_ref, *, m, n, tile):
-    program = pl.program_id(0)
-    row = program * tile.rows + lax.iota(jnp.int32, tile.rows)
-    rows = None if m % tile.rows == 0 else row < m
-    u = masks.load(u_ref.at[row], rows)
-    turns, shape = -(-n // tile.columns), (tile.rows, tile.columns)
-    place = lambda column: (jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(column[None, :], shape))
+class _Block(NamedTuple):
+    """A program's part of g: the indices of its rows and columns, and which of them are there."""
 
-    def load(turn):
-        column = turn * tile.columns + lax.iota(jnp.int32, tile.columns)
-        columns = None if n % tile.columns == 0 else column < n
-        inside = masks.outer(rows, columns, shape)
-        return column, columns, inside, masks.load(g_ref.at[place(column)], inside).astype(jnp.float32)
+    row: Int[Array, "r"]
+    column: Int[Array, "c"]
+    rows: Bool[Array, "r"] | None
+    columns: Bool[Array, "c"] | None
 
-    def largest(turn, found):
-        column, columns, _, g = load(turn)
-        v = masks.load(v_ref.at[column], columns)
-        down = jnp.max(magnitude_bits(g * u[:, None]), axis=0)
-        at = jnp.full(tile.columns, program, jnp.int32), column
-        masks.store(maxima_ref.at[at], down, columns)
-        return jnp.maximum(found, jnp.max(magnitude_bits(g * v[None, :]), axis=1))
+    @classmethod
+    def of(cls, m: int, n: int, tile: Tile) -> "_Block":
+        of_rows, of_columns = (pl.program_id(0), tile.rows, m), (pl.program_id(1), tile.columns, n)
+        indices = (block * size + lax.iota(jnp.int32, size) for block, size, _ in (of_rows, of_columns))
+        there = (masks.of_block(block, size, length) for block, size, length in (of_rows, of_columns))
+        return cls(*indices, *there)
 
-    found = launch.loop(turns, largest, jnp.zeros(tile.rows, jnp.int32))
-    scale = _settled(number_of(found))
-    masks.store(scale_ref.at[row], scale, rows)
-    gain = 1 / scale
+    @property
+    def place(self) -> tuple[Int[Array, "r c"], Int[Array, "r c"]]:
+        shape = self.row.size, self.column.size
+        return jnp.broadcast_to(self.row[:, None], shape), jnp.broadcast_to(self.column[None, :], shape)
 
-    def write(turn, _):
-        turn = turns - 1 - turn  # from the end, which the cache still has
-        column, columns, inside, g = load(turn)
-        v = masks.load(v_ref.at[column], columns)
-        masks.store(code_ref.at[place(column)], _in_kernel(g * v[None, :] * gain[:, None]), inside)
-        return _
+    @property
+    def inside(self) -> Bool[Array, "r c"] | None:
+        return masks.outer(self.rows, self.columns, (self.row.size, self.column.size))
 
-    launch.loop(turns, write, np.int32(0))
+    def matrix(self, ref: Any) -> Float[Array, "r c"]:
+        return masks.load(ref.at[self.place], self.inside).astype(jnp.float32)
+
+    def of_rows(self, ref: Any) -> Float[Array, "r 1"]:
+        return masks.load(ref.at[self.row], self.rows)[:, None]
+
+    def of_columns(self, ref: Any) -> Float[Array, "1 c"]:
+        return masks.load(ref.at[self.column], self.columns)[None, :]
 
 
-def _columns_kernel(g_ref, u_ref, gain_ref, code_ref, *, m, n, tile):
-    row = pl.program_id(0) * tile.rows + lax.iota(jnp.int32, tile.rows)
-    column = pl.program_id(1) * tile.columns + lax.iota(jnp.int32, tile.columns)
-    rows = None if m % tile.rows == 0 else row < m
-    columns = None if n % tile.columns == 0 else column < n
-    shape, inside = (tile.rows, tile.columns), masks.outer(rows, columns, (tile.rows, tile.columns))
-    at = jnp.broadcast_to(row[:, None], shape), jnp.broadcast_to(column[None, :], shape)
-    g = masks.load(g_ref.at[at], inside).astype(jnp.float32)
-    u, gain = masks.load(u_ref.at[row], rows), masks.load(gain_ref.at[column], columns)
-    codes = _in_kernel(g * u[:, None] * gain[None, :])
-    masks.store(code_ref.at[at[1], at[0]], codes, inside)
+def _maxima_kernel(g_ref, v_ref, u_ref, row_ref, column_ref, *, m, n, tile):
+    block = _Block.of(m, n, tile)
+    g = block.matrix(g_ref)
+    by_row, by_column = g * block.of_columns(v_ref), g * block.of_rows(u_ref)
+    at = lambda axis, index: (jnp.full(index.size, pl.program_id(axis), jnp.int32), index)
+    masks.store(row_ref.at[at(1, block.row)], jnp.max(magnitude_bits(by_row), axis=1), block.rows)
+    masks.store(column_ref.at[at(0, block.column)], jnp.max(magnitude_bits(by_column), axis=0), block.columns)
+
+
+def _codes_kernel(g_ref, v_ref, u_ref, row_gain_ref, column_gain_ref, row_ref, column_ref, *, m, n, tile):
+    block = _Block.of(m, n, tile)
+    g, (row, column) = block.matrix(g_ref), block.place
+    by_row = g * block.of_columns(v_ref) * block.of_rows(row_gain_ref)
+    by_column = g * block.of_rows(u_ref) * block.of_columns(column_gain_ref)
+    masks.store(row_ref.at[row, column], _in_kernel(by_row), block.inside)
+    masks.store(column_ref.at[column, row], _in_kernel(by_column), block.inside)
 
 
 def _in_kernel(v: Array) -> Array:

@@ -47,6 +47,7 @@ class Report:
     tensor_core: dict[str, int]  # instruction -> how often it stands in the code
     instructions: int
     counts: dict[str, int]
+    float_bytes: int  # lowest bytes of floats that are stored: assemblers before CUDA 13.1 store other bytes
 
 
 def missing() -> str | None:
@@ -156,7 +157,18 @@ def _assemble(path: pathlib.Path, dynamic: dict[str, int]) -> Report:
         tensor_core=dict(tensor),
         instructions=sum(counts.values()),
         counts=dict(counts),
+        float_bytes=float_bytes(text),
     )
+
+
+_FLOAT_RESULT = re.compile(r"\b(?:add|sub|mul|fma|min|max|neg|abs|rcp|div|ex2)[.\w]*\.f32\s+(%\w+)")
+_BYTE_STORE = re.compile(r"\bst\.[.\w:]*\.[bus]8\s+\[[^]]*\],\s*(%\w+)")
+
+
+def float_bytes(ptx: str) -> int:
+    """How many stores of one byte in a program in PTX take it from the register of a float32."""
+    floats = set(_FLOAT_RESULT.findall(ptx))
+    return sum(register in floats for register in _BYTE_STORE.findall(ptx))
 
 
 _TENSOR_CORE = re.compile(r"\b((?:HGMMA|IGMMA|QGMMA|BGMMA|HMMA|IMMA|BMMA|QMMA|UTC\w*MMA|OMMA)[.\w]*)")

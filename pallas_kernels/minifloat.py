@@ -12,6 +12,7 @@ _MANTISSA = 23  # of float32
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
 _NAN = 0x7FC00000
+_APART = 90  # even, so that ties stay; neither 0 nor 128, which callers add
 _EXACT = 0x4B000000  # float32 2^23, whose unit in the last place is 1
 
 
@@ -132,8 +133,11 @@ def decode(codes: Int[Array, "*s"], fmt: MiniFloat) -> Float[Array, "*s"]:
 
 
 def nearest_integer(x: Float[Array, "*s"]) -> Int[Array, "*s"]:
-    """The nearest int32 to a float32 of magnitude up to 2^22, ties to even, by one addition."""
-    return bits_of(x + 12582912.0) - 0x4B400000
+    """The nearest int32 to a float32 of magnitude up to 2^21, ties to even, by one addition.
+
+    What is added is 1.5 * 2^23 and `_APART`: else the lowest byte of the sum would be that of the integer, and where
+    one is stored, the assembler of CUDA 12.8 to 13.0 converts the float to a byte instead (255, whatever it is)."""
+    return bits_of(x + float(12582912 + _APART)) - (0x4B400000 + _APART)
 
 
 def up_or_down(x: Float[Array, "*s"], words: UInt32[Array, "*s"]) -> Int[Array, "*s"]:

@@ -46,6 +46,7 @@ KINDS = (
 
 ONE_TOKEN = {"w4a16": lb.quest(4, activations=False), "w4a4": lb.quest(4), "w2a2": lb.quest(2)}
 COMPILING = 240.0  # seconds that all programs of a part may take
+STEPS = 32  # tokens that one program decodes
 
 
 def build(preset: str, dtype=jnp.bfloat16, attention: str = "auto") -> llama.Llama:
@@ -140,14 +141,15 @@ def _training(preset, batch, context, course, kinds, attention) -> Iterator[dict
             row |= kernels_of(programs[row["step"]], 80)
 
 
-def kernels_of(run: Callable, most: int) -> dict:
-    """Milliseconds on the device, and of the kernels that take most of it; None where the profiler does not work."""
+def kernels_of(run: Callable, most: int, steps: int = 1) -> dict:
+    """Milliseconds of a step on the device, and of the kernels that take most of it; None where the profiler does not
+    work. steps: of one run."""
     try:
         kernels = profile.kernel_seconds(run)
     except Exception as error:  # CUPTI may be absent or locked; the times by the clock are there
         return {"device_ms": None, "kernels_ms": {}, "profiler": f"{type(error).__name__}: {error}"}
-    longest = {name: round(1e3 * t, 4) for name, t in list(kernels.items())[:most]}
-    return {"device_ms": 1e3 * sum(kernels.values()), "kernels_ms": longest}
+    longest = {name: round(1e3 * t / steps, 4) for name, t in list(kernels.items())[:most]}
+    return {"device_ms": 1e3 * sum(kernels.values()) / steps, "kernels_ms": longest}
 
 
 def packed(preset: str, recipe: lb.LinearRecipe | None) -> llama.Llama:
@@ -160,7 +162,8 @@ def packed(preset: str, recipe: lb.LinearRecipe | None) -> llama.Llama:
 
 def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.LinearRecipe] = ONE_TOKEN
               ) -> Iterator[dict]:  # fmt: skip
-    """Forward of one token a sequence (no attention cache): the products of a decode step, packed over bfloat16.
+    """Forward of one token a sequence (no attention cache): the products of a decode step, packed over bfloat16. One
+    program decodes `STEPS` tokens, each the likeliest after the one before.
 
     The layers are separate arguments, one after the other: a loop over stacked ones copies each layer's weights out of
     the stack before a kernel reads them."""
@@ -173,7 +176,7 @@ def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.
         run, state = unrolled(packed(preset, recipe))
         if recipe is None:
             state = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, state)
-        made[name] = jax.jit(run).lower(state, tokens), state
+        made[name] = jax.jit(decoded(run)).lower(state, tokens), state
     course.now("compiling", COMPILING)
     with ThreadPoolExecutor() as pool:
         compiled = pool.map(lambda lowered: lowered.compile(), [lowered for lowered, _ in made.values()])
@@ -183,14 +186,27 @@ def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.
     times = seconds(programs, course.rounds)
     base = np.asarray(times["bfloat16"])
     rows = [{
-        "model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)),
-        "tokens_a_second": batch / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t))),
+        "model": name, "preset": preset, "batch": batch, "ms": 1e3 * float(np.median(t)) / STEPS,
+        "tokens_a_second": batch * STEPS / float(np.median(t)), "ratio": float(np.median(base / np.asarray(t))),
     } for name, t in times.items()]  # fmt: skip
     yield from rows
     for row in rows:
         if not course.over():
             course.now(f"profiling {row['model']}")
-            row |= kernels_of(programs[row["model"]], 20)
+            row |= kernels_of(programs[row["model"]], 20, STEPS)
+
+
+def decoded(run: Callable) -> Callable:
+    """`(state, tokens) -> the tokens of each step`, [steps, batch], by `run` of one token."""
+
+    def all_of_them(state, tokens):
+        def step(tokens, _):
+            following = jnp.argmax(run(state, tokens), -1).astype(tokens.dtype)
+            return following, following[:, 0]
+
+        return jax.lax.scan(step, tokens, length=STEPS)[1]
+
+    return all_of_them
 
 
 def unrolled(model: llama.Llama) -> tuple[Callable, tuple]:

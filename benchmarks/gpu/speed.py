@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from benchmarks.gpu import profile
@@ -36,7 +37,8 @@ BEST = 3  # tiles that are timed again beside bfloat16
 ROUNDING = 2.0**-6  # by which results of two tiles may differ, of the largest
 COMPILING = 200.0  # seconds that all programs of `TOGETHER` products, or of all rotations, may take
 CACHES = 4  # times that the weights of a product fill the second-level cache, at least
-MOST_SETS = 16
+PASSES = 8  # times that a program of few rows goes through its weights, each with other activations
+MOST_SETS = 32
 XLA_COPIES = 2  # weights in XLA's program, which writes each out in full: more would change nothing
 NO_SPILLS: Any = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
 
@@ -83,11 +85,14 @@ def seconds(programs: Mapping[str, Callable[[], object]], rounds: int, calls: in
 
 
 def over_weights(run: Callable, name: str) -> Callable:
-    """`(x, weights) -> results`: one program, called `name`, that runs the product with each weight in turn."""
+    """`(activations, weights) -> (the first result, one number of each)`: one program, called `name`, that runs the
+    products of each activation with each weight in turn. It answers little because every array that a program takes or
+    gives costs the host about five microseconds, which a kernel of few rows is done in."""
     one = jax.jit(run)  # traced once
 
-    def each(x, weights):
-        return [one(x, w) for w in weights]
+    def each(xs, weights):
+        found = [lax.optimization_barrier([one(x, w) for w in weights]) for x in xs]
+        return found[0][0], [jnp.stack([y[0, 0] for y in ys]) for ys in found]
 
     each.__name__ = name
     return jax.jit(each)
@@ -153,8 +158,22 @@ def weights_of(p: Product) -> list[list[tuple]]:
 
 
 def copies(m: int) -> int:
-    """How many weights in a program: with few rows so many that what it costs beside its kernels is little for each."""
-    return 32 if m <= 64 else 8
+    """How many weights in a program."""
+    return 16 if m <= 64 else 8
+
+
+def activations(p: Product) -> list[tuple]:
+    """Those of one program: with few rows so many that what it costs beside its kernels is little for each."""
+    return [p.activation(i) for i in range(passes(p.m))]
+
+
+def passes(m: int) -> int:
+    return PASSES if m <= 64 else 1
+
+
+def runs(m: int) -> int:
+    """Products of one call of a program."""
+    return copies(m) * passes(m)
 
 
 def sets(p: Product) -> int:
@@ -164,10 +183,10 @@ def sets(p: Product) -> int:
     return min(MOST_SETS, -(-CACHES * cache // (copies(p.m) * p.n * p.k * p.bits // 8)))
 
 
-def in_turn(run: Callable, x: tuple, weights: Sequence[list[tuple]]) -> Callable[[], list]:
-    """`run(x, a set of weights)`, called with each set in turn."""
+def in_turn(run: Callable, xs: list[tuple], weights: Sequence[list[tuple]]) -> Callable[[], tuple]:
+    """`run(xs, a set of weights)`, called with each set in turn."""
     left = itertools.cycle(weights)
-    return lambda: run(x, next(left))
+    return lambda: run(xs, next(left))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -184,8 +203,8 @@ def build(products: Sequence[Product], pool: ThreadPoolExecutor, course: Course)
 
     def compiled(p: Product, impl: str, tile: Tile | None):
         x, w = jax.eval_shape(lambda: p.activation(0)), jax.eval_shape(lambda: p.weight(0))
-        count = copies(p.m) if impl == "kernel" else XLA_COPIES
-        lowered = over_weights(p.run(impl, tile), f"{p.name}_{impl}").lower(x, [w] * count)
+        count, times = (copies(p.m), passes(p.m)) if impl == "kernel" else (XLA_COPIES, 1)
+        lowered = over_weights(p.run(impl, tile), f"{p.name}_{impl}").lower([x] * times, [w] * count)
         return lowered.compile(compiler_options=NO_SPILLS if impl == "kernel" else None)
 
     wanted: list[tuple[Product, list]] = []
@@ -222,10 +241,10 @@ def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str,
                 continue
             if dot is None:
                 course.now(f"bfloat16 for {m} rows of {n}x{k}")
-                x16 = jax.random.normal(jax.random.key(1), (m, k), jnp.bfloat16)
+                x16 = [jax.random.normal(jax.random.key(i), (m, k), jnp.bfloat16) for i in range(passes(m))]
                 w16 = [jax.random.normal(jax.random.key(i), (k, n), jnp.bfloat16) for i in range(copies(m))]
                 dot = functools.partial(over_weights(jnp.dot, "bfloat16"), x16, w16)
-                dot_device = on_device(dot, len(w16))
+                dot_device = on_device(dot, runs(m))
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 built = build(some, pool, course)
             for b in built:
@@ -233,7 +252,7 @@ def compare(shapes: Sequence[tuple[int, int, int]], kernels: Sequence[tuple[str,
                 if not b.tiles:
                     store(tuning.key(b.product.kernel, b.product.bits, m, n, k), None)  # of an earlier run
                 else:
-                    row = measured(b, dot, copies(m), dot_device, course.rounds, roof)
+                    row = measured(b, dot, dot_device, course.rounds, roof)
                     print(line(row), flush=True)
                     yield row
 
@@ -260,15 +279,15 @@ def _apart(y: Array, expected: Array) -> Array:
     return jnp.where(jnp.isfinite(y).all(), jnp.abs(y - expected).max() / jnp.abs(expected).max(), jnp.inf)
 
 
-def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, rounds: int, roof: Roof) -> dict:
+def measured(b: Built, dot: Callable, dot_device: float | None, rounds: int, roof: Roof) -> dict:
     """The row of one product; its best tile goes into the user's tuning table. A tile whose result is not XLA's is not
     timed, and the row names it."""
-    p, x, weights = b.product, b.product.activation(0), weights_of(b.product)
-    count = len(weights[0])
-    by_xla = functools.partial(b.xla, x, weights[0][:XLA_COPIES])
-    programs = {str(i): in_turn(run, x, weights) for i, (_, run) in enumerate(b.tiles)}
+    p, xs, weights = b.product, activations(b.product), weights_of(b.product)
+    count = runs(p.m)
+    by_xla = functools.partial(b.xla, xs[:1], weights[0][:XLA_COPIES])
+    programs = {str(i): in_turn(run, xs, weights) for i, (_, run) in enumerate(b.tiles)}
     expected = by_xla()[0]
-    apart = {str(i): float(_apart(run(x, weights[0])[0], expected)) for i, (_, run) in enumerate(b.tiles)}
+    apart = {str(i): float(_apart(run(xs, weights[0])[0], expected)) for i, (_, run) in enumerate(b.tiles)}
     right = [name for name, error in apart.items() if error <= ROUNDING]  # not where it is not a number
     tiles = {name: b.tiles[int(name)][0] for name in programs}
     row = {"product": p.name, "group": p.group, "m": p.m, "n": p.n, "k": p.k,
@@ -284,7 +303,7 @@ def measured(b: Built, dot: Callable, dots: int, dot_device: float | None, round
     best = min(best, key=lambda name: float(np.median(times[name])))
     tile = tiles[best]
     base, kernel, xla = (np.asarray(times[name]) / each for name, each in
-                         (("bfloat16", dots), (best, count), ("xla", XLA_COPIES)))  # fmt: skip
+                         (("bfloat16", count), (best, count), ("xla", XLA_COPIES)))  # fmt: skip
     device = on_device(programs[best], count)
     if tile is not None:
         store(entry, tile)
