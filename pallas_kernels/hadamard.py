@@ -53,6 +53,11 @@ def signed_hadamard(size: int) -> np.ndarray:
     return matrix
 
 
+def signed_blocks(block: int | None) -> np.ndarray:
+    """A chunk's matrix of blocks of +1 and -1, [128, 128] float32; None is the identity."""
+    return np.kron(np.eye(CHUNK // (block or 1), dtype=np.float32), signed_hadamard(block or 1))
+
+
 def rotated(
     parts: list[Float[Array, "p 32"]], matrix: Float[Array, "32 32"], block: int | None, assembly: bool
 ) -> list[Float[Array, "p 32"]]:

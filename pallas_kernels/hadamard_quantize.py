@@ -12,7 +12,6 @@ longer rows.
 Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -21,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
-from pallas_kernels import chips, launch, masks, planes, tuning
+from pallas_kernels import chips, hadamard_rows, launch, masks, planes, tuning
 from pallas_kernels.checks import check_bits, check_finite, check_matrix, check_number, fail
 from pallas_kernels.hadamard import (
+    CHUNK,
     MASK_BLOCK,
     PLANES,
     both,
@@ -43,9 +42,8 @@ from pallas_kernels.hadamard import (
     word_index,
 )
 from pallas_kernels.launch import Tile
+from pallas_kernels.rounder import Rounder, inline, inverse, scale_of
 
-_ROUND = 12582912  # 1.5 * 2^23: adding it rounds a float32 to the nearest integer, ties to even, in the lowest bits
-_ROUND_BITS = 0x4B400000
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -98,7 +96,7 @@ def hadamard_quantize(
     m, k = x.shape[1 - axis], x.shape[axis]
     check_block(who, block, k)
     check_size(who, m, k)
-    launch.check_tile(who, tile)
+    launch.check_tile(who, tile, splits=_by_rows(tile, k, axis))
     if not check_finite(who, "alpha", alpha) > 0:
         fail(who, f"got alpha={alpha}", "It is a positive multiple of the root mean square")
     if trust is not None and not check_number(who, "trust", trust) > 0:
@@ -108,6 +106,8 @@ def hadamard_quantize(
         return _reference(x if axis == 1 else x.T, packed=packed, **options)
     check_chunk(who, k)
     tile = default_tile(m, k, axis, x.dtype, packed) if tile is None else tile
+    if _by_rows(tile, k, axis):
+        return Quantized(*hadamard_rows.run(x, impl, tile, packed=packed, **options))
     return _run(x, axis, packed, impl, tile, **options)
 
 
@@ -115,14 +115,22 @@ def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) ->
     """The tuned tile of this shape's bucket, or what was fastest at every K on an H100: programs of two warps and 16
     pieces, whole rows up to K of 4096, so small that many run at once and some read while others compute. With axis=0
     runs of 64 bytes."""
-    if (found := tuning.lookup(tuning_key(m, k, axis, dtype, packed))) and found.get("split", 1) == 1:
-        return Tile(**found)
+    if found := tuning.lookup(tuning_key(m, k, axis, dtype, packed)):
+        tile = Tile(**found)
+        if tile.split == 1 or _by_rows(tile, k, axis):
+            return tile
     wide = jnp.dtype(dtype).itemsize // 2
     if axis == 1:
         return Tile(rows=16, warps=2, stages=1)
     if packed and wide == 2 and (8, 0) <= chips.traced_capability() < (9, 0):  # 64 rows spill on Ampere
         return Tile(rows=16, columns=32 // wide, warps=4, stages=1)
     return Tile(rows=64, columns=32 // wide, warps=8, stages=1)
+
+
+def _by_rows(tile: Any, k: int, axis: int) -> bool:
+    """Whether `hadamard_rows` takes it: with tiles of 128 columns, rows that are not too long to be held."""
+    wide = isinstance(tile, Tile) and tile.columns == CHUNK
+    return wide and axis == 1 and k <= CHUNK * hadamard_rows.MOST_CHUNKS
 
 
 def tuning_key(m: int, k: int, axis: int, dtype: Any, packed: bool) -> str:
@@ -139,14 +147,14 @@ def grid(bits: int, midrise: bool) -> tuple[int, int, float]:
 def _reference(x, *, bits, alpha, block, midrise, trust, packed):
     low, high, half = grid(bits, midrise)
     x = x.astype(jnp.float32)
-    scale = _scale(jnp.sum(x * x, axis=1), x.shape[1], alpha)
+    scale = scale_of(jnp.sum(x * x, axis=1), x.shape[1], alpha)
     if block is None:
         h = x
     else:
         tiles = x.reshape(x.shape[0], -1, block)
         matrix = signed_hadamard(block) * np.float32(block**-0.5)
         h = lax.dot_general(tiles, matrix, (((2,), (0,)), ((), ())), lax.Precision.HIGHEST).reshape(x.shape)
-    v = h * _inverse(scale)[:, None]
+    v = h * inverse(scale)[:, None]
     codes = jnp.clip(jnp.round(jnp.clip(v + half, low - 1, high + 2)) - 2 * half, low, high).astype(jnp.int8)
     mask, words = None, None
     if trust is not None:
@@ -156,80 +164,14 @@ def _reference(x, *, bits, alpha, block, midrise, trust, packed):
     return Quantized(codes, scale, jnp.sum(codes, axis=1, dtype=jnp.int32), mask, words)
 
 
-def _scale(squares, k, alpha):
-    scale = jnp.sqrt(squares * np.float32(1 / k)) * np.float32(alpha)
-    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
-
-
-def _inverse(scale):
-    return jnp.where(scale == 0, 0.0, 1.0 / jnp.where(scale == 0, 1.0, scale))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rounder:
-    """From h to codes in two multiply-adds: u = clip((h/s + offset) / n, 0, 1), then +-n u is added to a number so
-    large that it is rounded to an integer, which stands in the low byte of the sum.
-
-    Even integers win ties, and the sign is such that those are the even values of round(h/s + half): on a mid-rise grid
-    the byte is 127 - code, on an integer one code + 128."""
-
-    bits: int
-    midrise: bool
-    assembly: bool
-
-    @property
-    def top(self) -> int:
-        return (1 << self.bits) - 1
-
-    def __call__(self, h: Float[Array, "p 32"], gain: Float[Array, "p 1"]) -> Int32[Array, "p 32"]:
-        """Bits whose low byte is the code's; `gain` is 1/(s n). NaN gives a code of the width too."""
-        zero = 1 << (self.bits - 1)
-        offset = np.float32((zero - 0.5 * self.midrise) / self.top)
-        times = np.float32(-self.top if self.midrise else self.top)
-        plus = np.float32(_ROUND + 127 + zero if self.midrise else _ROUND + 128 - zero)
-        if not self.assembly:
-            u = h * gain + offset
-            u = jnp.minimum(jnp.where(u > 0, u, 0), 1)
-            return lax.bitcast_convert_type(u * times + plus, jnp.int32)
-        constant = lambda value: f"0f{value.view(np.uint32):08X}"
-        text = f"fma.rn.sat.f32 u, $1, $2, {constant(offset)}; fma.rn.f32 $0, u, {constant(times)}, {constant(plus)};"
-        return _inline(f"{{ .reg .f32 u; {text} }}", "=r,f,f", jnp.int32, h, jnp.broadcast_to(gain, h.shape))
-
-    def int8(self, found: Int32[Array, "p 32"]) -> Int8[Array, "p 32"]:
-        """The codes of bits."""
-        turn = 0x7F if self.midrise else 0x80
-        if not self.assembly:
-            return (found ^ turn).astype(jnp.int8)
-        text = "prmt.b32 t, $1, $2, 0x40; prmt.b32 u, $3, $4, 0x40; prmt.b32 t, t, u, 0x5410; "
-        text += f"xor.b32 $0, t, {turn * 0x01010101:#x};"
-        return _inline(f"{{ .reg .b32 t, u; {text} }}", "=r,r,r,r,r", jnp.int8, found, pack=4)
-
-    def sums(self, total: Int32[Array, "r"], count: int, beyond: int) -> Int32[Array, "r"]:
-        """The sum of codes of rows from that of `count` bits, `beyond` of which are of zeros behind the row's end."""
-        if self.midrise:
-            return _wrapped(count * (_ROUND_BITS + 127) + beyond) - total
-        return total - _wrapped(count * (_ROUND_BITS + 128))
-
-    def field(self, found: list[Int32[Array, "p 32"]], first: int, field: int, above: int) -> Int32[Array, "p 32"]:
-        """Planes `first` and on of a word of the fields [above, above + field) of the codes + 2^(bits-1)."""
-        zero, ones = 1 << (self.bits - 1), (1 << field) - 1
-        # 127 - code and code + 128, mod 2^bits, have these bits turned over
-        turn = (zero - 1 if self.midrise else zero) if self.bits < 8 else (255 if self.midrise else 0)
-        word = jnp.zeros_like(found[0])
-        for p, each in enumerate(found, first):
-            part, by = each & (ones << above), field * p - above
-            word = word | (part << by if by >= 0 else lax.shift_right_logical(part, jnp.int32(-by)))
-        return word ^ sum(((turn >> above) & ones) << field * p for p in range(first, first + len(found)))
-
-
 def _squares(total, part, assembly):
     """total + part^2, in float32."""
     if not assembly:
         return total + part.astype(jnp.float32) ** 2
     if part.dtype == jnp.bfloat16:
         text = "shl.b32 t, $2, 16; and.b32 u, $2, 0xffff0000; fma.rn.f32 $0, t, t, $3; fma.rn.f32 $1, u, u, $4;"
-        return _inline(f"{{ .reg .b32 t, u; {text} }}", "=f,=f,r,f,f", jnp.float32, part, total, pack=2)
-    return _inline("fma.rn.f32 $0, $1, $1, $2;", "=f,f,f", jnp.float32, part.astype(jnp.float32), total)
+        return inline(f"{{ .reg .b32 t, u; {text} }}", "=f,=f,r,f,f", jnp.float32, part, total, pack=2)
+    return inline("fma.rn.f32 $0, $1, $1, $2;", "=f,f,f", jnp.float32, part.astype(jnp.float32), total)
 
 
 def _beyond(word, h, limit, assembly):
@@ -239,18 +181,7 @@ def _beyond(word, h, limit, assembly):
         return word << 1 | lax.shift_right_logical(left, jnp.int32(31))
     text = "abs.f32 t, $2; sub.f32 t, $3, t; mov.b32 u, t; shf.l.wrap.b32 $0, u, $1, 1;"
     text = f"{{ .reg .f32 t; .reg .b32 u; {text} }}"
-    return _inline(text, "=r,r,f,f", jnp.int32, word, h, jnp.broadcast_to(limit, h.shape))
-
-
-def _inline(text, constraints, dtype, *args, pack=1):
-    shape = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
-    return plgpu.elementwise_inline_asm(
-        text, args=list(args), constraints=constraints, pack=pack, result_shape_dtypes=shape
-    )[0]
-
-
-def _wrapped(n: int) -> np.int32:
-    return np.uint32(n % 2**32).astype(np.int32)
+    return inline(text, "=r,r,f,f", jnp.int32, word, h, jnp.broadcast_to(limit, h.shape))
 
 
 def _run(x, axis, packed, impl, tile, *, bits, alpha, block, midrise, trust):
@@ -289,9 +220,9 @@ def _kernel(x_ref, matrix_ref, code_ref, scale_ref, sum_ref, *refs, own, alpha, 
     parts = load(0) if own.turns == 1 else None  # held to the end
     nothing = jnp.zeros(shape, jnp.float32)
     squares = squared(0, nothing, parts) if parts else launch.loop(own.turns, squared, nothing)
-    scale = _scale(own.by_row(jnp.sum(squares, axis=1)), own.k, alpha)
+    scale = scale_of(own.by_row(jnp.sum(squares, axis=1)), own.k, alpha)
     norm = 1.0 if block is None else block**-0.5
-    gain = own.of_row(_inverse(scale) * np.float32(norm / rounder.top))
+    gain = own.of_row(inverse(scale) * np.float32(norm / rounder.top))
     limit = None if trust is None else own.of_row(jnp.where(scale == 0, 0.0, scale * np.float32(trust / norm)))
 
     def finish(turn, total):

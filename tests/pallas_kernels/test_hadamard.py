@@ -14,11 +14,13 @@ from pallas_kernels import hadamard_quantize as kernel
 from pallas_kernels import planes
 from pallas_kernels.checks import NoKernel
 from pallas_kernels.hadamard_backward import hadamard_backward
-from pallas_kernels.hadamard_quantize import Rounder, hadamard_quantize
+from pallas_kernels.hadamard_quantize import hadamard_quantize
 from pallas_kernels.launch import Tile
+from pallas_kernels.rounder import Rounder
 from tests.pallas_kernels import ptx_scalar
 
 SMALL = Tile(rows=16, columns=16, warps=1, stages=1)
+ROWS = Tile(rows=16, columns=128, warps=1, stages=1, split=2)  # by whole rows, two groups a program
 ALPHA = 0.6
 pack = jax.jit(planes.pack, static_argnums=(1, 2))
 unpack = jax.jit(planes.unpack, static_argnums=(1, 2, 3))
@@ -66,10 +68,14 @@ CASES = [  # one piece and several, whole ones and halves, several rows a progra
 
 
 @pytest.mark.parametrize(
-    ("impl", "bits", "m", "k", "block", "dtype", "axis", "midrise"),
-    [*(("interpret", *case) for case in CASES), *(("xla", *case) for case in CASES[::3])],
-)
-def test_codes_scales_sums_masks_and_words(bits, m, k, block, dtype, axis, midrise, impl):
+    ("impl", "tile", "bits", "m", "k", "block", "dtype", "axis", "midrise"),
+    [
+        *(("interpret", SMALL, *case) for case in CASES), *(("xla", None, *case) for case in CASES[::3]),
+        *(("interpret", ROWS, *case) for case in CASES if case[5] == 1),
+        ("interpret", ROWS, 6, 9, 640, 64, jnp.bfloat16, 1, True), ("interpret", ROWS, 7, 5, 128, 128, jnp.float32, 1, False),
+    ],
+)  # fmt: skip
+def test_codes_scales_sums_masks_and_words(bits, m, k, block, dtype, axis, midrise, impl, tile):
     random = np.random.default_rng(bits)
     x = jnp.asarray(random.standard_normal((m, k)) * np.exp(random.standard_normal((m, 1))), dtype).at[1].set(0)
     trust, half, low = 0.7 * 2.0 ** (bits - 1), 0.5 if midrise else 0.0, -(1 << bits - 1)
@@ -83,7 +89,7 @@ def test_codes_scales_sums_masks_and_words(bits, m, k, block, dtype, axis, midri
     assert at_tie.mean() < 0.02 and at_limit.mean() < 0.02 and len(np.unique(codes[2:] if m > 2 else codes)) > 1
 
     options = dict(bits=bits, alpha=ALPHA, block=block, midrise=midrise, trust=trust)
-    got = quantize(x, axis, packed=True, impl=impl, tile=SMALL, **options)
+    got = quantize(x, axis, packed=True, impl=impl, tile=tile, **options)
     np.testing.assert_allclose(got.scales, scale, rtol=1e-6)
     np.testing.assert_array_equal(np.where(at_tie, codes, got.codes), codes)
     assert np.abs(np.asarray(got.codes) - codes).max() <= 1
@@ -99,15 +105,17 @@ def test_codes_scales_sums_masks_and_words(bits, m, k, block, dtype, axis, midri
     assert not ((np.asarray(got.codes[1], np.float32) + half) * np.asarray(got.scales[1])).any()  # zeros stay zeros
 
 
-@pytest.mark.parametrize("impl", ["interpret", "xla"])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_row_that_is_not_finite_leaves_the_others_alone(axis, impl):
+@pytest.mark.parametrize(
+    ("impl", "tile", "axis"),
+    [("xla", None, 0), ("xla", None, 1), ("interpret", SMALL, 0), ("interpret", SMALL, 1), ("interpret", ROWS, 1)],
+)
+def test_a_row_that_is_not_finite_leaves_the_others_alone(axis, impl, tile):
     m, k = 20, 384
     x = np.random.default_rng(0).standard_normal((m, k)).astype(np.float32)
     broken = x.copy()
     broken[3, 7], broken[11, 300], broken[12, 5] = np.nan, np.inf, 3e19
     others = np.delete(np.arange(m), [3, 11, 12])
-    run = lambda x: quantize(jnp.asarray(x), axis, bits=3, alpha=ALPHA, trust=2.0, packed=True, impl=impl, tile=SMALL)
+    run = lambda x: quantize(jnp.asarray(x), axis, bits=3, alpha=ALPHA, trust=2.0, packed=True, impl=impl, tile=tile)
     whole, got = run(x), run(broken)
     for a, b in ((whole.codes, got.codes), (whole.scales, got.scales), (whole.sums, got.sums)):
         np.testing.assert_array_equal(a[others], b[others])
