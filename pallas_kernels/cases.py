@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from pallas_kernels import planes
 from pallas_kernels.hadamard_backward import hadamard_backward
 from pallas_kernels.hadamard_quantize import MASK_BLOCK, hadamard_quantize
-from pallas_kernels.launch import Tile
 from pallas_kernels.matmul_a8 import default_tile, matmul_a8
 from pallas_kernels.matmul_a16 import matmul_a16
 
@@ -33,8 +32,8 @@ MANY_ROWS = ((128, jnp.bfloat16), (32, jnp.bfloat16), (None, jnp.float16), (32, 
 _shape = jax.ShapeDtypeStruct
 
 
-def _a16(x, scales, *words, bits, group, tile=None):
-    return matmul_a16(x, words, scales, bits=bits, group=group, tile=tile)
+def _a16(x, scales, *words, bits, group):
+    return matmul_a16(x, words, scales, bits=bits, group=group)
 
 
 def _zeros_a16(x, scales, zeros, *words, bits, group):
@@ -74,12 +73,6 @@ def a8_case(bits: int, m: int = 16) -> Case:
     )
 
 
-def side_by_side_case(bits: int) -> Case:
-    name, run, arguments, _ = a16_case(bits, m=1)
-    tile = Tile(rows=8, columns=64, warps=4, stages=3, parts=2)
-    return f"{name} parts", functools.partial(run, tile=tile), arguments, FLOAT
-
-
 def quantize_case(bits: int, m: int = 4096, axis: int = 1, dtype=jnp.bfloat16, packed: bool = False) -> Case:
     run = functools.partial(
         hadamard_quantize, bits=bits, alpha=0.3, trust=float(1 << (bits - 1)), axis=axis, packed=packed
@@ -103,8 +96,6 @@ def all_cases() -> list[Case]:
         a16_case(4, dtype=jnp.float16),
         a16_case(6, group=32),
         a16_case(3, m=1, group=32),
-        side_by_side_case(3),
-        side_by_side_case(4),
         zeros_case(3, 1),
         zeros_case(4, 1),
         zeros_case(4, 16),

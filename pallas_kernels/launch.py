@@ -26,18 +26,16 @@ LEAST_ROWS = 8  # of the right operand of a tensor-core product; of the left one
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
     """What one program computes, and how: rows and columns of its block, warps, pipeline stages, and into how many
-    programs and into how many parts of each the contraction is cut.
+    programs the contraction is cut.
 
     Sizes are powers of two of at least 16; where rows are the right operand of the product (`LEAST_ROWS`), 8 too.
-    `split` > 1 cuts the contraction into so many programs, whose float32 sums
-    are added in a fixed order afterwards; `parts` > 1 are taken side by side by one program (`parts.py`)."""
+    `split` > 1 cuts the contraction into so many programs, whose sums are added in a fixed order afterwards."""
 
     rows: int = 16
     columns: int = 64
     warps: int = 4
     stages: int = 3
     split: int = 1
-    parts: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -50,8 +48,6 @@ class Tile:
         if self.warps not in (1, 2, 4, 8, 16) or self.stages < 1 or self.split < 1:
             fail("Tile", f"got warps={self.warps}, stages={self.stages}, split={self.split}",
                  "Use 1, 2, 4, 8 or 16 warps, and at least one stage and one part")  # fmt: skip
-        if self.parts not in (1, 2, 4, 8):
-            fail("Tile", f"got parts={self.parts}", "Use 1, 2, 4 or 8")
 
 
 def check_impl(who: str, impl: str) -> None:
@@ -61,17 +57,22 @@ def check_impl(who: str, impl: str) -> None:
 
 
 def check_tile(who: str, tile: Any, rows: int = 16, *, splits: bool = False) -> None:
-    """Raises: TypeError for anything but a `Tile` or None, ValueError for one of fewer rows than the kernel takes, with
-    parts unless it takes `LEAST_ROWS`, or split unless it splits."""
+    """Raises: TypeError for anything but a `Tile` or None, ValueError for one of fewer rows than the kernel takes, or
+    split unless it splits."""
     if tile is None:
         return
     check_kind(who, "tile", tile, Tile)
     if tile.rows < rows:
         fail(who, f"got tile.rows={tile.rows}", f"This kernel takes powers of two from {rows} on")
-    if tile.parts > 1 and rows > LEAST_ROWS:
-        fail(who, f"got tile.parts={tile.parts}", "This kernel takes the contraction whole")
     if tile.split > 1 and not splits:
         fail(who, f"got tile.split={tile.split}", "This kernel does not cut the contraction; take split=1")
+
+
+def check_split(who: str, tile: Tile, k: int, step: int) -> None:
+    """Raises: ValueError unless `tile.split` cuts the K contraction indices into equal numbers of steps."""
+    steps = -(-k // step)
+    if steps % tile.split:
+        fail(who, f"got tile.split={tile.split}, but K={k} is {steps} steps of {step}", "Take a divisor of them")
 
 
 def assembly(impl: str) -> bool:

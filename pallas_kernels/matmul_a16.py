@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, masks, occupancy, parts, planes, tuning
+from pallas_kernels import launch, masks, occupancy, planes, tuning
 from pallas_kernels.checks import (
     MATRIX_DTYPES,
     SCALE_DTYPES,
@@ -115,8 +115,7 @@ def default_tile(m: int, n: int, k: int, bits: int, group: int) -> Tile:
     short = group == k or group <= _LONG  # a longer group makes a longer turn than the tuner saw
     if short and (found := tuning.lookup(tuning.key("matmul_a16", bits, m, n, k))):
         tile = Tile(**found)
-        step = _step(k, bits, group, tile.rows)
-        if planes.padded_n(n) % tile.columns == 0 and parts.fit(tile, k, step, planes.step_length(bits, WORD_BITS)):
+        if planes.padded_n(n) % tile.columns == 0 and _steps(k, bits, group, tile.rows) % tile.split == 0:
             return tile
     rows = planes.padded_n(n)
     block = launch.power_of_two(m, launch.LEAST_ROWS, 64)  # two accumulators of 128 rows spill on Ampere
@@ -153,21 +152,20 @@ def _run(x, words, scales, zeros, bits, group, tile, impl, out_dtype):
     rows, step, steps = planes.padded_n(n), _step(k, bits, group, tile.rows), _steps(k, bits, group, tile.rows)
     if rows % tile.columns:
         fail("matmul_a16", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
-    parts.check("matmul_a16", tile, k, step, planes.step_length(bits, WORD_BITS))
-    of_groups = functools.partial(parts.leading, parts=1 if group == k else tile.parts)
-    of_columns = lambda table: parts.column_block(table, tile.columns, table.ndim - 1)
+    launch.check_split("matmul_a16", tile, k, step)
     midrise, shifted = _zero_form(bits, zeros)
-    operands = [parts.of_contraction(x, tile.parts), of_groups(scales)]
-    specs = [parts.row_block(operands[0], tile.rows, 0, steps * step // tile.parts), of_columns(operands[1])]
+    of_groups = pl.BlockSpec((groups, tile.columns), lambda n, m, s: (0, n))
+    operands, specs = [x, scales], [pl.BlockSpec((tile.rows, steps * step), lambda n, m, s: (m, 0)), of_groups]
     if shifted:  # u - z = (u - offset) + (offset - z): the second meets the sums of x over each group
-        sums = of_groups(_group_sums(x, groups))
-        operands, specs = [*operands, sums], [*specs, parts.row_block(sums, tile.rows, sums.ndim - 1)]
+        operands += [_group_sums(x, groups)]
+        specs += [pl.BlockSpec((groups, tile.rows), lambda n, m, s: (0, m))]
     if not isinstance(zeros, float):
-        operands, specs = [*operands, of_groups(zeros)], [*specs, of_columns(of_groups(zeros))]
-    words = [parts.leading(masks.lengthened(w, steps * step // planes.block_length(f, WORD_BITS)), tile.parts)
+        operands += [zeros]
+        specs += [of_groups]
+    words = [masks.lengthened(w, steps * step // planes.block_length(f, WORD_BITS))
              for w, f in zip(words, planes.FIELDS[bits], strict=True)]  # fmt: skip
     kernel = functools.partial(
-        _kernel, bits=bits, step=step, group=step if group == k else group, steps=steps // (tile.split * tile.parts),
+        _kernel, bits=bits, step=step, group=step if group == k else group, steps=steps // tile.split,
         per_channel=group == k, split=tile.split, sizes=(m, n, k), midrise=midrise,
         zero=zeros if shifted and isinstance(zeros, float) else None,
         use_assembly=launch.assembly(impl),
@@ -175,7 +173,10 @@ def _run(x, words, scales, zeros, bits, group, tile, impl, out_dtype):
     out = launch.call(
         kernel, f"matmul_w{bits}a16", impl, tile,
         grid=(rows // tile.columns, -(-m // tile.rows), tile.split),
-        in_specs=[*specs, *[parts.column_block(w, tile.columns, w.ndim - 2) for w in words]],
+        in_specs=[
+            *specs,
+            *[pl.BlockSpec((w.shape[0], tile.columns, planes.COLUMNS), lambda n, m, s: (0, n, 0)) for w in words],
+        ],
         out_specs=pl.BlockSpec((None, tile.rows, tile.columns), lambda n, m, s: (s, m, n)),
         out_shape=jax.ShapeDtypeStruct((tile.split, m, n), out_dtype if tile.split == 1 else jnp.float32),
     )(*operands, *words)  # fmt: skip
@@ -217,26 +218,20 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
     *side_refs, out_ref = refs[: -1 - len(planes.FIELDS[bits])] + refs[-1:]  # sums of x and zeros, if there is a shift
     word_refs = refs[len(side_refs) : -1]
     columns, rows = out_ref.shape[1], out_ref.shape[0]
-    side_by_side = x_ref.shape[1] if len(x_ref.shape) == 3 else 1
-    nothing = jnp.zeros((side_by_side * columns, side_by_side * rows), jnp.float32)
+    nothing = jnp.zeros((columns, rows), jnp.float32)
     part = pl.program_id(2)
     of_rows, of_columns = masks.of_block(pl.program_id(1), rows, m), masks.of_block(pl.program_id(0), columns, n)
     last = None if k % step == 0 else scale_ref.shape[0] - 1  # rows of scales behind this one are not there
 
     def line(ref, row, mask):
-        if len(ref.shape) == 3:  # of every part
-            whole = None if mask is None else jnp.broadcast_to(mask, (side_by_side, mask.size))
-            return masks.load(ref.at[:, row, :], whole)
         if last is not None:
             mask = (row <= last) & (jnp.ones(ref.shape[1], jnp.bool_) if mask is None else mask)
-        return masks.load(ref.at[pl.ds(row, 1), :], None if mask is None else mask[None])
+        return masks.load(ref.at[pl.ds(row, 1), :], None if mask is None else mask[None]).reshape(-1)
 
     def sides(row):
         """A group's scales, and where there is a shift the sums of x over it and its zeros, as they are stored."""
         refs = zip((scale_ref, *side_refs), (of_columns, of_rows, of_columns), strict=False)
-        scale, *others = [line(ref, row, mask) for ref, mask in refs]
-        others[:1] = [sums.T for sums in others[:1]]  # parts innermost, as in the right operand
-        return [side.reshape(-1) for side in (scale, *others)]
+        return [line(ref, row, mask) for ref, mask in refs]
 
     scaled = functools.partial(_scaled, bits=bits, midrise=midrise, zero=zero)
     groups = step // group  # of a turn
@@ -257,7 +252,8 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
                 w = to_float(chosen, bits, which, x_ref.dtype, midrise=midrise, assembly=use_assembly)
                 start = at * step + c * planes.COLUMNS
                 of_k = None if last is None else masks.below(k, start, planes.COLUMNS)
-                xs = parts.activations(x_ref, start, of_rows, of_k)
+                mask = masks.outer(of_rows, of_k, (rows, planes.COLUMNS))
+                xs = masks.load(x_ref.at[:, pl.ds(start, planes.COLUMNS)], mask)
                 inner = inner + jnp.dot(w, xs.T, preferred_element_type=jnp.float32)
             total = inner if per_channel else total + scaled(inner, now[g])
             ahead.append(now[g] if per_channel else sides(following * groups + g))
@@ -265,7 +261,6 @@ def _kernel(x_ref, scale_ref, *refs, bits, step, group, steps, per_channel, spli
 
     first = [sides(0)] if per_channel else [sides(part * steps * groups + g) for g in range(groups)]
     total, (whole, *_) = launch.loop(steps, turn, (nothing, first))
-    total = parts.summed(total, side_by_side)
     if per_channel:  # one scale for the whole row; each part adds its share of the shift
         total = scaled(total, whole, share=1 / split)
     masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))

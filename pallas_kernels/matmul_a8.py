@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, masks, matmul_i8, occupancy, parts, planes, tuning
+from pallas_kernels import launch, masks, matmul_i8, occupancy, planes, tuning
 from pallas_kernels.checks import (
     MOST_ELEMENTS,
     SCALE_DTYPES,
@@ -139,8 +139,7 @@ def default_tile(m: int, n: int, k: int, bits: int) -> Tile:
     rows = planes.padded_n(n)
     if found := tuning.lookup(tuning.key("matmul_a8", bits, m, n, k)):
         tile = Tile(**found)
-        step = _step(k, bits, tile.rows)
-        if rows % tile.columns == 0 and parts.fit(tile, k, step, planes.step_length(bits, WORD_BITS)):
+        if rows % tile.columns == 0 and _steps(k, bits, tile.rows) % tile.split == 0:
             return tile
     block = launch.power_of_two(m, launch.LEAST_ROWS, 128 if m > 64 else 64)
     columns = launch.dividing(rows, (128, 64, 32) if m > 64 else (64, 32))
@@ -189,28 +188,26 @@ def _run(x, words, sides, finish, bits, out_dtype, tile, impl):
     rows, step, steps = planes.padded_n(n), _step(k, bits, tile.rows), _steps(k, bits, tile.rows)
     if rows % tile.columns:
         fail("matmul_a8", f"got tile.columns={tile.columns} for N={n}, stored as {rows}", "Take a divisor of it")
-    parts.check("matmul_a8", tile, k, step, planes.step_length(bits, WORD_BITS))
+    launch.check_split("matmul_a8", tile, k, step)
     whole = tile.split == 1  # else the parts' integers are added before they are scaled
     of_row, of_column = (
         pl.BlockSpec((tile.rows,), lambda n, m, s: (m,)),
         pl.BlockSpec((tile.columns,), lambda n, m, s: (n,)),
     )
     given = [(a, spec) for a, spec in zip(sides, (of_row, of_column) * 2, strict=True) if whole and a is not None]
-    words = [parts.leading(masks.lengthened(w, steps * step // planes.block_length(f, WORD_BITS)), tile.parts)
+    words = [masks.lengthened(w, steps * step // planes.block_length(f, WORD_BITS))
              for w, f in zip(words, planes.FIELDS[bits], strict=True)]  # fmt: skip
-    x = parts.of_contraction(x, tile.parts)
     kernel = functools.partial(
-        _kernel, bits=bits, step=step, steps=steps // (tile.split * tile.parts), sizes=(m, n, k),
-        finish=finish if whole else None,
+        _kernel, bits=bits, step=step, steps=steps // tile.split, sizes=(m, n, k), finish=finish if whole else None,
         present=[a is not None for a in sides], use_assembly=launch.assembly(impl),
     )  # fmt: skip
     out = launch.call(
         kernel, f"matmul_w{bits}a8", impl, tile,
         grid=(rows // tile.columns, -(-m // tile.rows), tile.split),
         in_specs=[
-            parts.row_block(x, tile.rows, 0, steps * step // tile.parts),
+            pl.BlockSpec((tile.rows, steps * step), lambda n, m, s: (m, 0)),
             *[spec for _, spec in given],
-            *[parts.column_block(w, tile.columns, w.ndim - 2) for w in words],
+            *[pl.BlockSpec((w.shape[0], tile.columns, planes.COLUMNS), lambda n, m, s: (0, n, 0)) for w in words],
         ],
         out_specs=pl.BlockSpec((None, tile.rows, tile.columns), lambda n, m, s: (s, m, n)),
         out_shape=jax.ShapeDtypeStruct((tile.split, m, n), out_dtype if whole else jnp.int32),
@@ -224,7 +221,6 @@ def _kernel(x_ref, *refs, bits, step, steps, sizes, finish, present, use_assembl
     *side_refs, out_ref = refs[: -1 - len(fields)] + refs[-1:]
     word_refs = refs[-1 - len(fields) : -1]
     rows, columns = out_ref.shape
-    side_by_side = x_ref.shape[1] if len(x_ref.shape) == 3 else 1
     of_rows, of_columns = masks.of_block(pl.program_id(1), rows, m), masks.of_block(pl.program_id(0), columns, n)
     part = pl.program_id(2)
 
@@ -239,7 +235,8 @@ def _kernel(x_ref, *refs, bits, step, steps, sizes, finish, present, use_assembl
             w = to_int8(chosen, bits, which, assembly=use_assembly)
             start = at * step + c * planes.COLUMNS
             of_k = None if k % step == 0 else masks.below(k, start, planes.COLUMNS)
-            xs = parts.activations(x_ref, start, of_rows, of_k)
+            mask = masks.outer(of_rows, of_k, (rows, planes.COLUMNS))
+            xs = masks.load(x_ref.at[:, pl.ds(start, planes.COLUMNS)], mask)
             total = total + jnp.dot(w, xs.T, preferred_element_type=jnp.int32)
         return total
 
@@ -248,8 +245,7 @@ def _kernel(x_ref, *refs, bits, step, steps, sizes, finish, present, use_assembl
         masks.load(next(left).at[:], mask) if there and finish is not None else None
         for there, mask in zip(present, (of_rows, of_columns) * 2, strict=True)
     ]
-    nothing = jnp.zeros((side_by_side * columns, side_by_side * rows), jnp.int32)
-    total = parts.summed(launch.loop(steps, turn, nothing), side_by_side)
+    total = launch.loop(steps, turn, jnp.zeros((columns, rows), jnp.int32))
     if finish is not None:
         total = finish(total, *sides, across=True)
     masks.store(out_ref, total.T.astype(out_ref.dtype), masks.outer(of_rows, of_columns, (rows, columns)))

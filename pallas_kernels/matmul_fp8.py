@@ -169,10 +169,7 @@ def _reference(x, w, x_scales, w_scales):
 def _run(x, w, x_scales, w_scales, out_dtype, through, tile, impl):
     (m, k), n = x.shape, w.shape[0]
     steps = -(-k // STEP)
-    if steps % tile.split:
-        fail(
-            "matmul_fp8", f"got tile.split={tile.split}, but K={k} is {steps} steps of {STEP}", "Take a divisor of them"
-        )
+    launch.check_split("matmul_fp8", tile, k, STEP)
     padded_m, padded_n = (-(-size // block) * block for size, block in ((m, tile.rows), (n, tile.columns)))
     grouped = x_scales.shape[0] > 1
     raw = (lambda a: lax.bitcast_convert_type(a, jnp.uint8)) if through == "bits" else (lambda a: a)

@@ -23,14 +23,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
-FIELDS = {
-    "rows": 1024,
-    "columns": 1024,
-    "warps": 16,
-    "stages": 16,
-    "split": 256,
-    "parts": 8,
-}  # of a launch.Tile, and the most
+FIELDS = {"rows": 1024, "columns": 1024, "warps": 16, "stages": 16, "split": 256}  # of a launch.Tile, and the most
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H200: fewer leave some idle
 ALIKE = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}  # the same processor with other memory: its tiles, where it has none
 PACKAGED = pathlib.Path(__file__).with_name("tuned.json")
@@ -124,7 +117,7 @@ def _read(path: pathlib.Path, age: int) -> dict:
 
 def _parsed(path: pathlib.Path) -> dict:
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(), object_hook=_in_one_part)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"pallas_kernels.tuning: {path} is not a readable table ({error}). Delete it, or run benchmarks.gpu again."
@@ -137,6 +130,11 @@ def _parsed(path: pathlib.Path) -> dict:
             " Delete the file, or run benchmarks.gpu again."
         )
     return table
+
+
+def _in_one_part(fields: dict) -> dict:
+    """Without the field `parts` of tiles, which older tables hold, and without tiles that have several."""
+    return {name: tile for name, tile in fields.items() if not isinstance(tile, dict) or tile.pop("parts", 1) == 1}
 
 
 def _why_no_tile(fields: object) -> str | None:

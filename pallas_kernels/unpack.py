@@ -45,14 +45,12 @@ def to_int8(words: list[Int[Array, "*s"]], bits: int, planes: list[int], *, asse
 
 def held(ref: Any, field: int, word_bits: int, step: int, turn: Any, *, assembly: bool) -> list[Array]:
     """Inside a kernel, the words of one field for a turn of `step` contraction indices: rows of whole blocks, or, where
-    a turn is part of a block, its row moved so that the turn's first plane is lowest. With the contraction in parts
-    (`parts.py`) those of all parts, above each other."""
+    a turn is part of a block, its row moved so that the turn's first plane is lowest."""
     block = block_length(field, word_bits)
-    row = (lambda i: ref[i, :, :]) if len(ref.shape) == 3 else (lambda i: ref[:, i, :, :].reshape(-1, ref.shape[-1]))
     if block <= step:
-        return [row(turn * (step // block) + j) for j in range(step // block)]
+        return [ref[turn * (step // block) + j, :, :] for j in range(step // block)]
     turns = block // step
-    return [moved_down(row(turn // turns), turn % turns * (word_bits // turns), assembly=assembly)]
+    return [moved_down(ref[turn // turns, :, :], turn % turns * (word_bits // turns), assembly=assembly)]
 
 
 def plane(words: list[list[Array]], bits: int, word_bits: int, slice_: int) -> tuple[list[Array], list[int]]:

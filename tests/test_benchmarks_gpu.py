@@ -30,8 +30,6 @@ def test_the_cases_hold_every_width_dtype_and_kernel():
     assert {p.group for p in a16} == {None, 32, 64, 128} and {p.dtype for p in a16} == {"bfloat16", "float16"}
     assert {p.m for p in a16} >= {1, 16, 64, 200}
     assert {(p.bits, p.m) for p in a16 if p.zeros and p.group == 128} >= {(b, m) for b in (3, 4, 8) for m in (1, 16)}
-    parts = {(p.kernel, p.tile.parts) for each in (found, checks.cases(64, interpreted=True)) for p in each if p.tile}
-    assert parts >= {("matmul_a16", 2), ("matmul_a16", 4), ("matmul_a8", 2)}
     assert {p.kernel for p in found} >= set(KERNELS) - {"matmul_mx"}
 
 

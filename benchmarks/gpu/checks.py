@@ -94,8 +94,7 @@ def every(interpreted: bool, size: int, seed: int) -> list[Check]:
 
 
 def cases(size: int, interpreted: bool) -> Iterator[Product]:
-    """All widths, decode and larger M, groups and channels, both 16-bit dtypes, zero points, parts side by
-    side, odd sizes."""
+    """All widths, decode and larger M, groups and channels, both 16-bit dtypes, zero points, odd sizes."""
     rows = (1, 16) if interpreted else (1, 16, 64, 200)
     for bits in range(1, 9):
         for m in rows:
@@ -112,11 +111,6 @@ def cases(size: int, interpreted: bool) -> Iterator[Product]:
     for bits in (4, 3, 8):  # zero points as `lb.convert` makes them of asymmetric weights, at sizes of decoding
         for m in (1, 16):
             yield Product(kernel="matmul_a16", bits=bits, m=m, n=size, k=max(2 * size, 256), group=128, zeros=True)
-    side_by_side = functools.partial(Tile, rows=8, columns=32)
-    for bits, group, zeros, parts in ((4, 128, True, 4), (3, 32, False, 2)):
-        tile = side_by_side(parts=parts)
-        yield Product(kernel="matmul_a16", bits=bits, m=3, n=size, k=1024, group=group, zeros=zeros, tile=tile)
-    yield Product(kernel="matmul_a8", bits=2, m=3, n=size, k=1024, zeros=True, tile=side_by_side(parts=2))
     yield Product(kernel="matmul_i8", bits=8, m=100, n=1000, k=1000)
     for m in rows if interpreted else (*rows, 512):
         yield Product(kernel="matmul_i8", bits=8, m=m, n=size, k=2 * size)

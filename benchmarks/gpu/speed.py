@@ -115,7 +115,7 @@ def default(p: Product) -> Tile:
             return matmul_fp8.default_tile(p.m, p.n, p.k)
 
 
-# (columns, warps, stages, split) and (columns, warps, parts) of products with few rows, by kernel.
+# (columns, warps, stages, split) of products with few rows, by kernel.
 FEW_ROWS: Mapping[str, tuple] = {
     "matmul_a16": ((64, 2, 3, 4), (64, 4, 2, 4), (64, 4, 3, 1), (64, 2, 3, 2), (64, 4, 3, 2)),
     "matmul_a8": ((64, 2, 3, 1), (64, 2, 4, 1), (64, 2, 3, 2), (64, 2, 4, 2), (128, 4, 3, 2)),
@@ -125,29 +125,23 @@ EIGHT_ROWS: Mapping[str, tuple] = {
     "matmul_a16": (*FEW_ROWS["matmul_a16"][:4], (64, 2, 2, 4), (64, 4, 2, 2), (32, 1, 4, 4)),
     "matmul_a8": FEW_ROWS["matmul_a8"][:4],
 }
-SIDE_BY_SIDE: Mapping[str, tuple] = {
-    "matmul_a16": ((64, 4, 2), (64, 2, 2), (32, 4, 4), (16, 4, 8)),
-    "matmul_a8": ((64, 4, 2), (32, 4, 4)),
-}
 
 
 def candidates(p: Product) -> list[Tile | None]:
     """The default first, then tiles that were among the best of a wide search on an H100 for such a product, and for up
-    to 8 rows those of 8 rows and of parts side by side, which by their instructions should be and were not timed yet;
-    what a kernel refuses or a chip cannot hold falls out when compiled."""
+    to 8 rows those of 8 rows; what a kernel refuses or a chip cannot hold falls out when compiled."""
     if p.kernel == "matmul_fp8":
         return [None]
     if p.m > 64:
         wide = [(r, c, 8, s) for r, c in matmul_i8_hopper.TILES for s in ((4, 6) if r == c else (3, 4))]
         plain = [(128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 4), (64, 256, 8, 3)]
-        sizes = [(*t, 1, 1) for t in (wide if p.kernel == "matmul_i8_hopper" else plain)]
+        sizes = [(*t, 1) for t in (wide if p.kernel == "matmul_i8_hopper" else plain)]
     else:
         rows = launch.power_of_two(p.m, 16, 64)
-        sizes = [(rows, *each, 1) for each in FEW_ROWS.get(p.kernel, ())]
+        sizes = [(rows, *each) for each in FEW_ROWS.get(p.kernel, ())]
         if p.m <= launch.LEAST_ROWS:
-            sizes += [(launch.LEAST_ROWS, *each, 1) for each in EIGHT_ROWS.get(p.kernel, ())]
-            sizes += [(launch.LEAST_ROWS, c, w, 3, 1, parts) for c, w, parts in SIDE_BY_SIDE.get(p.kernel, ())]
-    tiles = [Tile(rows=r, columns=c, warps=w, stages=s, split=k, parts=n) for r, c, w, s, k, n in sizes]
+            sizes += [(launch.LEAST_ROWS, *each) for each in EIGHT_ROWS.get(p.kernel, ())]
+    tiles = [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in sizes]
     none = [None] if p.kernel == "matmul_a8" and p.m > 64 else []  # what it does without a tile: unpacks first
     return list(dict.fromkeys([*none, default(p), *tiles]))
 

@@ -120,8 +120,6 @@ def test_tiles_of_eight_rows_are_for_products_of_few_rows(name):
     else:
         with pytest.raises(ValueError, match=r"got tile\.rows=8.*from 16 on"):
             call()
-        with pytest.raises(ValueError, match=r"got tile\.parts=2.*takes the contraction whole"):
-            CALLS[name](impl="interpret", tile=Tile(rows=16, columns=32, parts=2))
 
 
 @pytest.mark.parametrize(

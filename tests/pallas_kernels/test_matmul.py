@@ -76,18 +76,18 @@ def test_16_bit_activations(bits, m, n, k, group, zeros, dtype, rows, split):
         assert relative(y, reference) < tolerance
 
 
-SIDE_BY_SIDE = [  # bits, m, n, k, group, zeros, tile rows, split, parts
-    (1, 1, 40, 1024, None, "half", 8, 1, 2),
-    (3, 3, 100, 1024, 128, "array", 8, 1, 2),
-    (4, 8, 64, 1024, 32, None, 8, 1, 8),
-    (4, 20, 33, 512, 64, "other", 16, 2, 2),
+EIGHT_ROWS = [  # bits, m, n, k, group, zeros, split
+    (1, 1, 40, 1024, None, "half", 2),
+    (3, 3, 100, 1024, 128, "array", 2),
+    (4, 8, 64, 1024, 32, None, 1),
+    (8, 20, 33, 512, 64, "other", 2),
 ]
 
 
-@pytest.mark.parametrize(("bits", "m", "n", "k", "group", "zeros", "rows", "split", "parts"), SIDE_BY_SIDE)
-def test_parts_of_the_contraction_side_by_side(bits, m, n, k, group, zeros, rows, split, parts):
+@pytest.mark.parametrize(("bits", "m", "n", "k", "group", "zeros", "split"), EIGHT_ROWS)
+def test_tiles_of_eight_rows(bits, m, n, k, group, zeros, split):
     (x, words, scales, given), reference = product_a16(bits, m, n, k, group, zeros, BF16)
-    tile = Tile(rows=rows, columns=32, split=split, parts=parts)
+    tile = Tile(rows=8, columns=32, split=split)
     options = dict(bits=bits, out_dtype=jnp.float32, impl="interpret", tile=tile)
     y = at_once(matmul_a16, x, words, scales, zeros=given, group=group, **options)
     assert relative(y, reference) < 1e-5
@@ -101,77 +101,15 @@ def test_parts_of_the_contraction_side_by_side(bits, m, n, k, group, zeros, rows
     assert relative(y, expected) < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "k", "group", "rows", "parts", "taken"), [
-    (1, 768, None, 32, 2, False), (1, 1024, None, 32, 2, True), (3, 768, None, 32, 2, False),
-    (3, 512, 32, 8, 2, False), (3, 1024, 32, 8, 2, True), (3, 1536, 32, 8, 2, False), (3, 768, 128, 32, 2, False),
-    (5, 1024, 32, 8, 2, True), (7, 512, 32, 16, 2, False), (7, 1024, 64, 32, 2, True), (6, 512, 32, 8, 2, True),
-    (2, 512, 64, 32, 2, True), (2, 512, 64, 32, 4, False), (4, 512, 32, 32, 4, True), (8, 256, 32, 8, 4, True),
-])  # fmt: skip
-def test_parts_are_right_or_refused(bits, k, group, rows, parts, taken):
-    """Words are cut between their blocks alone, also where a turn of the loop is a part of one."""
-    (x, words, scales, zeros), reference = product_a16(bits, 5, 64, k, group, "array", BF16)
-    options = dict(bits=bits, group=group, impl="interpret", tile=Tile(rows=rows, columns=32, parts=parts))
-    run = lambda: at_once(matmul_a16, x, words, scales, zeros, out_dtype=jnp.float32, **options)
-    if taken:
-        assert relative(run(), reference) < 1e-5
-    else:
-        with pytest.raises(ValueError, match=rf"matmul_a16 got .*parts={parts}, but .*K={k} .*one"):
-            run()
-
-
-@pytest.mark.parametrize(("bits", "k", "rows", "parts", "taken"), [
-    (1, 256, 32, 2, False), (1, 384, 32, 2, False), (1, 512, 32, 2, True), (1, 1024, 8, 2, True),
-    (3, 512, 32, 2, True), (3, 768, 32, 2, False), (2, 256, 32, 2, True), (2, 384, 32, 2, False), (8, 512, 8, 4, True),
-])  # fmt: skip
-def test_parts_beside_int8_are_right_or_refused(bits, k, rows, parts, taken):
-    random = np.random.default_rng(bits)
-    codes, x = random.integers(0, 1 << bits, (64, k)), random.integers(-127, 128, (5, k))
-    words = pack(jnp.asarray(codes, jnp.uint8), bits, 8)
-    options = dict(bits=bits, out_dtype=jnp.float32, impl="interpret", tile=Tile(rows=rows, columns=32, parts=parts))
-    run = lambda: at_once(matmul_a8, jnp.asarray(x, jnp.int8), jnp.ones(5), words, jnp.ones(64), **options)
-    if taken:
-        np.testing.assert_array_equal(run(), x @ (codes - float(1 << bits - 1)).T)
-    else:
-        with pytest.raises(ValueError, match=rf"matmul_a8 got .*parts={parts}, but .*K={k} .*one"):
-            run()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_no_parts_are_wrong(bits):
-    """Every tile that is taken, of a sweep, against the same without parts; some of each width are."""
-    taken = 0
-    for k, group, rows, parts in itertools.product((512, 768, 1024, 1536), (None, 32, 128), (8, 32), (2, 4, 8)):
-        (x, words, scales, _), reference = product_a16(bits, 3, 32, k, group, None, BF16)
-        tile = Tile(rows=rows, columns=32, parts=parts)
-        try:
-            y = matmul_a16(x, words, scales, bits=bits, group=group, out_dtype=jnp.float32, impl="interpret", tile=tile)
-        except ValueError as error:
-            assert "parts" in str(error)
-            continue
-        taken += 1
-        assert relative(y, reference) < 1e-5, (k, group, rows, parts)
-    assert taken >= 6
-
-
-def test_tuned_parts_that_do_not_fit_are_not_taken(monkeypatch, tmp_path):
-    """The key of a tile holds no group, and no rows below 16: each shape asks whether it fits."""
+def test_a_tuned_split_that_does_not_fit_is_not_taken(monkeypatch, tmp_path):
+    """The key of a tile holds no group, which makes steps longer: each shape asks whether it fits."""
     monkeypatch.setenv("LOWBIT_JAX_TUNING", str(tmp_path / "tuning.json"))
-    tile = Tile(rows=8, columns=32, parts=2)
+    tile = Tile(rows=8, columns=32, split=4)
     with tuning.on_chip("a chip"):
-        for kernel, bits, k in (("matmul_a16", 3, 1536), ("matmul_a16", 3, 1024), ("matmul_a8", 1, 768)):
-            tuning.store({tuning.key(kernel, bits, 1, 32, k): dataclasses.asdict(tile)}, "a chip")
-        assert default_tile(1, 32, 1536, 3, 32) != tile == default_tile(1, 32, 1024, 3, 32)
-        assert default_tile_a8(1, 32, 768, 1) != tile
-
-
-@pytest.mark.parametrize(("k", "said"), [(1056, "parts=2, but K=1056 is"), (128, "parts=2, but K=128 is 1 steps")])
-def test_parts_are_whole_steps(k, said):
-    (x, words, scales, _), _ = product_a16(4, 1, 32, k, None, None, BF16)
-    with pytest.raises(ValueError, match=said):
-        matmul_a16(x, words, scales, bits=4, impl="interpret", tile=Tile(rows=8, columns=32, parts=2))
-    with pytest.raises(ValueError, match=r"got parts=3. Use 1, 2, 4 or 8"):
-        Tile(parts=3)
+        for kernel, k in (("matmul_a16", 512), ("matmul_a8", 512), ("matmul_a8", 768)):
+            tuning.store({tuning.key(kernel, 4, 1, 32, k): dataclasses.asdict(tile)}, "a chip")
+        assert default_tile(1, 32, 512, 4, 256) != tile == default_tile(1, 32, 512, 4, 128)
+        assert default_tile_a8(1, 32, 768, 4) != tile == default_tile_a8(1, 32, 512, 4)
 
 
 @pytest.mark.parametrize("scale_dtype", [jnp.bfloat16, jnp.float16])
@@ -400,6 +338,7 @@ def test_bad_calls_say_what_is_wrong():
         (lambda: a16(impl="interpret", tile=Tile(rows=16, columns=32, split=3)), ValueError, "split=3"),
         (lambda: Tile(rows=24), ValueError, "powers of two"),
         (lambda: a8(codes=codes.astype(jnp.int32)), TypeError, "int8"),
+        (lambda: a8(impl="interpret", tile=Tile(rows=16, columns=32, split=3)), ValueError, "split=3"),
         (lambda: a8(words=words), ValueError, "word_bits=8"),
         (lambda: a8(w_zero=jnp.ones(32)), TypeError, "w_zero"),
         (lambda: a8(x_zero=jnp.ones(2)), TypeError, "x_zero"),

@@ -79,6 +79,12 @@ def test_a_damaged_table_is_named(user_table, table):
         tuning.lookup(ENTRY, "NVIDIA H200")
 
 
+def test_tiles_of_older_tables_are_taken_in_one_part(user_table):
+    user_table.write_text(json.dumps({"NVIDIA H200": {ENTRY: TILE | {"parts": 1}, "another": TILE | {"parts": 2}}}))
+    assert tuning.lookup(ENTRY, "NVIDIA H200") == TILE
+    assert tuning.lookup("another", "NVIDIA H200") is None
+
+
 @pytest.mark.skipif(tuning.fcntl is None, reason="no locks here")
 def test_writers_at_the_same_time_lose_nothing(user_table):
     keys = [f"kernel/w4/m16/{i}x32" for i in range(100)]
