@@ -72,6 +72,8 @@ class Config:
     """What is not begun by then is left out, and the report says so; what still runs 15 seconds later is ended."""
     parts: tuple[str, ...] = PARTS
     """Which parts, in this order."""
+    only: tuple[str, ...] = ()
+    """PART:TEXT, of this part only what has the text in its name: "training:int8 backward"."""
     package: bool = False
     """Write the tuned tiles of this chip into the package's own table too, pallas_kernels/tuned.json of the machine
     that runs this, and put a copy of that file, tuned_<device>.json, under `output`."""
@@ -215,7 +217,7 @@ def work(config: Config) -> int:
 
     assert config.until is not None, "`main` says until when"
     until = time.perf_counter() + config.until - time.time()
-    run = Course(rounds=config.rounds, until=until, report=report, save=save)
+    run = Course(rounds=config.rounds, until=until, only=config.only, report=report, save=save)
     named = parts(config, run)
     for run.part in config.parts:
         began, name = time.perf_counter(), run.part

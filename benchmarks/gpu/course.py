@@ -4,7 +4,7 @@ started it sees a kernel that hangs; what was done and what there was no time fo
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 PATIENCE = 90.0  # seconds that a step may take unless it says otherwise
 
@@ -20,6 +20,7 @@ class Course:
 
     rounds: int
     until: float = math.inf
+    only: Sequence[str] = ()  # "part:text": of this part what has the text in its name; of parts not named, everything
     report: dict = dataclasses.field(default_factory=fresh)
     save: Callable[[], None] = lambda: None
     part: str = ""
@@ -33,8 +34,10 @@ class Course:
         return time.perf_counter() > self.until
 
     def wants(self, what: str) -> bool:
-        """Whether `what` is to be measured: not where that was done, or ended a process, and not when time is up."""
-        if name(self.part, what) in self.report["done"]:
+        """Whether `what` is to be measured: not where that was done, or ended a process, or was not asked for, and not
+        when time is up."""
+        texts = [text for part, _, text in (each.partition(":") for each in self.only) if part == self.part]
+        if name(self.part, what) in self.report["done"] or (texts and not any(text in what for text in texts)):
             return False
         if self.over() and what not in self.report["left_out"]:
             self.report["left_out"].append(what)

@@ -172,10 +172,8 @@ def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.
     tokens = jnp.zeros((batch, 1), jnp.int32)
     made = {}
     for name, recipe in {"bfloat16": None, **recipes}.items():
-        course.now(f"packing {name}")
-        run, state = unrolled(packed(preset, recipe))
-        if recipe is None:
-            state = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, state)
+        course.now(f"packing {name}", COMPILING)
+        run, state = laid_out(preset, recipe)
         made[name] = jax.jit(decoded(run)).lower(state, tokens), state
     course.now("compiling", COMPILING)
     with ThreadPoolExecutor() as pool:
@@ -207,6 +205,21 @@ def decoded(run: Callable) -> Callable:
         return jax.lax.scan(step, tokens, length=STEPS)[1]
 
     return all_of_them
+
+
+def laid_out(preset: str, recipe: lb.LinearRecipe | None) -> tuple[Callable, tuple]:
+    """What `unrolled` gives of the model, made by one program."""
+    runs = []
+
+    def made():
+        run, state = unrolled(packed(preset, recipe))
+        runs.append(run)
+        if recipe is not None:
+            return state
+        return jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, state)
+
+    state = jax.jit(made)()
+    return runs[0], state
 
 
 def unrolled(model: llama.Llama) -> tuple[Callable, tuple]:

@@ -20,10 +20,13 @@ from pallas_kernels import both_ways, hadamard_backward, hadamard_quantize, plan
 from pallas_kernels.launch import Tile
 
 ARRAYS = 16  # in one program: several times the cache, and more work than a call costs the host
-TILES = (None, *(Tile(rows=r, columns=16, warps=w, stages=1) for r, w in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8))))
-WIDE_TILES = tuple(Tile(rows=r, columns=c, warps=w, stages=1) for r, c, w in
-                   ((64, 64, 4), (64, 64, 8), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (32, 64, 2),
-                    (32, 128, 4)))  # fmt: skip
+_tiles = lambda *each: (None, *(Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in each))
+# Rows, columns, warps, stages and split, after the default: of quantizations, of the way back, of cotangents.
+FORTH = _tiles((16, 16, 2, 1, 1), (64, 16, 4, 1, 1), (64, 128, 4, 2, 4), (64, 128, 4, 2, 8), (64, 128, 4, 3, 8),
+               (64, 128, 8, 2, 8), (128, 128, 8, 2, 4))  # fmt: skip
+BACKWARD = _tiles((64, 128, 4, 2, 2), (64, 128, 4, 2, 4), (64, 128, 4, 2, 8), (64, 128, 4, 3, 4), (128, 128, 8, 2, 4))
+BOTH_WAYS = _tiles((64, 64, 4, 1, 1), (64, 64, 8, 1, 1), (64, 128, 4, 1, 1), (128, 64, 4, 1, 1), (128, 64, 8, 1, 1),
+                   (128, 128, 8, 1, 1), (32, 128, 4, 1, 1))[1:]  # fmt: skip
 DIFFER = 1e-3  # share of elements: a sum in another order moves a code that lies at a tie
 TOKENS = 16384  # of the training step
 QUANTIZE = (  # bits, M, K, dtype, packed
@@ -41,19 +44,15 @@ COTANGENTS = ((TOKENS, 2048), (TOKENS, 6144), (TOKENS, 11264))  # M, N
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """A fused quantization: its kernel, the key of its tile in the tuning table, the arguments of each run. by_xla: the
-    same by XLA, where the kernel is taken only if it is faster."""
+    """A fused quantization: its kernel, the key of its tile in the tuning table, the tiles that are tried, the default
+    first, the arguments of each run. by_xla: the same by XLA, where the kernel is taken only if it is faster."""
 
     name: str
     key: str
     run: Callable[..., Any]
+    tiles: tuple[Tile | None, ...]
     arguments: list[tuple]
     by_xla: Callable[..., Any] | None = None
-
-    @property
-    def tiles(self) -> tuple[Tile | None, ...]:
-        """What is tried, the default first."""
-        return TILES if self.by_xla is None else WIDE_TILES
 
     def compiled(self, tile: Tile | None) -> Callable:
         one = jax.jit(functools.partial(self.run, tile=tile))  # traced once
@@ -85,6 +84,7 @@ def cases() -> Iterator[Case]:
             f"hadamard_quantize{bits} {m}x{k} {dtype}{' packed' if packed else ''}",
             hadamard_quantize.tuning_key(m, k, 1, jnp.dtype(dtype), packed),
             functools.partial(hadamard_quantize.hadamard_quantize, **options),
+            FORTH,
             [(x,) for x in normal((m, k), dtype)],
         )
     for m, k, axis, dtype in BACK:
@@ -93,6 +93,7 @@ def cases() -> Iterator[Case]:
             f"hadamard_backward {m}x{k} axis{axis}",
             hadamard_backward.tuning_key(m, k, axis, jnp.dtype(dtype)),
             functools.partial(hadamard_backward.hadamard_backward, axis=axis, out_dtype=jnp.dtype(dtype)),
+            BACKWARD,
             [(g, mask) for g in normal((m, k), "bfloat16")],
         )
     for m, n in COTANGENTS:
@@ -101,6 +102,7 @@ def cases() -> Iterator[Case]:
             f"quantize_both_ways {m}x{n}",
             both_ways.tuning_key(m, n, jnp.bfloat16),
             both_ways.quantize_both_ways,
+            BOTH_WAYS,
             [(g, *weights) for g in normal((m, n), "bfloat16")],
             functools.partial(both_ways.quantize_both_ways, impl="xla"),
         )

@@ -117,19 +117,20 @@ def default(p: Product) -> Tile:
 
 # (columns, warps, stages, split) of products with few rows, by kernel.
 FEW_ROWS: Mapping[str, tuple] = {
-    "matmul_a16": ((64, 2, 3, 4), (64, 4, 2, 4), (64, 4, 3, 1), (64, 2, 3, 2), (64, 4, 3, 2)),
-    "matmul_a8": ((64, 2, 3, 1), (64, 2, 4, 1), (64, 2, 3, 2), (64, 2, 4, 2), (128, 4, 3, 2)),
-    "matmul_mx": ((64, 2, 3, 1), (64, 2, 3, 2), (64, 2, 3, 4), (64, 1, 3, 2), (128, 2, 3, 2)),
+    "matmul_a16": ((64, 2, 3, 4), (64, 4, 2, 4), (64, 4, 3, 1), (64, 2, 3, 2), (128, 4, 2, 8)),
+    "matmul_a8": ((64, 2, 4, 1), (64, 2, 3, 2), (32, 1, 4, 1), (32, 1, 5, 1), (32, 2, 5, 1)),
+    "matmul_mx": ((64, 2, 3, 1), (64, 2, 3, 2), (64, 2, 3, 4)),
 }
 EIGHT_ROWS: Mapping[str, tuple] = {
-    "matmul_a16": (*FEW_ROWS["matmul_a16"][:4], (64, 2, 2, 4), (64, 4, 2, 2), (32, 1, 4, 4)),
-    "matmul_a8": FEW_ROWS["matmul_a8"][:4],
+    "matmul_a16": ((128, 4, 2, 8), (64, 2, 3, 4), (64, 4, 2, 4), (64, 4, 3, 4), (32, 2, 3, 1), (32, 2, 3, 4)),
+    "matmul_a8": ((32, 1, 4, 1), (32, 1, 5, 1), (32, 1, 6, 1), (16, 1, 4, 1), (64, 2, 4, 1)),
 }
 
 
 def candidates(p: Product) -> list[Tile | None]:
-    """The default first, then tiles that were among the best of a wide search on an H100 for such a product, and for up
-    to 8 rows those of 8 rows; what a kernel refuses or a chip cannot hold falls out when compiled."""
+    """The default first, then tiles that were among the best of a wide search for such a product, on an H100, or for up
+    to 8 rows, where tiles of 8 were always faster, on an H200; what a kernel refuses or a chip cannot hold falls out
+    when compiled."""
     if p.kernel == "matmul_fp8":
         return [None]
     if p.m > 64:
@@ -139,8 +140,8 @@ def candidates(p: Product) -> list[Tile | None]:
     else:
         rows = launch.power_of_two(p.m, 16, 64)
         sizes = [(rows, *each) for each in FEW_ROWS.get(p.kernel, ())]
-        if p.m <= launch.LEAST_ROWS:
-            sizes += [(launch.LEAST_ROWS, *each) for each in EIGHT_ROWS.get(p.kernel, ())]
+        if p.m <= launch.LEAST_ROWS and p.kernel in EIGHT_ROWS:
+            sizes = [(launch.LEAST_ROWS, *each) for each in EIGHT_ROWS[p.kernel]]
     tiles = [Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in sizes]
     none = [None] if p.kernel == "matmul_a8" and p.m > 64 else []  # what it does without a tile: unpacks first
     return list(dict.fromkeys([*none, default(p), *tiles]))

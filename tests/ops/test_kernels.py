@@ -274,7 +274,7 @@ def test_the_cotangents_kernel_runs_where_it_was_measured_to_be_faster(monkeypat
     tile = {"rows": 16, "columns": 64, "warps": 4, "stages": 1, "split": 1}
     tuning.store({both_ways.tuning_key(15, 64, jnp.bfloat16): tile}, "NVIDIA H200")
     text = lowered_for(gpu("NVIDIA H200"), train, x, w)
-    assert "quantize_both_ways_rows" in text and "quantize_both_ways_columns" in text
+    assert "quantize_both_ways_maxima" in text and "quantize_both_ways_codes" in text
 
 
 @pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")

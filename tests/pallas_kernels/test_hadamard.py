@@ -72,7 +72,8 @@ CASES = [  # one piece and several, whole ones and halves, several rows a progra
     [
         *(("interpret", SMALL, *case) for case in CASES), *(("xla", None, *case) for case in CASES[::3]),
         *(("interpret", ROWS, *case) for case in CASES if case[5] == 1),
-        ("interpret", ROWS, 6, 9, 640, 64, jnp.bfloat16, 1, True), ("interpret", ROWS, 7, 5, 128, 128, jnp.float32, 1, False),
+        ("interpret", ROWS, 6, 9, 640, 64, jnp.bfloat16, 1, True),
+        ("interpret", ROWS, 7, 5, 128, 128, jnp.float32, 1, False),
     ],
 )  # fmt: skip
 def test_codes_scales_sums_masks_and_words(bits, m, k, block, dtype, axis, midrise, impl, tile):
