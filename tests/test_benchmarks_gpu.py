@@ -110,15 +110,22 @@ def test_the_forward_of_one_token_runs_kernels_on_a_gpu(name, kernels):
     assert {kernel for kernel in ("matmul_w4a16", "matmul_w2a8", "hadamard_quantize2") if kernel in text} == kernels
 
 
+@pytest.fixture
+def promotion_in_threads():
+    before = jax.config.jax_numpy_dtype_promotion
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", before)
+
+
+@pytest.mark.usefixtures("promotion_in_threads")
 def test_the_forward_of_one_token_is_rows_before_it_is_profiled(monkeypatch):
     monkeypatch.setattr(model, "kernels_of", lambda *_: {"device_ms": 1.0})
-    run = Course(rounds=1, part="one_token")
-    with jax.numpy_dtype_promotion("standard"):
-        rows = []
-        for row in model.one_token("smoke", 1, run, {"w2a2": model.ONE_TOKEN["w2a2"]}):
-            assert "device_ms" not in row
-            rows.append(row)
-            run.finished()
+    run, rows = Course(rounds=1, part="one_token"), []
+    for row in model.one_token("smoke", 1, run, {"w2a2": model.ONE_TOKEN["w2a2"]}):
+        assert "device_ms" not in row
+        rows.append(row)
+        run.finished()
     assert [(row["model"], row["device_ms"]) for row in rows] == [("bfloat16", 1.0), ("w2a2", 1.0)]
     assert list(model.one_token("smoke", 1, run)) == [], "nothing is measured twice"
 

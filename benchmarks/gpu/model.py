@@ -170,16 +170,15 @@ def one_token(preset: str, batch: int, course: Course, recipes: Mapping[str, lb.
     if not course.wants("the forward"):
         return
     tokens = jnp.zeros((batch, 1), jnp.int32)
-    made = {}
-    for name, recipe in {"bfloat16": None, **recipes}.items():
-        course.now(f"packing {name}", COMPILING)
+
+    def ready(recipe: lb.LinearRecipe | None) -> Callable:
         run, state = laid_out(preset, recipe)
-        made[name] = jax.jit(decoded(run)).lower(state, tokens), state
-    course.now("compiling", COMPILING)
+        return functools.partial(jax.jit(decoded(run)).lower(state, tokens).compile(), state, tokens)
+
+    course.now("packing and compiling", COMPILING)
+    wanted = {"bfloat16": None, **recipes}
     with ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda lowered: lowered.compile(), [lowered for lowered, _ in made.values()])
-    programs = {name: functools.partial(program, state, tokens)
-                for program, (name, (_, state)) in zip(compiled, made.items(), strict=True)}  # fmt: skip
+        programs = dict(zip(wanted, pool.map(ready, wanted.values()), strict=True))
     course.now("the forward")
     times = seconds(programs, course.rounds)
     base = np.asarray(times["bfloat16"])
