@@ -77,9 +77,9 @@ def tuning_key(m: int, k: int, axis: int, dtype: Any) -> str:
 def default_tile(m: int, k: int, axis: int, dtype: Any) -> Tile:
     """The tuned tile of this shape's bucket, or 64 rows, which a warp group's product takes, if there are as many, and
     about four chunks of 128 indices of each."""
-    if found := tuning.lookup(tuning_key(m, k, axis, dtype)):
-        return Tile(**found)
     chunks = k // CHUNK
+    if (found := tuning.lookup(tuning_key(m, k, axis, dtype))) and found.get("split", 1) <= chunks:
+        return Tile(**found)
     split = max(s for s in (1, 2, 4, 8, 16) if s == 1 or chunks >= 4 * s)
     return Tile(rows=launch.power_of_two(m, 16, 64), stages=2, split=split)
 

@@ -144,6 +144,9 @@ def default_tile(m: int, n: int, k: int, bits: int) -> Tile:
     block = launch.power_of_two(m, launch.LEAST_ROWS, 128 if m > 64 else 64)
     columns = launch.dividing(rows, (128, 64, 32) if m > 64 else (64, 32))
     step, steps = _step(k, bits, block), _steps(k, bits, block)
+    if m <= launch.LEAST_ROWS:  # programs of one warp, more of which are on their way
+        split, bytes_ = occupancy.split(rows // 32, steps, 1), 32 * step * bits // 8 + block * step
+        return Tile(rows=block, columns=32, warps=1, stages=occupancy.stages(bytes_, 5), split=split)
     stages = occupancy.stages(columns * step * bits // 8 + block * step)
     if m > 64:
         return Tile(rows=block, columns=columns, warps=8 if columns == 128 else 4, stages=stages)

@@ -19,6 +19,6 @@ def split(programs: int, steps: int, waves: int) -> int:
     return next((s for s in fitting if s * programs >= waves * tuning.PROGRAMS // 2), fitting[-1])
 
 
-def stages(tile_bytes: int) -> int:
+def stages(tile_bytes: int, most: int = _STAGES) -> int:
     """Pipeline stages, as far as shared memory goes: all but the first are `tile_bytes` on their way."""
-    return min(_STAGES, 1 + _SHARED_MEMORY // tile_bytes)
+    return min(most, 1 + _SHARED_MEMORY // tile_bytes)
