@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import planes
+from pallas_kernels.hadamard import CHUNK
 from pallas_kernels.hadamard_backward import hadamard_backward
 from pallas_kernels.hadamard_quantize import MASK_BLOCK, hadamard_quantize
+from pallas_kernels.launch import Tile
 from pallas_kernels.matmul_a8 import default_tile, matmul_a8
 from pallas_kernels.matmul_a16 import matmul_a16
 
@@ -88,6 +90,13 @@ def backward_case(axis: int = 1) -> Case:
     return f"hadamard_backward axis{axis}", functools.partial(hadamard_backward, axis=axis), arguments, FLOAT
 
 
+def whole_rows(case: Case, *chips: str) -> Case:
+    """The case of a rotation by its kernel for tiles of 128 columns, on these chips."""
+    name, run, arguments, _ = case
+    tile = Tile(rows=64, columns=CHUNK, warps=4, stages=2, split=4)
+    return f"{name} whole", functools.partial(run, tile=tile), arguments, {chip: FLOAT[chip] for chip in chips}
+
+
 def all_cases() -> list[Case]:
     """Every kernel: each width where the code differs by width."""
     found = [a16_case(bits) for bits in range(1, 9)]
@@ -104,10 +113,20 @@ def all_cases() -> list[Case]:
     ]
     rows = [(bits, 64 if bits % 2 else 256) for bits in range(1, 9)] + [(7, 256)]
     found += [a16_case(bits, m, *MANY_ROWS[(bits + m // 256) % 4]) for bits, m in rows]
-    found += [a8_case(bits) for bits in range(1, 9)] + [a8_case(7, m=64), a8_case(4, m=4096), a8_case(8, m=4096)]
+    found += [a8_case(bits) for bits in range(1, 9)] + [
+        a8_case(2, m=1),
+        a8_case(7, m=1),
+        a8_case(7, m=64),
+        a8_case(4, m=4096),
+        a8_case(8, m=4096),
+    ]
     found += [quantize_case(4), quantize_case(8), quantize_case(1, m=16), quantize_case(4, axis=0, dtype=jnp.float32)]
     found += [quantize_case(4, packed=True), quantize_case(4, axis=0, dtype=jnp.float32, packed=True)]
     found += [quantize_case(1, packed=True), backward_case(), backward_case(axis=0)]
+    every, newer = ("sm_80", "sm_90", "sm_100"), ("sm_90", "sm_100")
+    found += [whole_rows(case, *every) for case in (quantize_case(4, packed=True), quantize_case(8),
+                                                    backward_case(), backward_case(axis=0))]  # fmt: skip
+    found += [whole_rows(quantize_case(4, dtype=jnp.float32, packed=True), *newer)]
     for module in ("matmul_i8", "matmul_fp8", "matmul_mx", "block_scaled", "stochastic", "both_ways"):
         if importlib.util.find_spec(f"pallas_kernels.{module}"):
             found += importlib.import_module(f"pallas_kernels.{module}").cases()

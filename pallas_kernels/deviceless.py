@@ -34,6 +34,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 from pallas_kernels.chips import CHIPS, Chip, abstract_gpu  # noqa: E402
+from pallas_kernels.ptx import float_bytes  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,16 +160,6 @@ def _assemble(path: pathlib.Path, dynamic: dict[str, int]) -> Report:
         counts=dict(counts),
         float_bytes=float_bytes(text),
     )
-
-
-_FLOAT_RESULT = re.compile(r"\b(?:add|sub|mul|fma|min|max|neg|abs|rcp|div|ex2)[.\w]*\.f32\s+(%\w+)")
-_BYTE_STORE = re.compile(r"\bst\.[.\w:]*\.[bus]8\s+\[[^]]*\],\s*(%\w+)")
-
-
-def float_bytes(ptx: str) -> int:
-    """How many stores of one byte in a program in PTX take it from the register of a float32."""
-    floats = set(_FLOAT_RESULT.findall(ptx))
-    return sum(register in floats for register in _BYTE_STORE.findall(ptx))
 
 
 _TENSOR_CORE = re.compile(r"\b((?:HGMMA|IGMMA|QGMMA|BGMMA|HMMA|IMMA|BMMA|QMMA|UTC\w*MMA|OMMA)[.\w]*)")

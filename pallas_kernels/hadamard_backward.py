@@ -1,8 +1,7 @@
 """The way back of `hadamard_quantize` for gradients: dx = (g masked) blockdiag(H), from the packed mask.
 
-H is symmetric and orthonormal, so the transpose of the rotation is the rotation. A program takes some rows through
-chunks of 128 indices, each a product with the whole matrix of the blocks, which it reads once; while one chunk is
-multiplied the next ones are on their way. g is read once and the result written once, in the layout asked for.
+H is symmetric and orthonormal, so the transpose of the rotation is the rotation. Each plane of 32 indices is masked by
+one bit of the same words. g is read once and the result written once, in the layout asked for.
 """
 
 import functools
@@ -10,27 +9,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import launch, masks, planes, tuning
+from pallas_kernels import hadamard_chunks, launch, masks, planes, tuning
 from pallas_kernels.checks import MATRIX_DTYPES, check_matrix, check_out_dtype, check_shape, fail
 from pallas_kernels.hadamard import (
     CHUNK,
     MASK_BLOCK,
+    PLANES,
     both,
     check_block,
     check_chunk,
     check_size,
-    signed_blocks,
+    index,
+    rotated,
     signed_hadamard,
     spread,
+    word_index,
 )  # fmt: skip
 from pallas_kernels.launch import Tile
-
-_PLANES = CHUNK // planes.COLUMNS
 
 
 def hadamard_backward(
@@ -47,8 +46,9 @@ def hadamard_backward(
     says so.
 
     mask: the words that `hadamard_quantize(..., trust=)` gave. axis: where the rotated index stands in the result; 0
-    answers [K, M], the layout of a weight whose contraction axis leads. tile: rows of g in a program, and into how many
-    programs the chunks of a row are cut (`split`). Reference: `impl="xla"`, equal to a rounding of the result.
+    answers [K, M], the layout of a weight whose contraction axis leads. tile: rows of g in a program, with 256 indices
+    of each, or with tiles of 128 columns a part of all of them (`hadamard_chunks`). Reference: `impl="xla"`, equal to a
+    rounding of the result.
     Raises: ValueError for a mask of other sizes, blocks that do not divide K and from 2^31 elements on, NoKernel for K
     that 128 does not divide, TypeError for dtypes."""
     who = "hadamard_backward"
@@ -59,14 +59,14 @@ def hadamard_backward(
         fail(who, f"got axis={axis}", "The rotated axis of the result is 0 or 1")
     check_block(who, block, k)
     check_size(who, m, k)
-    launch.check_tile(who, tile, splits=True)
+    launch.check_tile(who, tile, splits=_by_chunks(tile))
     dtype = g.dtype if out_dtype is None else check_out_dtype(who, out_dtype)
     if impl == "xla":
         out = _reference(g, mask, block).astype(dtype)
         return out if axis == 1 else out.T
     check_chunk(who, k)
     tile = default_tile(m, k, axis, dtype) if tile is None else tile
-    return _run(g, mask, block, dtype, axis, tile, impl)
+    return (hadamard_chunks.run if _by_chunks(tile) else _run)(g, mask, block, dtype, axis, tile, impl)
 
 
 def tuning_key(m: int, k: int, axis: int, dtype: Any) -> str:
@@ -75,13 +75,16 @@ def tuning_key(m: int, k: int, axis: int, dtype: Any) -> str:
 
 
 def default_tile(m: int, k: int, axis: int, dtype: Any) -> Tile:
-    """The tuned tile of this shape's bucket, or 64 rows, which a warp group's product takes, if there are as many, and
-    about four chunks of 128 indices of each."""
-    chunks = k // CHUNK
-    if (found := tuning.lookup(tuning_key(m, k, axis, dtype))) and found.get("split", 1) <= chunks:
-        return Tile(**found)
-    split = max(s for s in (1, 2, 4, 8, 16) if s == 1 or chunks >= 4 * s)
-    return Tile(rows=launch.power_of_two(m, 16, 64), stages=2, split=split)
+    """The tuned tile of this shape's bucket, or 64 rows, which a warp group's product takes, if there are as many."""
+    if found := tuning.lookup(tuning_key(m, k, axis, dtype)):
+        tile = Tile(**found)
+        if tile.split <= (k // CHUNK if _by_chunks(tile) else 1):
+            return tile
+    return Tile(rows=launch.power_of_two(m, 16, 64), stages=1)
+
+
+def _by_chunks(tile: Any) -> bool:
+    return isinstance(tile, Tile) and tile.columns == CHUNK
 
 
 def _reference(g, mask, block):
@@ -97,38 +100,24 @@ def _reference(g, mask, block):
 
 def _run(g, mask, block, out_dtype, axis, tile, impl):
     m, k = g.shape
-    turns = -(-(k // CHUNK) // tile.split)
-    kernel = functools.partial(
-        _kernel, m=m, chunks=k // CHUNK, turns=turns, rows=tile.rows, norm=(block or 1) ** -0.5, axis=axis
-    )
     return launch.call(
-        kernel, "hadamard_backward", impl, tile,
-        grid=(-(-m // tile.rows), tile.split),
+        functools.partial(_kernel, m=m, k=k, rows=tile.rows, block=block, axis=axis), "hadamard_backward", impl, tile,
+        grid=(-(-m // tile.rows), -(-k // MASK_BLOCK)),
         out_shape=jax.ShapeDtypeStruct((m, k) if axis == 1 else (k, m), out_dtype),
-    )(g, mask, jnp.asarray(signed_blocks(block), g.dtype))  # fmt: skip
+    )(g, mask, jnp.asarray(signed_hadamard(planes.COLUMNS), g.dtype))  # fmt: skip
 
 
-def _kernel(g_ref, mask_ref, matrix_ref, out_ref, *, m, chunks, turns, rows, norm, axis):
-    row, matrix = pl.program_id(0) * rows + lax.iota(jnp.int32, rows), matrix_ref[...]
-    first = pl.program_id(1) * turns
-    inside, shape = None if m % rows == 0 else row < m, (rows, CHUNK)
-    of_rows = lambda size: jnp.broadcast_to(row[:, None], (rows, size))
-    of_columns = lambda column: jnp.broadcast_to(column[None, :], (rows, column.size))
-
-    def turn(i, _):
-        chunk = first + i
-        there = both(inside, None if chunks % turns == 0 else jnp.broadcast_to(chunk < chunks, (rows,)))
-        column = of_columns(chunk * CHUNK + lax.iota(jnp.int32, CHUNK))
-        g = masks.load(g_ref.at[of_rows(CHUNK), column], spread(there, shape))
-        words = jnp.full((rows, planes.COLUMNS), lax.div(chunk, jnp.int32(MASK_BLOCK // CHUNK)), jnp.int32)
-        at = words, of_rows(planes.COLUMNS), of_columns(lax.iota(jnp.int32, planes.COLUMNS))
-        word = masks.load(mask_ref.at[at], spread(there)).astype(jnp.int32)
-        plane = lax.rem(chunk, jnp.int32(MASK_BLOCK // CHUNK)) * _PLANES + lax.iota(jnp.int32, _PLANES)
-        trusted = ((word[:, None, :] >> plane[None, :, None]) & 1).reshape(shape)
-        kept = jnp.where(trusted == 1, g, jnp.zeros_like(g))
-        turned = jnp.dot(kept, matrix, preferred_element_type=jnp.float32) * np.float32(norm)
-        place = (of_rows(CHUNK), column) if axis == 1 else (column, of_rows(CHUNK))
-        masks.store(out_ref.at[place], turned.astype(out_ref.dtype), spread(there, shape))
-        return _
-
-    launch.loop(turns, turn, np.int32(0))
+def _kernel(g_ref, mask_ref, matrix_ref, out_ref, *, m, k, rows, block, axis):
+    row = pl.program_id(0) * rows + lax.iota(jnp.int32, rows)
+    piece, matrix = jnp.full(rows, pl.program_id(1), jnp.int32), matrix_ref[...]
+    norm, half = 1.0 if block is None else block**-0.5, PLANES // 2
+    inside = None if m % rows == 0 else row < m
+    chunks = [both(inside, None if k % MASK_BLOCK == 0 else piece * MASK_BLOCK + at < k) for at in (0, CHUNK)]
+    word = masks.load(mask_ref.at[word_index(row, piece)], spread(inside)).astype(jnp.int32)
+    parts = [masks.load(g_ref.at[index(row, piece, j, 1)], spread(chunks[j // half])) for j in range(PLANES)]
+    kept = [jnp.where((word >> j) & 1 == 1, part, jnp.zeros_like(part)) for j, part in enumerate(parts)]
+    for first in (0, half):
+        for j, turned in enumerate(rotated(kept[first : first + half], matrix, block, False), first):
+            masks.store(
+                out_ref.at[index(row, piece, j, axis)], (turned * norm).astype(out_ref.dtype), spread(chunks[j // half])
+            )

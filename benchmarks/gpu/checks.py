@@ -7,6 +7,7 @@ that stops the GPU is known by name.
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from benchmarks.gpu.course import Course
 from benchmarks.gpu.operands import Product, bits_of, poisoned, relative_error
 from pallas_kernels import block_scaled, chips, matmul_i8_hopper, matmul_mx, planes, stochastic
 from pallas_kernels.both_ways import quantize_both_ways
+from pallas_kernels.hadamard import CHUNK
 from pallas_kernels.hadamard_backward import hadamard_backward
 from pallas_kernels.hadamard_quantize import hadamard_quantize, signed_hadamard
 from pallas_kernels.launch import Tile
@@ -152,17 +154,21 @@ def products(impl: str, size: int, seed: int) -> list[Check]:
 def quantizations(impl: str, size: int, seed: int) -> list[Check]:
     """The fused quantizations' codes, sums, scales and masks, and the masked rotation back."""
     square, long, found = (size, 2 * size), (100, 640 if impl == "interpret" else 5632), []  # long: of the 800M model
-    for bits, axis, dtype, shape in (
-        (1, 1, jnp.bfloat16, square), (4, 1, jnp.bfloat16, square), (8, 1, jnp.float16, square),
-        (4, 0, jnp.float32, square), (8, 0, jnp.bfloat16, square), (4, 1, jnp.bfloat16, long),
-        (4, 0, jnp.float32, long),
+    whole = Tile(rows=64, columns=CHUNK, warps=4, stages=2, split=2)  # by products of whole chunks
+    for bits, axis, dtype, shape, tile in (
+        (1, 1, jnp.bfloat16, square, None), (4, 1, jnp.bfloat16, square, None), (8, 1, jnp.float16, square, None),
+        (4, 0, jnp.float32, square, None), (8, 0, jnp.bfloat16, square, None), (4, 1, jnp.bfloat16, long, None),
+        (4, 0, jnp.float32, long, None), (1, 1, jnp.bfloat16, square, whole), (4, 1, jnp.bfloat16, long, whole),
+        (8, 1, jnp.bfloat16, square, whole), (3, 1, jnp.float32, long, whole),
     ):  # fmt: skip
-        told = {"kernel": f"hadamard_quantize{bits} {jnp.dtype(dtype).name} axis{axis}", "m": shape[0], "k": shape[1]}
-        drawn = functools.partial(_quantize, impl, shape, seed, bits, axis, dtype)
+        told = {"kernel": f"hadamard_quantize{bits} {jnp.dtype(dtype).name} axis{axis}{' whole' if tile else ''}",
+                "m": shape[0], "k": shape[1]}  # fmt: skip
+        drawn = functools.partial(_quantize, impl, shape, seed, bits, axis, dtype, tile)
         found.append((told | {"limit": 1e-6}, drawn))
-    for axis, shape in ((0, square), (1, square), (0, long), (1, long)):
-        told = {"kernel": f"hadamard_backward axis{axis}", "m": shape[0], "k": shape[1], "limit": LIMIT["bfloat16"]}
-        found.append((told, functools.partial(_rotate_back, impl, shape, seed, axis)))
+    for axis, shape, tile in itertools.product((0, 1), (square, long), (None, whole)):
+        told = {"kernel": f"hadamard_backward axis{axis}{' whole' if tile else ''}", "m": shape[0], "k": shape[1],
+                "limit": LIMIT["bfloat16"]}  # fmt: skip
+        found.append((told, functools.partial(_rotate_back, impl, shape, seed, axis, tile)))
     for shape in (square, (100, 200)):
         told = {"kernel": "quantize_both_ways", "m": shape[0], "k": shape[1], "limit": 1e-6}
         found.append((told, functools.partial(_both_ways, impl, shape, seed)))
@@ -176,7 +182,9 @@ def _rotated(x: np.ndarray) -> np.ndarray:
     return (x.reshape(len(x), -1, 128) @ _MATRIX).reshape(x.shape)
 
 
-def _quantize(impl: str, shape: tuple[int, int], seed: int, bits: int, axis: int, dtype: Any) -> Callable[[], float]:
+def _quantize(
+    impl: str, shape: tuple[int, int], seed: int, bits: int, axis: int, dtype: Any, tile: Tile | None
+) -> Callable[[], float]:
     """The share of wrong codes, mask bits, packed codes and sums together, or the error of the scales if that is more.
 
     Codes and bits so near a decision point that float32 may decide otherwise are not counted."""
@@ -188,7 +196,9 @@ def _quantize(impl: str, shape: tuple[int, int], seed: int, bits: int, axis: int
     codes = np.clip(np.round(v + 0.5) - 1, -(1 << bits - 1), (1 << bits - 1) - 1)
     away = 1e-3 if dtype != jnp.float32 else 1e-2  # float32 is taken to 16 bits of mantissa
     sure = np.abs(v + 0.5 - np.floor(v + 0.5) - 0.5) > away
-    one = lambda x: hadamard_quantize(x, bits=bits, alpha=0.4, trust=limit, axis=axis, packed=True, impl=impl)
+    one = functools.partial(
+        hadamard_quantize, bits=bits, alpha=0.4, trust=limit, axis=axis, packed=True, tile=tile, impl=impl
+    )
     run = poisoned(one, x if axis == 1 else x.T)
     rows = planes.padded_n(m)
     whole = lambda words: jnp.pad(words, ((0, 0), (0, rows - words.shape[1]), (0, 0)))
@@ -206,13 +216,13 @@ def _quantize(impl: str, shape: tuple[int, int], seed: int, bits: int, axis: int
     return compare
 
 
-def _rotate_back(impl: str, shape: tuple[int, int], seed: int, axis: int) -> Callable[[], float]:
+def _rotate_back(impl: str, shape: tuple[int, int], seed: int, axis: int, tile: Tile | None) -> Callable[[], float]:
     random = np.random.default_rng([seed, axis])
     trusted = random.random(shape) < 0.9
     mask = planes.pack(jnp.asarray(trusted, jnp.uint8), 1, 8)[0][:, : shape[0]]
     g = jnp.asarray(random.standard_normal(shape, np.float32), jnp.bfloat16)
     expected = _rotated(trusted * np.asarray(g, np.float64))
-    run = poisoned(lambda g, mask: hadamard_backward(g, mask, axis=axis, impl=impl), g, mask)
+    run = poisoned(lambda g, mask: hadamard_backward(g, mask, axis=axis, tile=tile, impl=impl), g, mask)
     return lambda: relative_error(run(), expected if axis == 1 else expected.T)
 
 

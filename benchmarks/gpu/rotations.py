@@ -23,7 +23,8 @@ ARRAYS = 16  # in one program: several times the cache, and more work than a cal
 _tiles = lambda *each: (None, *(Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in each))
 # Rows, columns, warps, stages and split, after the default: of quantizations, of the way back, of cotangents.
 FORTH = _tiles((64, 128, 4, 2, 4), (64, 128, 4, 2, 8), (64, 128, 4, 3, 8), (64, 128, 8, 2, 8), (128, 128, 8, 2, 4))
-BACKWARD = _tiles((64, 128, 4, 2, 2), (64, 128, 4, 3, 4), (128, 128, 8, 2, 4))
+BACKWARD = _tiles((64, 16, 4, 1, 1), (64, 16, 8, 1, 1), (64, 128, 4, 2, 2), (64, 128, 4, 2, 4), (64, 128, 4, 2, 8),
+                  (64, 128, 4, 3, 4), (128, 128, 8, 2, 4))  # fmt: skip
 BOTH_WAYS = _tiles((64, 64, 4, 1, 1), (64, 64, 8, 1, 1), (64, 128, 4, 1, 1), (128, 64, 8, 1, 1), (128, 128, 8, 1, 1))[
     1:
 ]
