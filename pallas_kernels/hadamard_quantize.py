@@ -101,7 +101,7 @@ def hadamard_quantize(
         fail(who, f"got alpha={alpha}", "It is a positive multiple of the root mean square")
     if trust is not None and not check_number(who, "trust", trust) > 0:
         fail(who, f"got trust={trust}", "It is a positive multiple of the scale, or None for no mask")
-    options = dict(bits=bits, alpha=float(alpha), block=block, midrise=midrise, trust=trust)
+    options: Any = dict(bits=bits, alpha=float(alpha), block=block, midrise=midrise, trust=trust)
     if impl == "xla":
         return _reference(x if axis == 1 else x.T, packed=packed, **options)
     check_chunk(who, k)

@@ -115,7 +115,7 @@ def _kernel(x_ref, matrix_ref, code_ref, scale_ref, sum_ref, *refs, own, alpha, 
         else:  # the blocks are orthogonal
             h = dot(x)
             squares = jnp.sum(h * h, axis=1) * np.float32(norm**2)
-        counted = lambda values: values if whole else jnp.where(original, values, jnp.zeros_like(values))
+        counted = lambda values: values if original is None else jnp.where(original, values, jnp.zeros_like(values))
         scale = scale_of(own.by_row(counted(squares)), own.k, alpha)
         bits = rounder(h, own.of_row(inverse(scale) * np.float32(norm / rounder.top)))
         code_ref.at[place][...] = rounder.int8(bits)  # the copy of a chunk or row writes what that does
