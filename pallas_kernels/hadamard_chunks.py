@@ -4,6 +4,7 @@ their way.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,18 +24,25 @@ _PLANES = CHUNK // planes.COLUMNS
 def run(g: Array, mask: Array, block: int | None, out_dtype: Any, axis: int, tile: Tile, impl: str) -> Array:
     """As `hadamard_backward`; tile: rows of g in a program, and into how many programs the chunks of a row are cut."""
     m, k = g.shape
-    turns = -(-(k // CHUNK) // tile.split)
+    kernel, grid = work(m, k, block, axis, tile)
+    out_shape = jax.ShapeDtypeStruct((m, k) if axis == 1 else (k, m), out_dtype)
+    matrix = jnp.asarray(signed_blocks(block), g.dtype)
+    return launch.call(kernel, "hadamard_backward", impl, tile, grid=grid, out_shape=out_shape)(g, mask, matrix)
+
+
+def work(m: int, k: int, block: int | None, axis: int, tile: Tile) -> tuple[Callable, tuple[int, int]]:
+    """The kernel for these sizes, and how many programs it takes along rows and along chunks."""
+    chunks = k // CHUNK
+    turns = -(-chunks // tile.split)
+    whole = turns * tile.split == chunks
+    norm = (block or 1) ** -0.5
     kernel = functools.partial(
-        _kernel, m=m, chunks=k // CHUNK, turns=turns, rows=tile.rows, norm=(block or 1) ** -0.5, axis=axis
+        _kernel, m=m, chunks=chunks, turns=turns, whole=whole, rows=tile.rows, norm=norm, axis=axis
     )
-    return launch.call(
-        kernel, "hadamard_backward", impl, tile,
-        grid=(-(-m // tile.rows), tile.split),
-        out_shape=jax.ShapeDtypeStruct((m, k) if axis == 1 else (k, m), out_dtype),
-    )(g, mask, jnp.asarray(signed_blocks(block), g.dtype))  # fmt: skip
+    return kernel, (-(-m // tile.rows), tile.split)
 
 
-def _kernel(g_ref, mask_ref, matrix_ref, out_ref, *, m, chunks, turns, rows, norm, axis):
+def _kernel(g_ref, mask_ref, matrix_ref, out_ref, *, m, chunks, turns, whole, rows, norm, axis):
     row, matrix = pl.program_id(0) * rows + lax.iota(jnp.int32, rows), matrix_ref[...]
     first = pl.program_id(1) * turns
     inside, shape = None if m % rows == 0 else row < m, (rows, CHUNK)
@@ -43,7 +51,7 @@ def _kernel(g_ref, mask_ref, matrix_ref, out_ref, *, m, chunks, turns, rows, nor
 
     def turn(i, _):
         chunk = first + i
-        there = both(inside, None if chunks % turns == 0 else jnp.broadcast_to(chunk < chunks, (rows,)))
+        there = both(inside, None if whole else jnp.broadcast_to(chunk < chunks, (rows,)))
         column = of_columns(chunk * CHUNK + lax.iota(jnp.int32, CHUNK))
         g = masks.load(g_ref.at[of_rows(CHUNK), column], spread(there, shape))
         words = jnp.full((rows, planes.COLUMNS), lax.div(chunk, jnp.int32(MASK_BLOCK // CHUNK)), jnp.int32)

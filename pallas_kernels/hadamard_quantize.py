@@ -4,11 +4,11 @@
 
 half is 1/2 on a mid-rise grid and 0 on an integer one.
 
-One kernel. Rotation and packing treat all pieces of 256 indices alike, whatever their row, so a program with 16 pieces
-has matrix products of 16 rows from one row of 4096 indices or two of 2048. It holds its rows in registers from the sum
-of squares to the codes: x is read once. Where a row is too long for that, or runs down the columns of a weight, the
-program reads its rows twice, the second time from the end, where the cache still has them; that is faster than holding
-longer rows.
+The kernel here treats all pieces of 256 indices alike, whatever their row, so a program with 16 pieces has matrix
+products of 16 rows from one row of 4096 indices or two of 2048. It holds its rows in registers from the sum of squares
+to the codes: x is read once. Where a row is too long for that, or runs down the columns of a weight, the program reads
+its rows twice, the second time from the end, where the cache still has them; that is faster than holding longer rows.
+Tiles of 128 columns ask for another one, `hadamard_rows`.
 Source: Panferov et al. 2025, arXiv:2502.05003, algorithm 1.
 """
 
@@ -79,7 +79,8 @@ def hadamard_quantize(
     alpha: the scale is alpha times the row's root mean square. block: rows of the Hadamard matrix, 32, 64 or 128, or
     None for no rotation. trust: elements with |h| <= trust * scale get mask bit 1. axis=0 takes x as [K, M] (a weight
     whose contraction axis leads) and answers as if it were transposed. tile.rows: pieces of 256 indices that a program
-    holds at once; tile.columns: columns of x that it owns with axis=0.
+    holds at once; tile.columns: columns of x that it owns with axis=0. With axis=1 and 128 columns, for K up to 16384:
+    chunks of 128 indices at once, whole rows of them, and `split` such groups of rows one after the other.
 
     A row of zeros has scale 0 and codes that its values do not see. A row with NaN or infinity, or whose squares
     overflow, has scale NaN; its codes and mask mean nothing, and other rows are as without it. float32 is taken as the
@@ -95,8 +96,10 @@ def hadamard_quantize(
         fail(who, f"got axis={axis}", "The contraction axis of a matrix is 0 or 1")
     m, k = x.shape[1 - axis], x.shape[axis]
     check_block(who, block, k)
-    check_size(who, m, k)
-    launch.check_tile(who, tile, splits=_by_rows(tile, k, axis))
+    check_size(who, planes.padded_n(m) if packed else m, k)
+    launch.check_tile(who, tile, splits=_by_rows(tile, axis))
+    if _by_rows(tile, axis) and k > hadamard_rows.LONGEST:
+        fail(who, f"got tile.columns={CHUNK} for K={k}", f"Rows are taken whole up to {hadamard_rows.LONGEST} indices")
     if not check_finite(who, "alpha", alpha) > 0:
         fail(who, f"got alpha={alpha}", "It is a positive multiple of the root mean square")
     if trust is not None and not check_number(who, "trust", trust) > 0:
@@ -106,7 +109,7 @@ def hadamard_quantize(
         return _reference(x if axis == 1 else x.T, packed=packed, **options)
     check_chunk(who, k)
     tile = default_tile(m, k, axis, x.dtype, packed) if tile is None else tile
-    if _by_rows(tile, k, axis):
+    if _by_rows(tile, axis):
         return Quantized(*hadamard_rows.run(x, impl, tile, packed=packed, **options))
     return _run(x, axis, packed, impl, tile, **options)
 
@@ -117,7 +120,7 @@ def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) ->
     runs of 64 bytes."""
     if found := tuning.lookup(tuning_key(m, k, axis, dtype, packed)):
         tile = Tile(**found)
-        if tile.split == 1 or _by_rows(tile, k, axis):
+        if k <= hadamard_rows.LONGEST if _by_rows(tile, axis) else tile.split == 1:
             return tile
     wide = jnp.dtype(dtype).itemsize // 2
     if axis == 1:
@@ -127,10 +130,9 @@ def default_tile(m: int, k: int, axis: int, dtype: Any, packed: bool = False) ->
     return Tile(rows=64, columns=32 // wide, warps=8, stages=1)
 
 
-def _by_rows(tile: Any, k: int, axis: int) -> bool:
-    """Whether `hadamard_rows` takes it: with tiles of 128 columns, rows that are not too long to be held."""
-    wide = isinstance(tile, Tile) and tile.columns == CHUNK
-    return wide and axis == 1 and k <= CHUNK * hadamard_rows.MOST_CHUNKS
+def _by_rows(tile: Any, axis: int) -> bool:
+    """Whether the tile asks for `hadamard_rows`."""
+    return isinstance(tile, Tile) and tile.columns == CHUNK and axis == 1
 
 
 def tuning_key(m: int, k: int, axis: int, dtype: Any, packed: bool) -> str:

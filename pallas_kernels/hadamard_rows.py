@@ -23,7 +23,7 @@ from pallas_kernels.launch import Tile
 from pallas_kernels.rounder import Rounder, inverse, scale_of
 
 _PLANES = CHUNK // planes.COLUMNS
-MOST_CHUNKS = 128  # of a row, which a program holds
+LONGEST = 128 * CHUNK  # contraction indices of a row, which a program holds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Rows:
     @classmethod
     def of(cls, m: int, k: int, tile: Tile, covered: int) -> "Rows":
         """tile.rows: chunks at once, `split`: groups of a program; covered: rows there are words for, m or more."""
-        wide = launch.power_of_two(k // CHUNK, 2, MOST_CHUNKS)
+        wide = launch.power_of_two(k // CHUNK, 2, LONGEST // CHUNK)
         rows = max(1, tile.rows // wide)
         return cls(m, k, rows, wide, tile.split, -(-covered // (rows * tile.split)))
 
@@ -114,11 +114,11 @@ def _kernel(x_ref, matrix_ref, code_ref, scale_ref, sum_ref, *refs, own, alpha, 
             h, squares = dot(high) + dot(low), jnp.sum(x * x, axis=1)
         else:  # the blocks are orthogonal
             h = dot(x)
-            squares = jnp.sum(h * h, axis=1) * np.float32(norm**2)
+            squares = jnp.sum(h * (h * np.float32(norm**2)), axis=1)
         counted = lambda values: values if original is None else jnp.where(original, values, jnp.zeros_like(values))
         scale = scale_of(own.by_row(counted(squares)), own.k, alpha)
         bits = rounder(h, own.of_row(inverse(scale) * np.float32(norm / rounder.top)))
-        code_ref.at[place][...] = rounder.int8(bits)  # the copy of a chunk or row writes what that does
+        code_ref.at[place][...] = rounder.int8(bits)  # the copy of a chunk or row writes what the original does
         sums = rounder.sums(own.by_row(counted(jnp.sum(bits, axis=1, dtype=jnp.int32))), own.k, 0)
         rows = start + lax.iota(jnp.int32, own.rows)
         there = None if own.covered == own.m else rows < own.m

@@ -29,7 +29,8 @@ class Tile:
     programs the contraction is cut.
 
     Sizes are powers of two of at least 16; where rows are the right operand of the product (`LEAST_ROWS`), 8 too.
-    `split` > 1 cuts the contraction into so many programs, whose sums are added in a fixed order afterwards."""
+    `split` > 1 cuts the contraction into so many programs, whose sums are added in a fixed order afterwards; of a
+    rotation by tiles of 128 columns `hadamard_rows` and `hadamard_chunks` say what it cuts."""
 
     rows: int = 16
     columns: int = 64

@@ -423,12 +423,36 @@ def test_every_product_of_a_program_is_computed(monkeypatch):
     xs, weights = speed.activations(p), speed.weights_of(p)[0]
     program = speed.over_weights(p.run("xla"), "products")
     first, each = program(xs, weights)
-    expected = [[float(p.run("xla")(x, w)[0, 0]) for w in weights] for x in xs]
-    np.testing.assert_allclose(np.asarray(each, np.float32), expected, rtol=2**-7)
+    expected = [float(p.run("xla")(x, w)[0, 0]) for x in xs for w in weights]
+    np.testing.assert_allclose(each, expected, rtol=2**-7)
     assert first.shape == (3, 64)
     dot = speed.over_weights(jnp.dot, "dots")
     compiled = dot.lower([jnp.ones((3, 128))] * 2, [jnp.ones((128, 64))] * 2).compile()
     assert compiled.cost_analysis()["flops"] >= 4 * 2 * 3 * 128 * 64
+
+
+APART = """
+from pallas_kernels import deviceless
+if deviceless.missing():
+    raise SystemExit("absent")
+import jax, jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from benchmarks.gpu import speed
+on = SingleDeviceSharding(deviceless._topology("sm_90").devices[0])
+shape = lambda *size: jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=on)
+traced = speed.over_weights(jnp.dot, "dots").trace([shape(16, 1024)] * 4, [shape(1024, 2048)] * 3)
+text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+print([size for size in ("16,2048]", "[16,6144]", "[64,2048]", "[64,1024]", "[1024,6144]") if size in text])
+"""
+
+
+def test_products_stay_apart_on_a_gpu():
+    """Several activations are not made one matrix, nor several weights, of which each is read once then."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", APART], capture_output=True, text=True, timeout=300)
+    if "absent" in done.stderr:
+        pytest.skip("the CUDA plugin is not installed: see pallas_kernels/README.md")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['16,2048]']", "results of one product, and no matrix of several side by side"
 
 
 def test_a_moved_code_is_told_from_wrong_sums():

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from benchmarks.gpu.course import Course
 from benchmarks.gpu.operands import bytes_of
-from benchmarks.gpu.speed import COMPILING, NO_SPILLS, Roof, on_device, seconds, store
+from benchmarks.gpu.speed import COMPILING, NO_SPILLS, Roof, on_device, one_by_one, seconds, store
 from pallas_kernels import both_ways, hadamard_backward, hadamard_quantize, planes
 from pallas_kernels.launch import Tile
 
@@ -57,24 +56,19 @@ class Case:
     by_xla: Callable[..., Any] | None = None
 
     def compiled(self, tile: Tile | None) -> Callable:
-        one = jax.jit(functools.partial(self.run, tile=tile))  # traced once
-        return _over(one).lower(self.arguments).compile(compiler_options=NO_SPILLS)
+        return _over(functools.partial(self.run, tile=tile)).lower(self.arguments).compile(compiler_options=NO_SPILLS)
 
     def xla(self) -> dict[str, Callable]:
-        """XLA's program under its name, if there is one to compare with."""
-        if self.by_xla is None:
+        """XLA's program under its name, if there is one to compare with. It answers with everything: of what it makes
+        by itself XLA computes what is asked for."""
+        if (run := self.by_xla) is None:
             return {}
-        return {"xla": functools.partial(_over(self.by_xla), self.arguments)}
+        return {"xla": functools.partial(jax.jit(lambda arguments: [run(*a) for a in arguments]), self.arguments)}
 
 
 def _over(run: Callable) -> Callable:
-    """`arguments of every run -> (the first result, one number of each)`, as `speed.over_weights` answers."""
-
-    def each(arguments):
-        found = lax.optimization_barrier([run(*a) for a in arguments])
-        return found[0], jnp.stack([jax.tree.leaves(result)[0][0, 0] for result in found])
-
-    return jax.jit(each)
+    """`arguments of every run -> (the first result, a number of every array of each)`."""
+    return jax.jit(functools.partial(one_by_one, run))
 
 
 def cases() -> Iterator[Case]:

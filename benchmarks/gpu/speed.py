@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,7 +39,6 @@ COMPILING = 200.0  # seconds that all programs of `TOGETHER` products, or of all
 CACHES = 4  # times that the weights of a product fill the second-level cache, at least
 PASSES = 8  # times that a program of few rows goes through its weights, each with other activations
 MOST_SETS = 32
-XLA_COPIES = 2  # weights in XLA's program, which writes each out in full: more would change nothing
 NO_SPILLS: Any = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}  # a candidate that spills does not compile
 
 
@@ -84,15 +83,30 @@ def seconds(programs: Mapping[str, Callable[[], object]], rounds: int, calls: in
     return found
 
 
-def over_weights(run: Callable, name: str) -> Callable:
-    """`(activations, weights) -> (the first result, one number of each)`: one program, called `name`, that runs the
-    products of each activation with each weight in turn. It answers little because every array that a program takes or
-    gives costs the host about five microseconds, which a kernel of few rows is done in."""
+def one_by_one(run: Callable, arguments: Iterable[tuple]) -> tuple[Any, Array]:
+    """Inside a program, `run` of each of the arguments in turn: the first result, and a number of every array of each.
+
+    Barriers put one behind the other, or XLA would make one product of several with one weight, and leave out what no
+    one asks for. The answer is small because every array that a program takes or gives costs the host about five
+    microseconds, which a kernel of few rows is done in."""
     one = jax.jit(run)  # traced once
+    first, last, found = None, None, []
+    numbers = lambda result: [leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(result)]
+    for each in arguments:
+        if last is not None:
+            last, each = lax.optimization_barrier((last, each))
+            found += numbers(last)
+        last = one(*each)
+        first = last if first is None else first
+    return first, jnp.stack([*found, *numbers(lax.optimization_barrier(last))])
+
+
+def over_weights(run: Callable, name: str) -> Callable:
+    """`(activations, weights) -> (the first result, a number of each)`: one program, called `name`, that runs the
+    products of each activation with each weight in turn."""
 
     def each(xs, weights):
-        found = [lax.optimization_barrier([one(x, w) for w in weights]) for x in xs]
-        return found[0][0], [jnp.stack([y[0, 0] for y in ys]) for ys in found]
+        return one_by_one(run, itertools.product(xs, weights))
 
     each.__name__ = name
     return jax.jit(each)
@@ -198,8 +212,8 @@ def build(products: Sequence[Product], pool: ThreadPoolExecutor, course: Course)
 
     def compiled(p: Product, impl: str, tile: Tile | None):
         x, w = jax.eval_shape(lambda: p.activation(0)), jax.eval_shape(lambda: p.weight(0))
-        count, times = (copies(p.m), passes(p.m)) if impl == "kernel" else (XLA_COPIES, 1)
-        lowered = over_weights(p.run(impl, tile), f"{p.name}_{impl}").lower([x] * times, [w] * count)
+        times = passes(p.m) if impl == "kernel" else 1  # which XLA takes long enough for
+        lowered = over_weights(p.run(impl, tile), f"{p.name}_{impl}").lower([x] * times, [w] * copies(p.m))
         return lowered.compile(compiler_options=NO_SPILLS if impl == "kernel" else None)
 
     wanted: list[tuple[Product, list]] = []
@@ -279,7 +293,7 @@ def measured(b: Built, dot: Callable, dot_device: float | None, rounds: int, roo
     timed, and the row names it."""
     p, xs, weights = b.product, activations(b.product), weights_of(b.product)
     count = runs(p.m)
-    by_xla = functools.partial(b.xla, xs[:1], weights[0][:XLA_COPIES])
+    by_xla = in_turn(b.xla, xs[:1], weights)
     programs = {str(i): in_turn(run, xs, weights) for i, (_, run) in enumerate(b.tiles)}
     expected = by_xla()[0]
     apart = {str(i): float(_apart(run(xs, weights[0])[0], expected)) for i, (_, run) in enumerate(b.tiles)}
@@ -298,7 +312,7 @@ def measured(b: Built, dot: Callable, dot_device: float | None, rounds: int, roo
     best = min(best, key=lambda name: float(np.median(times[name])))
     tile = tiles[best]
     base, kernel, xla = (np.asarray(times[name]) / each for name, each in
-                         (("bfloat16", count), (best, count), ("xla", XLA_COPIES)))  # fmt: skip
+                         (("bfloat16", count), (best, count), ("xla", copies(p.m))))  # fmt: skip
     device = on_device(programs[best], count)
     if tile is not None:
         store(entry, tile)

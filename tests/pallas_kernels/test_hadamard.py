@@ -10,8 +10,8 @@ from jax.experimental.pallas import triton as plgpu
 from scipy.linalg import hadamard
 
 from pallas_kernels import hadamard as parts
+from pallas_kernels import hadamard_chunks, launch, planes
 from pallas_kernels import hadamard_quantize as kernel
-from pallas_kernels import planes
 from pallas_kernels.checks import NoKernel
 from pallas_kernels.hadamard_backward import hadamard_backward
 from pallas_kernels.hadamard_quantize import hadamard_quantize
@@ -156,6 +156,26 @@ def test_gradients_are_masked_and_rotated_back(block, dtype, axis, tile):
         np.testing.assert_array_equal(dx if axis == 1 else dx.T, exact.astype(dtype))
 
 
+@pytest.mark.parametrize(("chunks", "split"), [(4, 3), (4, 8), (12, 8), (5, 4), (16, 4)])
+def test_chunks_behind_the_end_are_not_written(chunks, split):
+    """Into an array that has room for them, where their values would show."""
+    m, k, tile = 16, 128 * chunks, Tile(rows=16, columns=128, stages=1, split=split)
+    kernel, grid = hadamard_chunks.work(m, k, 128, 1, tile)
+    g, mask = jnp.ones((m, 2 * k), jnp.bfloat16), jnp.full((chunks, m, 32), -1, jnp.int8)
+    matrix = jnp.asarray(parts.signed_blocks(128), jnp.bfloat16)
+    out_shape = jax.ShapeDtypeStruct((m, 2 * k), jnp.float32)
+    got = launch.call(kernel, "chunks", "interpret", tile, grid=grid, out_shape=out_shape)(g, mask, matrix)
+    assert np.isfinite(got[:, :k]).all() and np.isnan(got[:, k:]).all()
+
+
+def test_whole_rows_of_large_numbers_keep_their_scale():
+    """Squares that float32 holds, of numbers whose rotated squares would be beyond it before they are normalized."""
+    x = jnp.full((2, 128), 1e18, jnp.bfloat16)
+    for tile in (SMALL, ROWS):
+        scales = quantize(x, 1, bits=4, alpha=0.3, impl="interpret", tile=tile).scales
+        np.testing.assert_allclose(scales, 0.3 * float(x[0, 0]), rtol=1e-6)
+
+
 class TestAssembly:
     """The assembly and its twins, run in NumPy, on numbers that settle where they differ."""
 
@@ -237,6 +257,12 @@ def test_no_kernel_and_bad_calls_say_why():
         jax.eval_shape(
             functools.partial(hadamard_backward, axis=2), shape((4, 256), jnp.bfloat16), shape((1, 4, 32), jnp.int8)
         )
+    long = dict(bits=4, alpha=0.3, tile=Tile(rows=16, columns=128, stages=1))
+    with pytest.raises(ValueError, match=r"tile\.columns=128 for K=16512\. Rows are taken whole up to 16384"):
+        jax.eval_shape(functools.partial(hadamard_quantize, **long), shape((4, 129 * 128), jnp.bfloat16))
+    padded = shape((135300, 15872), jnp.bfloat16)  # 2^31 elements only with the rows that words have more
+    with pytest.raises(ValueError, match="32 bits"):
+        jax.eval_shape(functools.partial(hadamard_quantize, bits=8, alpha=0.3, packed=True, impl="xla"), padded)
     large = shape((1 << 23, 256), jnp.bfloat16)
     with pytest.raises(ValueError, match="32 bits"):
         jax.eval_shape(functools.partial(hadamard_quantize, bits=4, alpha=0.3), large)
