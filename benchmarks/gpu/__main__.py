@@ -44,6 +44,7 @@ LARGE = (
 LAYERS = ((6144, 2048), (2048, 2048), (11264, 2048), (2048, 5632))  # N and K of the layers of the 800M model
 LAYER_KERNELS = (("matmul_a16", 4, None), ("matmul_a8", 4, None), ("matmul_a8", 2, None))
 
+CHOOSABLE = ("fused", "large", "training", "decode", "tiles")  # parts of several things with names
 PARTS = ("checks", "fused", "large", "training", "decode", "tiles", "one_token")  # tuned before models take the tiles
 NO_GPU = 2  # the exit status
 NOT_IN_TABLES = ("tile", "tried_us", "kernels_ms", "wrong_tiles")
@@ -88,6 +89,9 @@ def main(config: Config) -> int:
         return work(config)
     if unknown := [name for name in config.parts if name not in PARTS]:
         print(f"benchmarks.gpu has no part {unknown[0]!r}; it has {', '.join(PARTS)}.")
+        return 1
+    if bad := [each for each in config.only if each.partition(":")[0] not in CHOOSABLE or not each.partition(":")[2]]:
+        print(f"benchmarks.gpu got --only {bad[0]!r}. It takes PART:TEXT, and parts {', '.join(CHOOSABLE)}.")
         return 1
     if config.smoke:
         config = dataclasses.replace(config, parts=("checks",))
@@ -237,6 +241,8 @@ def work(config: Config) -> int:
                 save()
         if alive := checks.answers():
             report["ended"].append(name)
+            if left := [each for each in config.only if each.startswith(f"{name}:") and each not in run.met]:
+                report["errors"].setdefault(name, f"nothing in it has a name with {left[0].partition(':')[2]!r}")
         report["seconds"][name] = round(report["seconds"].get(name, 0) + time.perf_counter() - began, 1)
         print(f"{name}: {report['seconds'][name]:.0f} s", flush=True)
         save()

@@ -21,6 +21,7 @@ class Course:
     rounds: int
     until: float = math.inf
     only: Sequence[str] = ()  # "part:text": of this part what has the text in its name; of parts not named, everything
+    met: set[str] = dataclasses.field(default_factory=set)  # of these, what has met something
     report: dict = dataclasses.field(default_factory=fresh)
     save: Callable[[], None] = lambda: None
     part: str = ""
@@ -36,8 +37,10 @@ class Course:
     def wants(self, what: str) -> bool:
         """Whether `what` is to be measured: not where that was done, or ended a process, or was not asked for, and not
         when time is up."""
-        texts = [text for part, _, text in (each.partition(":") for each in self.only) if part == self.part]
-        if name(self.part, what) in self.report["done"] or (texts and not any(text in what for text in texts)):
+        mine = [each for each in self.only if each.startswith(f"{self.part}:")]
+        asked = [each for each in mine if each.partition(":")[2] in what]
+        self.met.update(asked)
+        if name(self.part, what) in self.report["done"] or (mine and not asked):
             return False
         if self.over() and what not in self.report["left_out"]:
             self.report["left_out"].append(what)

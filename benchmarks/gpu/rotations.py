@@ -19,14 +19,15 @@ from pallas_kernels import both_ways, hadamard_backward, hadamard_quantize, plan
 from pallas_kernels.launch import Tile
 
 ARRAYS = 16  # in one program: several times the cache, and more work than a call costs the host
-_tiles = lambda *each: (None, *(Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in each))
-# Rows, columns, warps, stages and split, after the default: of quantizations, of the way back, of cotangents.
-FORTH = _tiles((64, 128, 4, 2, 4), (64, 128, 4, 2, 8), (64, 128, 4, 3, 8), (64, 128, 8, 2, 8), (128, 128, 8, 2, 4))
-BACKWARD = _tiles((64, 16, 4, 1, 1), (64, 16, 8, 1, 1), (64, 128, 4, 2, 2), (64, 128, 4, 2, 4), (64, 128, 4, 2, 8),
-                  (64, 128, 4, 3, 4), (128, 128, 8, 2, 4))  # fmt: skip
-BOTH_WAYS = _tiles((64, 64, 4, 1, 1), (64, 64, 8, 1, 1), (64, 128, 4, 1, 1), (128, 64, 8, 1, 1), (128, 128, 8, 1, 1))[
-    1:
-]
+_tiles = lambda *each: tuple(Tile(rows=r, columns=c, warps=w, stages=s, split=k) for r, c, w, s, k in each)
+# Rows, columns, warps, stages and split: of quantizations, of the way back, of cotangents; None is the default.
+FORTH = (
+    None,
+    *_tiles((64, 128, 4, 2, 4), (64, 128, 4, 2, 8), (64, 128, 4, 3, 8), (64, 128, 8, 2, 8), (128, 128, 8, 2, 4)),
+)
+BACKWARD = None, *_tiles((64, 16, 4, 1, 1), (64, 16, 8, 1, 1), (64, 128, 4, 2, 2), (64, 128, 4, 2, 4),
+                         (64, 128, 4, 2, 8), (64, 128, 4, 3, 4), (128, 128, 8, 2, 4))  # fmt: skip
+BOTH_WAYS = _tiles((64, 64, 4, 1, 1), (64, 64, 8, 1, 1), (64, 128, 4, 1, 1), (128, 64, 8, 1, 1), (128, 128, 8, 1, 1))
 DIFFER = 1e-3  # share of elements: a sum in another order moves a code that lies at a tie
 TOKENS = 16384  # of the training step
 QUANTIZE = (  # bits, M, K, dtype, packed
@@ -106,8 +107,7 @@ def cases() -> Iterator[Case]:
 
 def measure(roof: Roof, course: Course) -> Iterator[dict]:
     """One row a case that the course wants: microseconds by the best tile, which goes into the user's tuning table, and
-    by the default. A tile whose results are not the default's is not timed, and the row names
-    it."""
+    by the default. A tile whose results are not the default's is not timed, and the row names it."""
     every = [case for case in cases() if course.wants(case.name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [[(tile, pool.submit(case.compiled, tile)) for tile in case.tiles] for case in every]

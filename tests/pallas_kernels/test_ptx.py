@@ -21,3 +21,5 @@ def test_bytes_of_floats_are_counted():
     assert float_bytes(FLOATS) == 2
     assert float_bytes(INTEGERS) == 0
     assert float_bytes(INTEGERS + "fma.rn.sat.f32 %r219, %r1, %r2, %r3;") == 1
+    copied = "cvt.u16.u32 %rs1, %r217; st.global.v2.b8 [%rd1], {%rs0, %rs1};"
+    assert float_bytes(INTEGERS + copied) == 1
