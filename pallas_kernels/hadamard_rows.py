@@ -76,7 +76,7 @@ def run(
     trust: float | None,
     packed: bool,
 ) -> tuple[Array, Array, Array, Array | None, tuple[Array, ...] | None]:
-    """The fields of `Quantized`."""  # fmt: skip
+    """The fields of `Quantized`."""
     m, k = x.shape
     own = Rows.of(m, k, tile, planes.padded_n(m) if packed else m)
     out_shape = [jax.ShapeDtypeStruct(*of) for of in (((m, k), jnp.int8), ((m,), jnp.float32), ((m,), jnp.int32))]

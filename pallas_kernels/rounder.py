@@ -41,7 +41,7 @@ class Rounder:
     def top(self) -> int:
         return (1 << self.bits) - 1
 
-    def __call__(self, h: Float[Array, "p 32"], gain: Float[Array, "p 1"]) -> Int32[Array, "p 32"]:
+    def __call__(self, h: Float[Array, "p c"], gain: Float[Array, "*p"]) -> Int32[Array, "p c"]:
         """Bits whose low byte is the code's; `gain` is 1/(s n). NaN gives a code of the width too."""
         zero = 1 << (self.bits - 1)
         offset = np.float32((zero - 0.5 * self.midrise) / self.top)
@@ -55,7 +55,7 @@ class Rounder:
         text = f"fma.rn.sat.f32 u, $1, $2, {constant(offset)}; fma.rn.f32 $0, u, {constant(times)}, {constant(plus)};"
         return inline(f"{{ .reg .f32 u; {text} }}", "=r,f,f", jnp.int32, h, jnp.broadcast_to(gain, h.shape))
 
-    def int8(self, found: Int32[Array, "p 32"]) -> Int8[Array, "p 32"]:
+    def int8(self, found: Int32[Array, "p c"]) -> Int8[Array, "p c"]:
         """The codes of bits."""
         turn = 0x7F if self.midrise else 0x80
         if not self.assembly:
