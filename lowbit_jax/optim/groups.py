@@ -7,11 +7,12 @@ from typing import Any
 import jax
 
 from lowbit_jax.optim import trees
+from lowbit_jax.optim.moments import EMBEDDINGS
 
 NOT_DECAYED = (
-    r"(^|/|_)(embed|wte|wpe)",
+    *EMBEDDINGS,
     r"(^|/|_)head(/|$)",  # not heads, nor a multi_head_attention
-    r"norm",
+    r"norm(alization)?s?(?![a-z])",  # a word, or the end of one as in rmsnorm; not normal_proj, nor renormalize
     r"(^|/|_)ln(_|\d|/|$)",
     r"(^|/|_)(scale|bias)(/|$)",
 )

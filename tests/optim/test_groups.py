@@ -7,6 +7,7 @@ import pytest
 from flax import linen, nnx
 
 import lowbit_jax as lb
+from lowbit_jax.optim.moments import is_stored
 from lowbit_jax.optim.trees import named_leaves
 
 TREE = {
@@ -44,6 +45,23 @@ def test_parts_of_names_do_not_count():
     decayed = {"multi_head_attention": {"query": {"kernel": 0}}, "heads_proj": {"kernel": 0}, "scaled_attn": {"w": 0}}
     tree = jax.tree.map(lambda _: jnp.ones((4, 64)), stacked | decayed)
     assert true_paths(lb.optim.decay_mask()(tree)) == set(named_leaves(decayed))
+
+
+def test_norms_are_words_or_the_ends_of_words():
+    norms = "RMSNorm_0 LayerNorm norm1 first_norm attention_norm rmsnorm BatchNorm_3 q_norm norms LayerNormalization_0"
+    others = "normal_proj renormalize normalizer abnormal_gate normed_proj"
+    tree = {name: {"kernel": jnp.ones((4, 64))} for name in f"{norms} {others}".split()}
+    assert true_paths(lb.optim.decay_mask()(tree)) == {f"{name}/kernel" for name in others.split()}
+
+
+def test_embeddings_are_those_of_low_bit_states():
+    """One list says what an embedding is: these keep their moments in float32, and do not decay."""
+    matrix, names = jnp.ones((64, 64)), ("tok_emb", "emb", "Embed_0", "wte", "pos_embed", "q")
+    tree = {name: {"table": matrix} for name in names}
+    assert true_paths(lb.optim.decay_mask()(tree)) == {"q/table"}
+    state = lb.optim.adamw_low_bit(1e-3).init(tree)
+    stored = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_stored) if is_stored(leaf)]
+    assert len(stored) == 2  # both moments of q
 
 
 def test_decays_what_it_says():

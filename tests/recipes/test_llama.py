@@ -279,6 +279,8 @@ class TestOptimizer:
         assert names == {
             f"blocks/{name}/kernel" for name in ("attention/qkv", "attention/out", "mlp/gate_up", "mlp/down")
         }
+        by_names_alone = lb.optim.decay_mask()(params)
+        assert jax.tree.leaves(by_names_alone) == jax.tree.leaves(decays)
 
     def test_decay_and_clipping_reach_the_update(self):
         params = {"blocks": {"kernel": jnp.ones(4)}, "embed": jnp.ones(4)}
