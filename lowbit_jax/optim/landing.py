@@ -4,7 +4,9 @@ update that gets there.
 Parameters are arrays (of float32, 16 or 8 bits) or packed weights (`QTensor`).
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,6 +51,25 @@ def param_quantizer(param_format: ParamFormat, who: str) -> Quantizer | None:
         )
     check_plain(param_format, who)
     return dataclasses.replace(param_format, rounding=rounding.nearest)
+
+
+@contextlib.contextmanager
+def said_of(name: str, shape: tuple[int, ...], param_format: ParamFormat, who: str) -> Iterator[None]:
+    """What a quantizer says of a shape that it cannot cut, said of the parameter that has it; of the same type."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (
+            f"{who}(param_format={_told(param_format)}): the parameter {name!r} of shape {tuple(shape)}:"
+            f" {str(error).removesuffix('.')}, or leave it out with mask=.",
+        )
+        raise
+
+
+def _told(param_format: ParamFormat) -> str:
+    if isinstance(param_format, Quantizer):
+        return f"Quantizer of {param_format.format.name}, {param_format.tiling.describe()}"
+    return "None" if param_format is None else param_format.name.upper()
 
 
 def check_plain(quantizer: Quantizer, who: str) -> None:

@@ -7,7 +7,6 @@ import optax
 
 from lowbit_jax.optim import landing, trees
 from lowbit_jax.optim.landing import ParamFormat
-from lowbit_jax.quantizer import Quantizer
 
 _WHO = "master_weights"
 
@@ -38,14 +37,16 @@ def master_weights(
     one step brings 2**15 times (float16: 2**13 times) nearer to zero, which land within 2**-24 of where they came from
     until the next step. 8-bit floats and packed parameters need `lb.optim.apply_updates`.
     `lb.optim.params_from_master` gives the rounded master itself, as after restoring a state alone.
-    Raises: TypeError for leaves that are not floating; ValueError for a state without a master, trees that do not
-    match, and `params=None`."""
+    Raises: TypeError for leaves that are not floating; ValueError for a parameter that the tiles of `param_format` do
+    not divide (`scaling.UnevenTiles`), a state without a master, trees that do not match, and `params=None`."""
     inner = optax.with_extra_args_support(tx)
     quantizer = landing.param_quantizer(param_format, _WHO)
 
     def init(params):
         trees.check_floating(params, _WHO, "parameter")
         master = trees.float32_copy(params)
+        if quantizer is not None:  # what it cannot cut, before the first step
+            jax.eval_shape(lambda m: _landings(m, params, param_format, mask, axis, as_updates=False), master)
         return MasterWeightsState(master, trees.apart_from(inner.init(master), master))
 
     def update(updates, state, params=None, **extra):
@@ -55,7 +56,7 @@ def master_weights(
         trees.check_floating(updates, _WHO, "gradient")
         moved, inner_state = inner.update(trees.float32(updates), state.inner_state, state.master, **extra)
         master = optax.apply_updates(state.master, moved)
-        answer = _landings(master, params, quantizer, mask, axis, as_updates=True)
+        answer = _landings(master, params, param_format, mask, axis, as_updates=True)
         return answer, MasterWeightsState(master, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -69,7 +70,7 @@ def params_from_master(
 
     Raises: ValueError when `state` holds no master."""
     found = find_master(state)
-    return _landings(found.master, params, landing.param_quantizer(param_format, _WHO), mask, axis, as_updates=False)
+    return _landings(found.master, params, param_format, mask, axis, as_updates=False)
 
 
 def with_master(params: Any, inner_state: Any) -> MasterWeightsState:
@@ -112,17 +113,19 @@ def mask_tree(mask: Any, params: Any, who: str) -> Any:
         raise ValueError(f"{who}: the mask has not the paths of the parameters: {error}") from None
 
 
-def _landings(master: Any, params: Any, quantizer: Quantizer | None, mask: Any, axis: int, *, as_updates: bool) -> Any:
+def _landings(master: Any, params: Any, param_format: ParamFormat, mask: Any, axis: int, *, as_updates: bool) -> Any:
+    quantizer = landing.param_quantizer(param_format, _WHO)
     chosen = mask_tree(mask if quantizer is not None else (lambda p: jax.tree.map(lambda _: False, p,
                        is_leaf=trees.is_packed)), params, _WHO)  # fmt: skip
 
-    def land(param, target, on_grid):
+    def land(path, param, target, on_grid):
         if trees.is_packed(param):
             new = landing.packed_anew(param, target, _WHO)
             return trees.PackedUpdate(new) if as_updates else new
         if on_grid and quantizer is not None:
-            target = quantizer(target, axis=axis if param.ndim > 1 else -1)
+            with landing.said_of(trees.name_of_parameter(path), param.shape, param_format, _WHO):
+                target = quantizer(target, axis=axis if param.ndim > 1 else -1)
         target = landing.on_grid_of(target, param.dtype)
         return landing.difference(target, param) if as_updates else target.astype(param.dtype)
 
-    return jax.tree.map(land, params, master, chosen, is_leaf=trees.is_packed)
+    return jax.tree_util.tree_map_with_path(land, params, master, chosen, is_leaf=trees.is_packed)

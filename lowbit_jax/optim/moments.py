@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowbit_jax.optim import trees
@@ -165,6 +166,7 @@ def rules(
     keep: Sequence[str],
 ) -> Rules:
     """The table above with the caller's words over it. Raises: ValueError for words that mean nothing."""
+    _check_min_size(min_size)
     if isinstance(keep, str):
         raise TypeError(
             f"low_bit_state(keep={keep!r}): give a sequence of regular expressions, as in keep=({keep!r},)."
@@ -199,6 +201,17 @@ def rules(
         for owner, own in kinds.items()
     }
     return Rules(table, min_size, tuple(keep))
+
+
+def _check_min_size(min_size: Any) -> None:
+    if isinstance(min_size, bool) or not isinstance(min_size, int | float | np.integer | np.floating):
+        raise TypeError(
+            f"low_bit_state got min_size={min_size!r} of type {type(min_size).__name__}; it is a number of elements,"
+            " known when the program is built: min_size=4096. Under optax.inject_hyperparams pass"
+            " static_args=('bits', 'min_size')."
+        )
+    if not min_size >= 0:
+        raise ValueError(f"low_bit_state(min_size={min_size!r}): give 0, which stores moments of any size, or more.")
 
 
 def _codec(table: Mapping[int | str, StateCodec], bits: int | str) -> StateCodec:

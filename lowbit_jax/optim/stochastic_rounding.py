@@ -69,8 +69,9 @@ def stochastic_rounding(
     Source: Gupta et al. 2015, arXiv:1502.02551; int8: torchao quantized training; ternary to 8 bits: Zhao et al. 2024
     (direct quantized training), arXiv:2412.04787.
     Raises: TypeError for a key that is none and for leaves that are not floating; ValueError for several keys, for
-    parameters of float32 without `param_format` (nothing would be rounded), trees that do not match, a state of another
-    format or of other parameters, `params=None`."""
+    parameters of float32 without `param_format` (nothing would be rounded), a parameter that its tiles do not divide
+    (`scaling.UnevenTiles`), trees that do not match, a state of another format or of other parameters,
+    `params=None`."""
     inner = optax.with_extra_args_support(tx)
     quantizer = landing.param_quantizer(param_format, _WHO)
     key = single_key(key)
@@ -80,11 +81,13 @@ def stochastic_rounding(
         if quantizer is None:
             return {}
         chosen = jax.tree.leaves(mask_tree(mask, params, _WHO))
-        return {
-            name: GridScales(landing.fit_scales(quantizer, trees.float32(param), _axis(param, axis)), quantizer)
-            for (name, param), on_grid in zip(trees.named_parameters(params).items(), chosen, strict=True)
-            if on_grid and not trees.is_packed(param)
-        }
+        found = {}
+        for (name, param), on_grid in zip(trees.named_parameters(params).items(), chosen, strict=True):
+            if on_grid and not trees.is_packed(param):
+                with landing.said_of(name, param.shape, param_format, _WHO):
+                    scales = landing.fit_scales(quantizer, trees.float32(param), _axis(param, axis))
+                found[name] = GridScales(scales, quantizer)
+        return found
 
     def init(params):
         trees.check_floating(params, _WHO, "parameter")

@@ -633,6 +633,12 @@ def test_errors():
         lb.optim.low_bit_state(optax.adagrad(1e-2)).init(PARAMS)
     with pytest.raises(TypeError, match="static_args=.'bits', 'min_size'"):
         optax.inject_hyperparams(lb.optim.adamw_low_bit)(learning_rate=1e-3).init(PARAMS)
+    for bad in ("8", None, True, jnp.zeros(())):
+        with pytest.raises(TypeError, match="got min_size=.* of type .*number of elements.*static_args"):
+            lb.optim.adamw_low_bit(1e-3, min_size=bad)
+    for bad in (-1, float("nan")):
+        with pytest.raises(ValueError, match="min_size=.*give 0"):
+            lb.optim.adamw_low_bit(1e-3, min_size=bad)
 
 
 def test_fields_say_what_a_state_is():

@@ -11,6 +11,7 @@ from flax import nnx
 
 import lowbit_jax as lb
 from lowbit_jax.optim.sixteen_bit import on_grid_of
+from lowbit_jax.scaling import Group, UnevenTiles
 
 DTYPES = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 
@@ -250,6 +251,25 @@ def test_checkpoints(tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", tx.init(params))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize("wrapper", [lb.optim.master_weights, lb.optim.stochastic_rounding])
+@pytest.mark.parametrize("param_format", [lb.formats.MXFP4, lb.Quantizer(format=lb.formats.INT8, tiling=Group(32))])
+def test_a_parameter_that_tiles_do_not_divide_is_named_at_once(wrapper, param_format):
+    params = {"ok": jnp.ones((64, 8)), "enc": {"odd": jnp.ones((33, 4))}}
+    told = "MXFP4" if param_format is lb.formats.MXFP4 else "Quantizer of int8, group 32"
+    expected = (
+        rf"^{wrapper.__name__}\(param_format={told}\): the parameter 'enc/odd' of shape \(33, 4\): Group\(32\) cuts"
+        r" axis 0 of length 33.*\[1, 3, 11, 33\], or leave it out with mask=\."
+    )
+    with pytest.raises(UnevenTiles, match=expected):
+        wrapper(optax.sgd(1.0), param_format).init(params)
+    tx = wrapper(optax.sgd(1.0), param_format, mask={"ok": True, "enc": {"odd": False}})
+    state = jax.eval_shape(tx.init, params)  # also of shapes alone
+    assert jax.tree.leaves(state) and tx.update(params, tx.init(params), params)
+    if wrapper is lb.optim.master_weights:  # a state that another format made
+        with pytest.raises(UnevenTiles, match=expected):
+            lb.optim.params_from_master(params, tx.init(params), param_format)
 
 
 def test_errors():
