@@ -226,11 +226,15 @@ class BoundProduct:
             held = layer.get_variable("params", name)
             scale = calibration.report(entry, fitted_scale(side, arrived, recipe, site, jnp.zeros_like(held)))
             return jnp.where(scale == 0, held, scale)
-        if not layer.has_variable("params", name) and not layer.is_mutable_collection("params"):
-            if calibration is not None:
-                return start()
-            raise ValueError(missing_scale("lb.quantize", site.path, side))
-        return layer.param(name, lambda _: start())
+        if layer.has_variable("params", name):
+            return layer.param(name, lambda _: start())
+        if layer.is_mutable_collection("params") and layer.has_rng("params"):
+            # Not a `param`: it would draw a key, and Flax's lifted transformations count the keys of a layer before
+            # they hand out the first, so that the other parameters would start apart from those of the float model.
+            return layer.variable("params", name, start).value
+        if calibration is not None:
+            return start()
+        raise ValueError(missing_scale("lb.quantize", site.path, side))
 
     def _fitted(self, side: str, arrived: Array) -> Array:
         """The scale that the operand fits, for this call; in `params` stands the mean of what the calls so far fitted.

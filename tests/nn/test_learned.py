@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import errors, linen, nnx
+from flax.traverse_util import flatten_dict
 
 import lowbit_jax as lb
 from lowbit_jax.nn.nnx import Scale
@@ -128,6 +129,62 @@ def test_linen_scales_are_params_and_start_whatever_the_data_at_init(key):
         np.testing.assert_allclose(scales["lhs_scale"], GAUSSIAN_START, rtol=0.05)
     zeros = jax.jit(model.init)(key, 0 * x)
     jax.tree.map(np.testing.assert_array_equal, zeros, variables)
+
+
+APART = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+SCAN = linen.scan(lambda layer, x, _: (layer(x), None), length=3, **APART)
+ENSEMBLE = linen.vmap(lambda layer, x: SCAN(layer, x, None)[0], in_axes=None, axis_size=2, **APART)
+LIFTS = {
+    "scan": lambda _, x: SCAN(linen.Dense(8, name="d"), x, None)[0],
+    "remat in scan": lambda _, x: linen.remat(SCAN)(linen.Dense(8, name="d"), x, None)[0],
+    "remat_scan": lambda _, x: linen.remat_scan(linen.Dense, lengths=(2, 3))(8, name="d")(x),
+    "vmap": lambda _, x: linen.vmap(linen.Dense, in_axes=None, axis_size=3, **APART)(8, name="d")(x),
+    "vmap of scan": lambda _, x: ENSEMBLE(linen.Dense(8, name="d"), x),
+    "jit and remat": lambda _, x: linen.jit(linen.remat(linen.Dense))(8, name="d")(x),
+    "the same layer twice": lambda _, x: (lambda layer: SCAN(layer, SCAN(layer, x, None)[0], None)[0])(linen.Dense(8)),
+}
+
+
+class Lifted(linen.Module):
+    """What a lifted transformation does, before a layer outside of it, and with draws of its own."""
+
+    lift: str
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4, name="head")(
+            LIFTS[self.lift](self, x) + self.param("own", linen.initializers.normal(), ())
+        )
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+@pytest.mark.parametrize("lift", LIFTS)
+def test_linen_parameters_start_as_in_the_float_model(lift, method, key):
+    """For the same key, to the last bits of two compiled programs: a learned scale draws nothing."""
+    model, x = Lifted(lift), jax.random.normal(key, (4, 8))
+    plain = {"/".join(p): v for p, v in flatten_dict(model.init(key, x)["params"]).items()}
+    quantized = lb.quantize(model, lb.methods.get(method, bits=4))
+    variables = quantized.init(key, x)
+    learned = {"/".join(p): v for p, v in flatten_dict(variables["params"]).items()}
+    for name, value in plain.items():
+        np.testing.assert_allclose(learned.pop(name), value, rtol=1e-5, err_msg=name)
+    assert learned and all(name.endswith("_scale") for name in learned)
+    _, again = quantized.apply(variables, x, mutable=True)
+    jax.tree.map(np.testing.assert_array_equal, again["params"], variables["params"])
+    fitted = lb.calibrate(quantized, variables, x)
+    packed, held = lb.convert(quantized, fitted, x) if lift != "vmap of scan" else (quantized, fitted)
+    np.testing.assert_allclose(packed.apply(held, x), quantized.apply(fitted, x), rtol=1e-4, atol=1e-4)
+
+
+def test_scales_that_cannot_start_are_asked_for(key):
+    """With `params` mutable and no key for them, as where a model keeps its statistics by `mutable=True`."""
+    model, x = lb.quantize(LinenNet(), LSQ), jax.random.normal(key, (4, 32))
+    with pytest.raises(ValueError, match=r"the layer 'Dense_0' has no .hs_scale.*lb\.calibrate"):
+        model.apply(LinenNet().init(key, x), x, mutable=True)
+    variables = model.init(key, x)
+    variables["params"]["Dense_0"]["lhs_scale"] = jnp.ones((2,))
+    with pytest.raises(errors.ScopeParamShapeError, match="lhs_scale"):
+        model.apply(variables, x)
 
 
 def test_linen_calibration(key):
