@@ -4,7 +4,6 @@ A call fits each scale where it is used and writes it into `params`. Where Flax 
 share their parameters or under a norm of weights, the call reports all that it fits instead."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, linen
 from flax.core import DenyList
+from jax import core
 from jaxtyping import Array
 
 from lowbit_jax.nn.linen import watching
 from lowbit_jax.nn.linen_layers import Calibration, calibrating, calibration_names
 from lowbit_jax.nn.linen_sites import Call, Sites, array_call, checked_trace, inside, with_layers
 from lowbit_jax.nn.met import call_arguments, no_batches, several
-from lowbit_jax.nn.site import initial_scales
+from lowbit_jax.nn.site import called, check_stack, initial_scales
 
-Scales = dict[tuple[str, str], tuple[Array, Array]]  # by path and side: the scale, and of how many fits it is the mean
+Scales = dict[tuple[str, str], tuple[Array, Array] | None]
+"""By path and side: the scale, and of how many fits it is the mean; None where the call did not run the layer."""
 
 
 def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -29,7 +30,14 @@ def calibrate(model: linen.Module, variables: Any = None, *args: Any, **kwargs: 
     if not args and not kwargs:
         raise TypeError("lb.calibrate(model, variables, *args) fits scales to a batch. Pass the inputs of one call.")
     variables, learned, found = _found(model, variables, args, kwargs, "lb.calibrate")
-    return _with_scales(variables, learned, {entry: scale for entry, (scale, _) in found.items()})
+    scales = {entry: fitted[0] for entry, fitted in found.items() if fitted is not None}
+    if left := sorted(path for path, _ in found.keys() - scales.keys()):
+        raise ValueError(
+            f"lb.calibrate: these inputs do not run the layer {left[0]!r}, as where they take another branch of nn.cond"
+            " or nn.switch: there is nothing to fit its scale to. Call lb.nn.calibrate_over with batches that run every"
+            " branch, or leave the layer out by a rule."
+        )
+    return _with_scales(variables, learned, scales)
 
 
 def calibrate_over(model: linen.Module, variables: Any, batches: Iterable[Any], statistic: Callable) -> Any:
@@ -41,7 +49,12 @@ def calibrate_over(model: linen.Module, variables: Any, batches: Iterable[Any], 
     completed, learned, first = calls[-1]
     scales = {}
     for entry in first:
-        each = [found[entry] for _, _, found in calls]
+        each = [fitted for _, _, found in calls if (fitted := found[entry]) is not None]
+        if not each:
+            raise ValueError(
+                f"{who}: no batch runs the layer {entry[0]!r}, as where all take another branch of nn.cond or"
+                " nn.switch. Add a batch that runs it, or leave the layer out by a rule."
+            )
         met = statistic(jnp.stack([jnp.where(fits == 0, jnp.nan, scale) for scale, fits in each]), axis=0)
         scales[entry] = jnp.where(jnp.isnan(met), each[0][0], met)  # a scale that nothing fitted is as it was
     return _with_scales(completed, learned, scales)
@@ -59,13 +72,15 @@ def _found(
     model: linen.Module, variables: Any, args: tuple, kwargs: dict[str, Any], who: str
 ) -> tuple[Any, Sites, Scales]:
     """The variables with the scales that a float model lacks, the layers that learn scales, and what one call fits."""
-    with calibrating(Calibration()):
-        traced = checked_trace(model, variables, args, kwargs, who)
+    traced = checked_trace(model, variables, args, kwargs, who)
     learned = {path: site for path, site in traced.sites.items() if site[1].learned}
     sides = lambda path: ("lhs", "rhs") if path in traced.normed else ("lhs",)
     entries = frozenset((path, s) for path, (_, recipe) in learned.items() for s in sides(path) if s in recipe.learned)
     if not entries:
         raise ValueError(f"{who}: no activation scale is learned here; the scales are read off each batch.")
+    for path, (site, _) in learned.items():
+        kernel = linen.meta.unbox(inside(variables["params"], path)[site.weight])
+        check_stack(kernel.shape, site.shape, f"{who}: {called(path, traced.nodes[path].kind)}")
     call, variables = Call.of(model, args, kwargs), with_layers(variables, learned, _completed)
     dims = lambda path, side: np.ndim(linen.meta.unbox(inside(variables["params"], path)[f"{side}_scale"]))
     stacked = frozenset(entry for entry in entries if dims(*entry))
@@ -75,8 +90,9 @@ def _found(
     calibration, call = next((way for way in ways if _runs(way[1], variables, learned, way[0])), last)
     if lost := sorted(path for path, _ in stacked & calibration.reported.keys()):
         raise ValueError(
-            f"{who}: {lost[0]!r} is a stack of layers under a norm of weights, or beside one, and what they fit"
-            " does not tell them apart. Leave the stack out by a rule, or train it from the scales that init gives."
+            f"{who}: {lost[0]!r} is a stack of layers under a norm of weights or in a branch (nn.cond), or beside one,"
+            " and what they fit does not tell them apart. Leave the stack out by a rule, or train it from the scales"
+            " that init gives."
         )
     _, ran = jax.block_until_ready(_ran(jax.jit, call, variables, learned, calibration))
     found: Scales = {}
@@ -87,7 +103,12 @@ def _found(
             found[path, side] = layer[name], layer[count]
         elif (path, side) in calibration.reported:
             held = linen.meta.unbox(inside(variables["params"], path)[name])
-            found[path, side] = _mean(calibration.reported[path, side], held, path, who)
+            if _traced((variables, call.inputs)):
+                raise ValueError(
+                    f"{who}: the scale of {path!r} can only be reported while the model runs, and these inputs are"
+                    " being traced. Call it outside jit."
+                )
+            found[path, side] = _mean(calibration.reported[path, side], held)
     return variables, learned, found
 
 
@@ -117,20 +138,22 @@ def _ran(transform: Any, call: Call, variables: Any, learned: Sites, calibration
 def _runs(call: Call, variables: Any, learned: Sites, calibration: Calibration) -> bool:
     """Whether the call can be made so."""
     try:
-        _ran(lambda f: functools.partial(jax.eval_shape, f), call, variables, learned, calibration)
+        program = _ran(jax.make_jaxpr, call, variables, learned, calibration)
     except (ValueError, TypeError, errors.FlaxError):
         return False
-    return True
+    # JAX takes a scale that a branch leaks, where it closes over its layer, for a constant until it runs.
+    return not _traced(program.consts) or _traced((variables, call.inputs, call.rngs))
 
 
-def _mean(reports: list[Any], held: Array, path: str, who: str) -> tuple[Array, Array]:
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _mean(reports: list[Any], held: Array) -> tuple[Array, Array] | None:
     """Mean of the scales that were reported, such as by the turns of a loop, and their number; 0 stands for an operand
-    of zeros, and where all are, the scale stays."""
+    of zeros, and where all are, the scale stays. None where nothing was reported."""
     if not reports:
-        raise ValueError(
-            f"{who}: the scale of {path!r} can only be reported while the model runs, and nothing was. Call it"
-            " outside jit, with inputs that run this layer."
-        )
+        return None
     fitted = np.stack([np.asarray(report) for report in reports])
     count = np.count_nonzero(fitted, axis=0)
     return jnp.where(count == 0, held, (fitted.sum(0) / np.maximum(count, 1)).astype(held.dtype)), jnp.asarray(count)

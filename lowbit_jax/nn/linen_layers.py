@@ -228,12 +228,12 @@ class BoundProduct:
             return jnp.where(scale == 0, held, scale)
         if layer.has_variable("params", name):
             return layer.param(name, lambda _: start())
+        if calibration is not None:
+            return start()
         if layer.is_mutable_collection("params") and layer.has_rng("params"):
             # Not a `param`: it would draw a key, and Flax's lifted transformations count the keys of a layer before
             # they hand out the first, so that the other parameters would start apart from those of the float model.
             return layer.variable("params", name, start).value
-        if calibration is not None:
-            return start()
         raise ValueError(missing_scale("lb.quantize", site.path, side))
 
     def _fitted(self, side: str, arrived: Array) -> Array:
@@ -265,8 +265,9 @@ def calibration_names(side: str) -> tuple[str, str, str]:
 
 @dataclasses.dataclass
 class Calibration:
-    """What becomes of the learned scales, named by (path, side), while `lb.calibrate` runs the model: some are fitted
-    and stored in `params`, some fitted and reported, once a time that the layer runs; the others stay."""
+    """What becomes of the learned scales, named by (path, side), while `lb.calibrate` runs the model, or a verb traces
+    it: some are fitted and stored in `params`, some fitted and reported, once a time that the layer runs; the others
+    stay, and those that are not there are not made (the branches of nn.cond have to make the same)."""
 
     stored: frozenset[tuple[str, str]] = frozenset()
     reported: dict[tuple[str, str], list[Any]] = dataclasses.field(default_factory=dict)

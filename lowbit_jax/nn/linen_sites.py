@@ -11,6 +11,7 @@ from flax import linen
 from flax.core import FrozenDict, freeze
 
 from lowbit_jax.nn.linen import Run, quantization, quantization_of, under_norm, watching
+from lowbit_jax.nn.linen_layers import Calibration, calibrating
 from lowbit_jax.nn.linen_origin import Origin, mark, origins
 from lowbit_jax.nn.policy import Node, parents
 from lowbit_jax.nn.site import Site, called, check_stack
@@ -142,7 +143,7 @@ def trace(call: Call, variables: Any) -> Traced:
         if under_norm():
             traced.normed.add(site.path)
 
-    with watching(met, runs):
+    with watching(met, runs), calibrating(Calibration()):
         traced.origins = origins(array_call(jax.make_jaxpr, call, variables, call.inputs))
     for run in runs:
         traced.nodes |= run.nodes

@@ -138,6 +138,43 @@ class TestLinen:
         each = [lb.calibrate(model, floats, x)["params"]["Dense_0"]["lhs_scale"] for x in batches(2)]
         np.testing.assert_allclose(new["params"]["Dense_0"]["lhs_scale"], np.mean(each), rtol=1e-6)
 
+    class Branches(linen.Module):
+        """Two layers, of which the sum of the inputs chooses one."""
+
+        how: str
+
+        def setup(self):
+            self.a, self.b = linen.Dense(16), linen.Dense(16)
+
+        def __call__(self, x):
+            if self.is_initializing():
+                return self.a(x) + self.b(x)
+            a, b, high = self.a, self.b, x.sum() > 0
+            if self.how == "closure":
+                return linen.cond(high, lambda _, x: b(x), lambda _, x: a(x), self, x)
+            left, right = lambda m, x: m.a(x), lambda m, x: m.b(x)
+            if self.how == "switch":
+                return linen.switch(jnp.int32(high), [left, right], self, x)
+            return linen.cond(high, right, left, self, x)
+
+    @pytest.mark.parametrize("variables_of", ["quantized", "float"])
+    @pytest.mark.parametrize("how", ["cond", "closure", "switch"])
+    def test_layers_that_some_batches_do_not_run(self, how, variables_of):
+        """Each layer's scale is the mean of what the batches fit that run it."""
+        branches = self.Branches(how)
+        model = lb.quantize(branches, STATIC)
+        variables = (model if variables_of == "quantized" else branches).init(jax.random.key(0), jnp.ones((2, 32)))
+        high, low = [jnp.abs(x) for x in batches()], [-2 * jnp.abs(x) for x in batches(2)]
+        new = lb.nn.calibrate_over(model, variables, [*high, *low])["params"]
+        np.testing.assert_allclose(new["b"]["lhs_scale"], np.mean([absmax(x) for x in high]), rtol=1e-6)
+        np.testing.assert_allclose(new["a"]["lhs_scale"], np.mean([absmax(x) for x in low]), rtol=1e-6)
+        with pytest.raises(ValueError, match="calibrate_over: no batch runs the layer 'a'.*Add a batch"):
+            lb.nn.calibrate_over(model, variables, high)
+        with pytest.raises(
+            ValueError, match="lb.calibrate: these inputs do not run the layer 'b'.*calibrate_over with"
+        ):
+            lb.calibrate(model, variables, low[0])
+
     def test_bad_input(self):
         model, variables = self.made()
         with pytest.raises(ValueError, match="calibrate_over got no batches"):
