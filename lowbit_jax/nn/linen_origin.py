@@ -2,9 +2,11 @@
 
 A lifted transformation (`nn.scan`, `nn.vmap`, `nn.remat`, `nn.jit`) hands a layer its weight, or the slice of a stack
 that lies on axis 0. Anything else on the way (`nn.map_variables`, a stack on another axis) is an equation of the
-program between the argument and the layer.
+program between the argument and the layer. One equation changes nothing: an `nn.vmap` around an `nn.scan` lets the two
+axes of a stack change places before the scan slices it.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from jaxtyping import Array
 
-Origin = int | str
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Permuted:
+    """An argument, by number, whose leading axes changed places; the last ones, of this number, did not."""
+
+    argument: int
+    kept: int
+
+
+Origin = int | str | Permuted
 """The number of an argument that arrives unchanged, or the name of the operation that made the value."""
 
 _MARK = "lowbit stored "
@@ -35,6 +46,23 @@ def origins(program: ClosedJaxpr) -> dict[str, set[Origin]]:
     return found
 
 
+def of_slices(origin: Origin, ndim: int) -> int | str:
+    """The origin of the last `ndim` axes of a value: those before them are of a stack, and may change places."""
+    if isinstance(origin, Permuted):
+        return origin.argument if origin.kept >= ndim else "transpose"
+    return origin
+
+
+def _permuted(origin: Origin, permutation: tuple[int, ...]) -> Origin:
+    if isinstance(origin, str):
+        return "transpose"
+    moved = [axis for axis, source in enumerate(permutation) if axis != source]
+    kept = len(permutation) - 1 - max(moved, default=-1)
+    if isinstance(origin, Permuted):
+        return Permuted(origin.argument, min(kept, origin.kept))
+    return Permuted(origin, kept) if moved else origin
+
+
 def _walk(jaxpr: Jaxpr, given: list[Origin], found: dict[str, set[Origin]]) -> list[Origin]:
     """Origins of the results; those of the arguments are `given`."""
     known: dict[Any, Origin] = dict(zip(jaxpr.invars, given, strict=True))
@@ -44,6 +72,8 @@ def _walk(jaxpr: Jaxpr, given: list[Origin], found: dict[str, set[Origin]]) -> l
         if (told := str(equation.params.get("name"))).startswith(_MARK):
             found.setdefault(told.removeprefix(_MARK), set()).add(sources[0])
         results = [sources] if name in _UNCHANGED else []
+        if name == "transpose":
+            results = [[_permuted(sources[0], equation.params["permutation"])]]
         for inner in _programs_of(equation):
             # A branch lacks the index before its arguments, the body of a while loop the constants of its condition.
             if len(inner.invars) <= len(sources):

@@ -12,7 +12,7 @@ from flax.core import FrozenDict, freeze
 
 from lowbit_jax.nn.linen import Run, quantization, quantization_of, under_norm, watching
 from lowbit_jax.nn.linen_layers import Calibration, calibrating
-from lowbit_jax.nn.linen_origin import Origin, mark, origins
+from lowbit_jax.nn.linen_origin import Origin, mark, of_slices, origins
 from lowbit_jax.nn.policy import Node, parents
 from lowbit_jax.nn.site import Site, called, check_stack
 from lowbit_jax.ops import LinearRecipe
@@ -55,7 +55,8 @@ def packable_sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str,
                 f" ({' and '.join(map(str, sorted(used)))}), and codes are kept along one choice of them. Leave it out"
                 " by a rule, or give each product a layer of its own."
             )
-        for origin in traced.origins.get(path, set()) - {*jax.tree.leaves(inside(numbers, path)[site.weight])}:
+        arrived = {of_slices(origin, len(site.shape)) for origin in traced.origins.get(path, set())}
+        for origin in arrived - {*jax.tree.leaves(inside(numbers, path)[site.weight])}:
             how = "is another parameter" if isinstance(origin, int) else f"is made by `{origin}` in the call"
             raise ValueError(
                 f"{where} does not receive its weight as it is stored: what arrives {how}, as under nn.map_variables,"

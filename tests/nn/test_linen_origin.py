@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 
@@ -45,6 +46,15 @@ def stacked(axis, lift):
     return body
 
 
+def ensemble(axis, of_scan=0, length=3):
+    """A map, over `axis`, around a scan, whose trace lets the two axes of the stack change places."""
+    options = dict(split_rngs={"params": True})
+    step = lambda layer, x, _: (layer(x), None)
+    tower = nn.scan(step, length=length, variable_axes={"params": of_scan}, **options)
+    lift = dict(in_axes=None, axis_size=length, variable_axes={"params": axis}, **options)
+    return lambda _, x: nn.vmap(lambda d, x: tower(d, x, None)[0], **lift)(nn.Dense(8, name="d"), x)
+
+
 def twice(_, x):
     layer = nn.Einsum((8, 8), use_bias=False, name="d")
     return layer(layer(x, "bi,ij->bj"), "bj,ij->bi")
@@ -68,6 +78,9 @@ def variables_and_model(body, rules=None):
         (lambda _, x: nn.remat(mapped(jnp.negative))(8, name="d")(x), "by `neg`"),
         (stacked(1, nn.vmap), "by `transpose`.*another axis than 0"),
         (stacked(1, nn.scan), "by `transpose`.*another axis than 0"),
+        (ensemble(2, length=8), "by `transpose`.*another axis than 0"),
+        (ensemble(0, of_scan=1, length=8), "by `transpose`.*another axis than 0"),
+        (lambda _, x: mapped(jnp.transpose)(8, name="d")(x), "by `transpose`"),
         (twice, r"different axes of its weight \(\(0,\) and \(1,\)\)"),
     ],
 )
@@ -131,3 +144,16 @@ def test_lifts_that_hand_on_what_is_stored_are_taken(body):
     for verb in VERBS.values():
         packed, held = verb(model, jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), variables), x)
         assert jax.eval_shape(packed.apply, held, x).shape[-1] == 8
+
+
+@pytest.mark.parametrize("layout", ["bitstream-le/1", "planes/1"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_map_around_a_scan_gives_each_layer_its_own_codes(axis, layout, key):
+    """Of nine layers, stacked three by three, which look alike in any order."""
+    x, recipe = jax.random.normal(key, (2, 8)), lb.methods.get("absmax_integer", bits=4, group=4)
+    model = lb.quantize(Calling(ensemble(axis)), recipe)
+    variables = model.init(key, x)
+    y = model.apply(variables, x)
+    assert jnp.abs(y[0] - y[1]).max() > 0.1 * jnp.abs(y).max()
+    for ready, held in (lb.convert(model, variables, x, layout=layout), lb.nn.prepare(model, variables, x)):
+        np.testing.assert_allclose(ready.apply(held, x), y, rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
