@@ -17,7 +17,19 @@ from jaxtyping import Array
 
 from lowbit_jax.nn.linen import watching
 from lowbit_jax.nn.linen_layers import Calibration, calibrating, calibration_names
-from lowbit_jax.nn.linen_sites import Call, Sites, array_call, checked_trace, inside, with_layers
+from lowbit_jax.nn.linen_origin import of_slices
+from lowbit_jax.nn.linen_sites import (
+    Call,
+    Sites,
+    Traced,
+    array_call,
+    checked_trace,
+    inside,
+    numbered,
+    told,
+    trace,
+    with_layers,
+)
 from lowbit_jax.nn.met import call_arguments, no_batches, several
 from lowbit_jax.nn.site import called, check_stack, initial_scales
 
@@ -81,7 +93,11 @@ def _found(
     for path, (site, _) in learned.items():
         kernel = linen.meta.unbox(inside(variables["params"], path)[site.weight])
         check_stack(kernel.shape, site.shape, f"{who}: {called(path, traced.nodes[path].kind)}")
-    call, variables = Call.of(model, args, kwargs), with_layers(variables, learned, _completed)
+    call, given = Call.of(model, args, kwargs), variables
+    variables = with_layers(given, learned, _completed)
+    if jax.tree.structure(variables) != jax.tree.structure(given):
+        traced = trace(call, variables)
+    _check_arrival(traced, variables, who)
     dims = lambda path, side: np.ndim(linen.meta.unbox(inside(variables["params"], path)[f"{side}_scale"]))
     stacked = frozenset(entry for entry in entries if dims(*entry))
     reported = lambda entries: Calibration(stacked - entries, {entry: [] for entry in entries})
@@ -110,6 +126,20 @@ def _found(
                 )
             found[path, side] = _mean(calibration.reported[path, side], held)
     return variables, learned, found
+
+
+def _check_arrival(traced: Traced, variables: Any, who: str) -> None:
+    """Raises: ValueError for a layer that does not receive its scales as they are stored: they are fitted there."""
+    numbers = numbered(variables)
+    for path, (_, recipe) in traced.sites.items():
+        for name in (f"{side}_scale" for side in recipe.learned):
+            arrived = {of_slices(origin, 0) for origin in traced.origins.get(f"{path}/{name}", set())}
+            for origin in arrived - {*jax.tree.leaves(inside(numbers, path)[name])}:
+                raise ValueError(
+                    f"{who}: {called(path, traced.nodes[path].kind)} does not receive its {name} as it is stored: what"
+                    f" arrives {told(origin)}, as under nn.map_variables, which would change the fitted scale as well."
+                    " Map the other parameters alone, or leave the layer out by a rule."
+                )
 
 
 def _completed(site: Any, recipe: Any, layer: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ Sites = dict[str, tuple[Site, LinearRecipe]]
 @dataclasses.dataclass
 class Traced:
     """What one call of a quantized model meets: its quantized products by path, the axes that each use of a weight
-    sums over, those whose weight a norm makes at every call, every module, and where each weight comes from (`int`: the
-    number of a leaf of the variables)."""
+    sums over, those whose weight a norm makes at every call, every module, and where each weight, by its path, and each
+    learned scale, by its path and name, come from (`int`: the number of a leaf of the variables)."""
 
     sites: Sites = dataclasses.field(default_factory=dict)
     contracts: dict[str, set[tuple[int, ...]]] = dataclasses.field(default_factory=dict)
@@ -42,8 +42,7 @@ def packable_sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str,
             f"{who}: {normed[0]!r} belongs to a weight that a norm (linen.WeightNorm, SpectralNorm) makes at each call:"
             " there is nothing to keep. Leave its layer out by a rule, or fold the norm into it first."
         )
-    leaves, tree = jax.tree.flatten(variables)
-    numbers = tree.unflatten(range(len(leaves)))["params"]
+    numbers = numbered(variables)
     for path, (site, recipe) in traced.sites.items():
         where = f"{who}: {called(path, traced.nodes[path].kind)}"
         check_stack(linen.meta.unbox(inside(variables["params"], path)[site.weight]).shape, site.shape, where)
@@ -57,13 +56,23 @@ def packable_sites(model: Any, variables: Any, args: tuple, kwargs: Mapping[str,
             )
         arrived = {of_slices(origin, len(site.shape)) for origin in traced.origins.get(path, set())}
         for origin in arrived - {*jax.tree.leaves(inside(numbers, path)[site.weight])}:
-            how = "is another parameter" if isinstance(origin, int) else f"is made by `{origin}` in the call"
             raise ValueError(
-                f"{where} does not receive its weight as it is stored: what arrives {how}, as under nn.map_variables,"
-                " or where layers are stacked on another axis than 0. The stored weight cannot be kept in another form"
-                " then. Leave the layer out by a rule, or store the weight as the layer uses it."
+                f"{where} does not receive its weight as it is stored: what arrives {told(origin)}, as under"
+                " nn.map_variables, or where layers are stacked on another axis than 0. The stored weight cannot be"
+                " kept in another form then. Leave the layer out by a rule, or store the weight as the layer uses it."
             )
     return traced.sites
+
+
+def numbered(variables: Any) -> Any:
+    """The numbers of the leaves in the place of the parameters."""
+    leaves, tree = jax.tree.flatten(variables)
+    return tree.unflatten(range(len(leaves)))["params"]
+
+
+def told(origin: int | str) -> str:
+    """Of what does not arrive as it is stored."""
+    return "is another parameter" if isinstance(origin, int) else f"is made by `{origin}` in the call"
 
 
 def checked_trace(model: Any, variables: Any, args: tuple, kwargs: Mapping[str, Any], who: str) -> Traced:
@@ -141,6 +150,9 @@ def trace(call: Call, variables: Any) -> Traced:
             stored = jax.tree.leaves(layer.get_variable("params", site.weight))
             if len(stored) == 1:
                 mark(stored[0], site.path)
+        for name in (f"{side}_scale" for side in recipe.learned):
+            if layer.has_variable("params", name):
+                mark(linen.meta.unbox(layer.get_variable("params", name)), f"{site.path}/{name}")
         if under_norm():
             traced.normed.add(site.path)
 

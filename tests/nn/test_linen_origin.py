@@ -157,3 +157,30 @@ def test_a_map_around_a_scan_gives_each_layer_its_own_codes(axis, layout, key):
     assert jnp.abs(y[0] - y[1]).max() > 0.1 * jnp.abs(y).max()
     for ready, held in (lb.convert(model, variables, x, layout=layout), lb.nn.prepare(model, variables, x)):
         np.testing.assert_allclose(ready.apply(held, x), y, rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("variables_of", ["quantized", "float"])
+@pytest.mark.parametrize("side", ["lhs", "rhs"])
+def test_a_mapped_scale_is_not_fitted(side, variables_of, key):
+    """It would be mapped once more at its use; where the kernel alone is mapped, the scale is the one that is used."""
+    learned = lb.methods.get("lsq", bits=4).out
+    recipe = lb.LinearRecipe(out=lb.Gemm(lhs=learned.lhs, rhs=learned.rhs if side == "rhs" else None))
+    x = 3 * jax.random.normal(key, (64, 8))
+
+    def doubled(names):
+        change = lambda path, a: 2 * a if path[-1].key in names else a
+        mapped = dict(trans_in_fn=functools.partial(jax.tree_util.tree_map_with_path, change), init=True)
+        return Calling(lambda _, x: nn.map_variables(nn.Dense, "params", **mapped)(8, name="d")(x))
+
+    for names in (("kernel", "bias"), ("kernel", "bias", f"{side}_scale")):
+        plain = doubled(names)
+        model = lb.quantize(plain, recipe)
+        variables = (model if variables_of == "quantized" else plain).init(key, x)
+        if len(names) == 3:
+            with pytest.raises(
+                ValueError, match=f"^lb.calibrate: the layer 'd' .*its {side}_scale as .*by `mul`.*map_va"
+            ):
+                lb.calibrate(model, variables, x)
+        else:
+            new = lb.calibrate(model, variables, x)["params"]["d"]
+            np.testing.assert_allclose(new["lhs_scale"], 2 * jnp.abs(x).mean() / jnp.sqrt(7.5), rtol=1e-5)
