@@ -146,7 +146,8 @@ def test_packed_parameters_of_every_kind_are_packed_anew(name):
 
     moved, state = step(params, tx.init(params))
     np.testing.assert_allclose(state.master["w"], params["w"].dequantize() - 0.25, rtol=1e-6)
-    np.testing.assert_array_equal(moved["w"].dequantize(), quantizer.quantize(state.master["w"]).dequantize())
+    expected = quantizer.quantize(state.master["w"]).dequantize()
+    np.testing.assert_allclose(moved["w"].dequantize(), expected, atol=2e-6)  # the same codes; scales to their last bits
     moved["w"].validate()
     assert jax.tree.structure(moved) == jax.tree.structure(params)
 
