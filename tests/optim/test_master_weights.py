@@ -147,7 +147,7 @@ def test_packed_parameters_of_every_kind_are_packed_anew(name):
     moved, state = step(params, tx.init(params))
     np.testing.assert_allclose(state.master["w"], params["w"].dequantize() - 0.25, rtol=1e-6)
     expected = quantizer.quantize(state.master["w"]).dequantize()
-    np.testing.assert_allclose(moved["w"].dequantize(), expected, atol=2e-6)  # the same codes; scales to their last bits
+    np.testing.assert_allclose(moved["w"].dequantize(), expected, atol=2e-6)  # the same codes, scales to a last bit
     moved["w"].validate()
     assert jax.tree.structure(moved) == jax.tree.structure(params)
 
