@@ -326,6 +326,9 @@ def test_tiles_do_not_go_into_the_package_unchecked(monkeypatch, tmp_path, capsy
     assert "no tiles into the package" in capsys.readouterr().out
     assert command.main(command.Config(parts=("decoding",), output=tmp_path)) == 1
     assert "no part 'decoding'; it has checks" in capsys.readouterr().out
+    for only in ("decode", "checks:w4", "training:int8"):  # no text, a part without names, one that does not run
+        assert command.main(command.Config(parts=("checks", "decode"), only=(only,), output=tmp_path)) == 1
+        assert "It takes PART:TEXT, of the parts that run: decode." in capsys.readouterr().out
 
 
 def test_tiles_for_the_package_come_back_with_the_results(monkeypatch, tmp_path):

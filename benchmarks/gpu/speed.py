@@ -142,9 +142,8 @@ EIGHT_ROWS: Mapping[str, tuple] = {
 
 
 def candidates(p: Product) -> list[Tile | None]:
-    """The default first, then tiles that were among the best of a wide search for such a product, on an H100, or for up
-    to 8 rows, where tiles of 8 were always faster, on an H200; what a kernel refuses or a chip cannot hold falls out
-    when compiled."""
+    """The default first, then tiles that were among the best of a wide search for such a product: on an H100, or for up
+    to 8 rows, of tiles of 8, on an H200; what a kernel refuses or a chip cannot hold falls out when compiled."""
     if p.kernel == "matmul_fp8":
         return [None]
     if p.m > 64:
