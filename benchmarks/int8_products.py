@@ -38,7 +38,7 @@ def measure(config: Config) -> list[dict]:
         a, b = (
             jax.random.randint(jax.random.key(i), shape, -127, 128, jnp.int8) for i, shape in ((0, (m, k)), (1, (k, n)))
         )
-        narrow = lambda a, b: int8.product(a, b, FORMATS, NUMBERS)
+        narrow = lambda a, b: int8.product(a, b, FORMATS, NUMBERS, None)
         calls = {"int8": Call.of(narrow, a, b)}
         for dtype in (jnp.float32, jnp.bfloat16):
             calls[jnp.dtype(dtype).name] = Call.of(lambda a, b: lax.dot(a, b), a.astype(dtype), b.astype(dtype))

@@ -21,26 +21,23 @@ from recipes import llama, train_loop
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What a training step computes with: bits None is bfloat16; backward 8 has int8 cotangents."""
+    """What a training step computes with: recipe None is bfloat16."""
 
     name: str
-    bits: int | None = None
-    backward: int | None = None
-    implementation: str = "auto"
+    recipe: lb.LinearRecipe | None = None
 
     def quantized(self, model: nnx.Module) -> nnx.Module:
-        if self.bits is None:
-            return model
-        recipe = lb.quest(self.bits, backward=self.backward).with_implementation(self.implementation)
-        return lb.quantize(model, rules=[("blocks", recipe)])
+        return model if self.recipe is None else lb.quantize(model, rules=[("blocks", self.recipe)])
 
 
 KINDS = (
     Kind(name="bfloat16"),
-    Kind(name="quest w8a8", bits=8),
-    Kind(name="quest w4a4", bits=4),
-    Kind(name="quest w4a4, int8 backward", bits=4, backward=8),
-    Kind(name="quest w8a8, int8 backward", bits=8, backward=8),
+    Kind(name="quest w8a8", recipe=lb.quest(8)),
+    Kind(name="quest w4a4", recipe=lb.quest(4)),
+    Kind(name="quest w4a4, int8 backward", recipe=lb.quest(4, backward=8)),
+    Kind(name="quest w8a8, int8 backward", recipe=lb.quest(8, backward=8)),
+    Kind(name="fp8 by tensor", recipe=lb.methods.fp8()),
+    Kind(name="fp8 by row", recipe=lb.methods.fp8("row")),
 )
 
 

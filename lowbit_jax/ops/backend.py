@@ -202,6 +202,15 @@ def matmul_mx(
     return y.astype(out_dtype)
 
 
+def has_fp8() -> bool:
+    """Whether programs traced now are for an NVIDIA GPU with FP8 tensor cores."""
+    if platform() != "gpu" or not available():
+        return False
+    from pallas_kernels import chips
+
+    return chips.traced_capability() >= chips.FP8
+
+
 def why_no_mx(*formats: str | None) -> str | None:
     """Why the kernel for microscaled operands cannot run here; None when it can, on the GPU traced for."""
     if not available():

@@ -1,8 +1,9 @@
-"""A product, and its gradients, whose forward multiplies grid values as int8 (`ops.int8`).
+"""A product, and its gradients, that multiply grid values as codes: int8 (`ops.int8`) or FP8 (`ops.fp8`).
 
     y = s_x s_w sum_k e_x e_w      e on the grid, s one a row or one a tensor
 
-What is kept are integers, scales and what the estimators need.
+What is kept are codes, scales and what the estimators need, and an operand itself where its backward product quantizes
+it anew.
 """
 
 import dataclasses
@@ -13,71 +14,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.formats.base import Format
-from lowbit_jax.ops import int8
+from lowbit_jax.ops import fp8, int8
+from lowbit_jax.ops.coder import Coder
 from lowbit_jax.ops.once import once_differentiable
-from lowbit_jax.ops.product import Dims, Forward, plain_gradients, product_gradients
+from lowbit_jax.ops.product import Dims, Forward, original_operands, plain_gradients, product_gradients
 from lowbit_jax.ops.recipe import FORWARD, LinearRecipe
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 
-
-def serves(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rotated: bool) -> bool:
-    """Whether the operands' scales leave the sum and int8 is faster; the backward products read quantized operands."""
-    quantizers = recipe.forward_quantizers
-    reused = recipe.grad_lhs.rhs == FORWARD and recipe.grad_rhs.lhs == FORWARD
-    if recipe.implementation != "auto" or recipe.rhs_ready or not reused:
-        return False
-    return all(int8.makes_int8(q, rotated) for q in quantizers) and _fits(forward, lhs, rhs, quantizers)
+_CODERS: tuple[Coder, ...] = (int8, fp8)
 
 
-def serves_packed(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, rotated: bool) -> bool:
+def coder_of(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rotated: bool) -> Coder | None:
+    """What multiplies the operands' codes here, if their scales leave the sum and it is faster."""
+    if recipe.implementation != "auto" or recipe.rhs_ready:
+        return None
+    return _coder(recipe.forward_quantizers, forward, lhs.shape, rhs.shape, rotated)
+
+
+def coder_of_packed(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, rotated: bool) -> Coder | None:
     """The same for a weight that is packed already."""
-    x, w = recipe.forward_quantizers[0], rhs.quantizer
-    return int8.makes_int8(x, rotated) and int8.makes_int8(w, rotated) and _fits(forward, lhs, rhs, (x, w))
+    return _coder((recipe.forward_quantizers[0], rhs.quantizer), forward, lhs.shape, rhs.shape, rotated)
 
 
-def packed_product(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, key: Any) -> Array:
-    """The product with a packed weight that `serves_packed` accepts, without gradients."""
+def _coder(quantizers, forward: Forward, lhs: tuple[int, ...], rhs: tuple[int, ...], rotated: bool) -> Coder | None:
+    if forward.out_sharding is not None:
+        return None
+    for coder in _CODERS:
+        if not all(coder.holds(q, rotated) for q in quantizers):
+            continue
+        if coder.multiplies(lhs, rhs, _formats(*quantizers), forward.dims.numbers):
+            return coder
+    return None
+
+
+def packed_product(coder: Coder, recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: QTensor, key: Any) -> Array:
+    """The product with a packed weight that `coder_of_packed` has a coder for, without gradients."""
     (x_format, fmt), dims = _formats(recipe.forward_quantizers[0], rhs.quantizer), forward.dims
     quantizer = recipe.forward_quantizers[0]
     assert quantizer is not None
     a, a_scale, _ = quantizer.factors(lhs, axis=dims.lhs, key=key)
     last = lambda x: jnp.moveaxis(x, dims.rhs, -1)  # as the codes lie
-    b, b_scale = int8.to_int8(last(rhs.elements()), fmt), last(rhs.quantizer.scale_format.load(rhs.scales))
+    b, b_scale = coder.encode(last(rhs.elements()), fmt), last(rhs.quantizer.scale_format.load(rhs.scales))
     turned = Dims(dims.lhs, rhs.ndim - 1, dims.lhs_batch, tuple(axis - (axis > dims.rhs) for axis in dims.rhs_batch))
     rows = dataclasses.replace(forward, dims=turned)
-    return scaled_product(rows, (int8.to_int8(a, x_format), a_scale, x_format), (b, b_scale, fmt))
+    return scaled_product(coder, rows, (coder.encode(a, x_format), a_scale, x_format), (b, b_scale, fmt))
 
 
 def _formats(*quantizers: Quantizer | None) -> tuple[Format, Format]:
-    """The grids of what `factors` answers, of operands that int8 holds."""
+    """The grids of what `factors` answers, of operands that a coder holds."""
     lhs, rhs = (q.element_format if q is not None else None for q in quantizers)
-    assert lhs is not None and rhs is not None, "`int8.makes_int8` says so of others"
+    assert lhs is not None and rhs is not None, "`Coder.holds` says so of others"
     return lhs, rhs
 
 
-def _fits(forward: Forward, lhs: Array, rhs: Any, quantizers: tuple[Quantizer | None, Quantizer | None]) -> bool:
-    formats = _formats(*quantizers)
-    return forward.out_sharding is None and int8.multiplies(lhs.shape, rhs.shape, formats, forward.dims.numbers)
-
-
 def coded_product(
+    coder: Coder,
     forward: Forward,
     recipe: LinearRecipe,
     lhs: Float[Array, "*lhs"],
     rhs: Float[Array, "*rhs"],
+    rotated: bool,
     keys: tuple[Any, Any, Any],
 ) -> Float[Array, "*out"]:
-    """The product that `serves` accepts. keys: for the roundings of lhs, of rhs and of the backward."""
+    """The product that `coder_of` has a coder for. keys: for the roundings of lhs, of rhs and of the backward."""
     q_lhs, q_rhs = recipe.forward_quantizers
     assert q_lhs is not None and q_rhs is not None
     a = cast(Any, _operand(q_lhs, forward.dims.lhs, lhs, keys[0]))  # `jax.custom_vjp` hides the type
     b = cast(Any, _operand(q_rhs, forward.dims.rhs, rhs, keys[1]))
-    return cast(Array, _product(forward, recipe, jnp.dtype(lhs.dtype), a, b, keys[2]))
+    others = original_operands(lhs, rhs, forward.dims, recipe, rotated)
+    return cast(Array, _product(coder, forward, recipe, jnp.dtype(lhs.dtype), a, b, others, keys[2]))
 
 
 # Operands have rules of their own, beside that of the product, so that under `jax.vmap` the gradient of a weight that
@@ -104,37 +114,41 @@ def _operand_backward(quantizer, axis, saved, g):
 _operand.defvjp(_operand_forward, _operand_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(forward, recipe, dtype, a, b, key):
-    return _kept_forward(forward, recipe, a, b, key)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _product(coder, forward, recipe, dtype, a, b, others, key):
+    return _kept_forward(coder, forward, recipe, a, b)[0]
 
 
-def _forward(forward, recipe, dtype, a, b, key):
-    a, b = once_differentiable((a, b))
-    return _kept_forward(forward, recipe, a, b, key)
+def _forward(coder, forward, recipe, dtype, a, b, others, key):
+    y, kept = _kept_forward(coder, forward, recipe, *once_differentiable((a, b)))
+    return y, (*kept, others, key)
 
 
-def _kept_forward(forward, recipe, a, b, key):
+def _kept_forward(coder, forward, recipe, a, b):
     formats = _formats(*recipe.forward_quantizers)
-    (a, a_scale), (b, b_scale) = ((int8.to_int8(x, fmt), s) for (x, s), fmt in zip((a, b), formats, strict=True))
-    y = scaled_product(forward, (a, a_scale, formats[0]), (b, b_scale, formats[1]))
-    return y, ((a, a_scale), (b, b_scale), key)
+    (a, a_scale), (b, b_scale) = ((coder.encode(x, fmt), s) for (x, s), fmt in zip((a, b), formats, strict=True))
+    y = scaled_product(coder, forward, (a, a_scale, formats[0]), (b, b_scale, formats[1]))
+    return y, ((a, a_scale), (b, b_scale))
 
 
-def _backward(forward, recipe, dtype, saved, g):
-    a, b, key = saved
+def _backward(coder, forward, recipe, dtype, saved, g):
+    a, b, others, key = saved
     formats = _formats(*recipe.forward_quantizers)
-    a_hat, b_hat = (_value(x, scale, fmt, dtype) for (x, scale), fmt in zip((a, b), formats, strict=True))
+    a_hat, b_hat = (_value(coder, x, scale, fmt, dtype) for (x, scale), fmt in zip((a, b), formats, strict=True))
     if recipe.plain_backward:
         found = plain_gradients(forward, a_hat, b_hat, g)
     else:
-        found = product_gradients(forward, recipe, a_hat, b_hat, (a, b), key, g)
+        others = tuple(
+            coded if gemm_side == FORWARD else other
+            for coded, other, gemm_side in zip((a, b), others, (recipe.grad_rhs.lhs, recipe.grad_lhs.rhs), strict=True)
+        )
+        found = product_gradients(forward, recipe, a_hat, b_hat, others, key, g, coder)
     da, db = (lax.convert_element_type(x, jnp.float32) for x in found)
-    return (da, jnp.zeros_like(a[1])), (db, jnp.zeros_like(b[1])), no_cotangent(key)
+    return (da, jnp.zeros_like(a[1])), (db, jnp.zeros_like(b[1])), None, no_cotangent(key)
 
 
-def _value(integers: Array, scale: Array, fmt: Format, dtype: Any) -> Array:
-    values = int8.from_int8(integers, fmt)
+def _value(coder: Coder, codes: Array, scale: Array, fmt: Format, dtype: Any) -> Array:
+    values = coder.decode(codes, fmt)
     spread = lax.broadcast_in_dim(scale, values.shape, range(values.ndim))
     return lax.convert_element_type(lax.mul(values, spread), dtype)
 
@@ -142,14 +156,14 @@ def _value(integers: Array, scale: Array, fmt: Format, dtype: Any) -> Array:
 _product.defvjp(_forward, _backward)
 
 
-Coded = tuple[Int8[Array, "*s"], Float[Array, "*#s"], Format]
-"""Integers, scales and format of an operand."""
+Coded = tuple[Array, Float[Array, "*#s"], Format]
+"""Codes, scales and format of an operand."""
 
 
-def scaled_product(forward: Forward, lhs: Coded, rhs: Coded) -> Float[Array, "*out"]:
+def scaled_product(coder: Coder, forward: Forward, lhs: Coded, rhs: Coded) -> Float[Array, "*out"]:
     """The product of coded operands."""
     dims, (a, a_scale, a_format), (b, b_scale, b_format) = forward.dims, lhs, rhs
-    y = int8.product(a, b, (a_format, b_format), dims.numbers)
+    y = coder.product(a, b, (a_format, b_format), dims.numbers, forward.precision)
     along = [
         lax.broadcast_in_dim(_squeezed(dims, side, scale), y.shape, _places(dims, side, a.ndim, b.ndim))
         for side, scale in (("lhs", a_scale), ("rhs", b_scale))

@@ -70,7 +70,7 @@ def dot_general_of(
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
         by_kernel = by_name or (recipe.implementation == "auto" and has_kernel(rhs) and backend.takes_kernel(lhs, rhs))
-        by_kernel |= isinstance(rhs, PlaneTensor) or packed.on_int8(lhs, rhs)
+        by_kernel |= isinstance(rhs, PlaneTensor) or packed.coder(lhs, rhs) is not None
         product_of = packed if by_kernel else functools.partial(_packed_by_xla, packed)
         return product_of(lhs, rhs, lhs_key, learned.get("lhs"))
     if by_name or (recipe.implementation == "auto" and backend.takes_kernel(lhs, rhs)):
@@ -79,8 +79,10 @@ def dot_general_of(
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs)
         if by_name:
             raise NotImplementedError(f"{who}: no integer product for this recipe: {reason}.")
-    if coded_product.serves(recipe, forward, lhs, rhs, rotated):
-        return coded_product.coded_product(forward, recipe, lhs, rhs, (lhs_key, rhs_key, backward_key))
+    coder = coded_product.coder_of(recipe, forward, lhs, rhs, rotated)
+    if coder is not None:
+        keys = (lhs_key, rhs_key, backward_key)
+        return coded_product.coded_product(coder, forward, recipe, lhs, rhs, rotated, keys)
     lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, learned.get("lhs"))
     if recipe.rhs_ready:
         rhs_hat = rhs

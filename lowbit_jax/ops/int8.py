@@ -7,18 +7,17 @@ an older one as long (`recipes/LOG.md`). Other platforms were not measured and d
 import functools
 import math
 import platform
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import export, lax
 from jaxtyping import Array, Float, Int8, Int32
 
-from lowbit_jax import rounding
 from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import backend
+from lowbit_jax.ops.coder import leaves_the_sum
 from lowbit_jax.quantizer import Quantizer
-from lowbit_jax.rotation import Hadamard
-from lowbit_jax.scaling import PerRow, PerTensor
 
 _LARGEST_SUM = 2**31 - 1  # of int32
 _SHORTEST = 64  # terms of a sum, for which int8 was faster than float32
@@ -44,18 +43,14 @@ def known_grid(fmt: Format) -> tuple[float, float]:
     return found
 
 
-def makes_int8(quantizer: Quantizer | None, rotated: bool) -> bool:
+def holds(quantizer: Quantizer | None, rotated: bool) -> bool:
     """Whether what this quantizer makes is int8 times a scale that leaves the sum. A learned scale stays finite where
-    an element is NaN, which int8 cannot say; a rounding or a rotation of the user's own may leave the grid."""
+    an element is NaN, which int8 cannot say."""
     if quantizer is None or quantizer.learned or (fmt := quantizer.element_format) is None:
         return False
     if (found := grid(fmt)) is None:
         return False
-    own = type(quantizer).in_rotated_space is Quantizer.in_rotated_space  # `lb.nn.keep_codes` has another one
-    own &= quantizer.rounding in (rounding.nearest, rounding.stochastic, rounding.toward_zero)
-    own &= isinstance(quantizer.rotation, Hadamard | None)
-    zero = quantizer.sparsity is None or found[1] == 0
-    return own and zero and isinstance(quantizer.tiling, PerRow | PerTensor) and (rotated or not quantizer.rotation)
+    return leaves_the_sum(quantizer, rotated) and (quantizer.sparsity is None or found[1] == 0)
 
 
 def _largest(fmt: Format) -> int:
@@ -80,7 +75,7 @@ def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format
     return columns > 1 and length >= _SHORTEST and turns and length * math.prod(map(_largest, formats)) <= _LARGEST_SUM
 
 
-def to_int8(values: Float[Array, "*s"], fmt: Format) -> Int8[Array, "*s"]:
+def encode(values: Float[Array, "*s"], fmt: Format) -> Int8[Array, "*s"]:
     """The integers of grid values."""
     step, offset = known_grid(fmt)
     if step != 1:
@@ -90,20 +85,21 @@ def to_int8(values: Float[Array, "*s"], fmt: Format) -> Int8[Array, "*s"]:
     return lax.convert_element_type(values, jnp.int8)
 
 
-def from_int8(integers: Int8[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
+def decode(codes: Int8[Array, "*s"], fmt: Format) -> Float[Array, "*s"]:
     """The grid values, float32."""
     step, offset = known_grid(fmt)
-    values = lax.convert_element_type(integers, jnp.float32)
+    values = lax.convert_element_type(codes, jnp.float32)
     if offset:
         values = lax.add(values, np.float32(offset))
     return lax.mul(values, np.float32(step)) if step != 1 else values
 
 
 def product(
-    lhs: Int8[Array, "*lhs"], rhs: Int8[Array, "*rhs"], formats: tuple[Format, Format], numbers: tuple
+    lhs: Int8[Array, "*lhs"], rhs: Int8[Array, "*rhs"], formats: tuple[Format, Format], numbers: tuple, precision: Any
 ) -> Float[Array, "*out"]:
-    """`lax.dot_general` of the grid values that these integers stand for: an exact sum of integers, rounded to float32;
-    an offset adds one or two sums to it there."""
+    """`lax.dot_general` of the grid values that these integers stand for: an exact sum of integers, whatever the
+    precision, rounded to float32; an offset adds one or two sums to it there."""
+    del precision
     (lhs_axes, rhs_axes), batch = numbers
     (lhs_step, lhs_offset), (rhs_step, rhs_offset) = map(known_grid, formats)
     y = lax.convert_element_type(_dot(lhs, rhs, numbers), jnp.float32)

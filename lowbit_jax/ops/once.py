@@ -1,4 +1,4 @@
-"""A product that keeps integers for its backward has no second derivatives: integers carry no tangent."""
+"""A product that keeps codes for its backward has no second derivatives: codes carry no tangent."""
 
 import jax
 
@@ -14,7 +14,7 @@ def once_differentiable(x):
 @once_differentiable.defjvp
 def _refuse(primals, tangents):
     raise NotImplementedError(
-        "lb.dot_general: a second derivative (a Hessian, a gradient penalty) through a product that keeps integers for"
+        "lb.dot_general: a second derivative (a Hessian, a gradient penalty) through a product that keeps codes for"
         " its backward, which carry no tangent. Use recipe.with_implementation('reference') for it; a recipe whose"
         " backward products fold scales, and a model of lb.nn.keep_codes, have no second derivatives at all."
     )

@@ -17,6 +17,7 @@ from lowbit_jax import rounding
 from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.formats.base import IntFormat, MidRiseFormat
 from lowbit_jax.ops import backend, coded_product, mx_product
+from lowbit_jax.ops.coder import Coder
 from lowbit_jax.ops.plane_tensor import PlaneTensor, affine_zero
 from lowbit_jax.ops.product import Forward
 from lowbit_jax.ops.recipe import LinearRecipe
@@ -54,15 +55,17 @@ class PackedProduct:
             return mx_product.why_not(self, lhs, rhs)
         return f"no kernel reads weights of {rhs.quantizer.format.name} in the layout {rhs.layout!r}"
 
-    def on_int8(self, lhs: Any, rhs: QTensor) -> bool:
-        """Whether XLA multiplies integers here, where no kernel runs."""
-        serves = coded_product.serves_packed
-        return self.recipe.implementation == "auto" and serves(self.recipe, self.forward, lhs, rhs, self.rotated)
+    def coder(self, lhs: Any, rhs: QTensor) -> Coder | None:
+        """What XLA multiplies codes by here, where no kernel runs; None where it multiplies their values."""
+        if self.recipe.implementation != "auto":
+            return None
+        return coded_product.coder_of_packed(self.recipe, self.forward, lhs, rhs, self.rotated)
 
 
 def _coded(product: PackedProduct, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:
-    assert scale is None, "`on_int8` takes no learned scales"
-    return coded_product.packed_product(product.recipe, product.forward, lhs, rhs, key)
+    coder = product.coder(lhs, rhs)
+    assert coder is not None and scale is None, "no coder takes learned scales"
+    return coded_product.packed_product(coder, product.recipe, product.forward, lhs, rhs, key)
 
 
 _MOST_OF_A_GROUP = 1024  # contraction indices that the 16-bit kernel writes out
@@ -150,7 +153,7 @@ def _through(product, lhs, rhs, key, scale):
     why_not = None if implementation == "reference" else product.why_not(lhs, rhs)
     if not planes and implementation == "interpret" and why_not is None:
         why_not = "raw Triton has no interpretation under JAX"
-    by_xla = _coded if implementation == "auto" and product.on_int8(lhs, rhs) else product.reference
+    by_xla = _coded if implementation == "auto" and product.coder(lhs, rhs) is not None else product.reference
     return backend.choose(
         functools.partial(_kernel if planes else mx_product.kernel, product),
         functools.partial(by_xla, product), lhs, rhs, key, scale,

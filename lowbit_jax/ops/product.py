@@ -12,7 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lowbit_jax.estimators.base import no_cotangent
-from lowbit_jax.ops import backend, int8
+from lowbit_jax.ops import backend
+from lowbit_jax.ops.coder import Coder
 from lowbit_jax.ops.merged import merge
 from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.recipe import Gemm, LinearRecipe, Side
@@ -114,14 +115,12 @@ def backward_operands(
             "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD"
             " or Requantized there, or quantize the weight inside the product."
         )
-    rotation = recipe.out.lhs.rotation if rotated and isinstance(recipe.out.lhs, Quantizer) else None
+    originals = original_operands(lhs, rhs, dims, recipe, rotated)
 
     def operand(side: Side, x: Array, axis: int, gemm: Gemm, key: Any) -> Any:
         quantizer = getattr(recipe.out, side)
-        if not gemm.reads_forward(side):
-            return x if rotation is None else rotation.apply(x, axis)
         if not gemm.fold:
-            return None
+            return originals[0 if side == "lhs" else 1]
         if side == "rhs" and recipe.rhs_ready:
             return _ready_elements(quantizer, x, axis)
         values, scale = quantizer.elements(lax.stop_gradient(x), axis=axis, key=key, scale=(scales or {}).get(side))
@@ -132,6 +131,19 @@ def backward_operands(
     return (
         operand("lhs", lhs, dims.lhs, recipe.grad_rhs, keys[0]),
         operand("rhs", rhs, dims.rhs, recipe.grad_lhs, keys[1]),
+    )
+
+
+def original_operands(
+    lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"], dims: Dims, recipe: LinearRecipe, rotated: bool
+) -> tuple[Any, Any]:
+    """The operands in high precision, in the space of the forward product, each where a backward product reads it, else
+    None."""
+    rotation = recipe.out.lhs.rotation if rotated and isinstance(recipe.out.lhs, Quantizer) else None
+    turned = lambda x, axis: x if rotation is None else rotation.apply(x, axis)
+    return (
+        None if recipe.grad_rhs.reads_forward("lhs") else turned(lhs, dims.lhs),
+        None if recipe.grad_lhs.reads_forward("rhs") else turned(rhs, dims.rhs),
     )
 
 
@@ -173,9 +185,11 @@ def _product_backward(forward, recipe, saved, g):
 
 
 def product_gradients(
-    forward: Forward, recipe: LinearRecipe, lhs_hat: Array, rhs_hat: Array, others: tuple[Any, Any], key: Any, g: Array
-) -> tuple[Array, Array]:
-    """Cotangents of both operands of `product`."""
+    forward: Forward, recipe: LinearRecipe, lhs_hat: Array, rhs_hat: Array, others: tuple[Any, Any], key: Any, g: Array,
+    coder: Coder | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Cotangents of both operands of `product`. With a coder, pairs in `others` are of its codes, and there is one for
+    each operand that a backward product takes as the forward quantized it."""
     lhs, rhs = others
     keys = (None, None) if key is None else jax.random.split(key)
     dims = forward.dims
@@ -185,16 +199,16 @@ def product_gradients(
     g_rhs_free = tuple(range(g.ndim - len(rhs_free), g.ndim))
 
     numbers = ((g_rhs_free, rhs_free), (batch, dims.rhs_batch))
-    if recipe.grad_lhs.fold and rhs_free:
-        dlhs = _folded_product(g, rhs, numbers, 0, recipe, forward.precision, lhs_hat.dtype, keys[0])
+    if rhs_free and _on_codes(recipe, 0, coder, g, rhs, numbers):
+        dlhs = _code_product(g, rhs, numbers, 0, recipe, forward.precision, lhs_hat.dtype, keys[0], coder)
     else:
         other = rhs_hat if recipe.grad_lhs.reads_forward("rhs") else rhs
         dlhs = _backward_product(g, other, numbers, recipe, recipe.grad_lhs, forward.precision, keys[0])
     dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)).tolist())
 
     numbers = ((lhs_free, g_lhs_free), (dims.lhs_batch, batch))
-    if recipe.grad_rhs.fold and lhs_free:
-        drhs = _folded_product(g, lhs, numbers, 1, recipe, forward.precision, lhs_hat.dtype, keys[1])
+    if lhs_free and _on_codes(recipe, 1, coder, g, lhs, numbers):
+        drhs = _code_product(g, lhs, numbers, 1, recipe, forward.precision, lhs_hat.dtype, keys[1], coder)
     else:
         other = lhs_hat if recipe.grad_rhs.reads_forward("lhs") else lhs
         drhs = _backward_product(other, g, numbers, recipe, recipe.grad_rhs, forward.precision, keys[1])
@@ -207,33 +221,61 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def _backward_product(lhs, rhs, numbers, recipe: LinearRecipe, gemm: Gemm, precision, key):
-    """One backward product: again a `dot_general` with a recipe, that of its own two operands."""
+    """One backward product: again a `dot_general` with a recipe, that of its own two operands. As there, the dtype is
+    that of lhs, whatever an original weight was quantized from."""
     from lowbit_jax.ops.dot_general import dot_general
 
-    common = jnp.promote_types(lhs.dtype, rhs.dtype)
     if not numbers[0][0]:  # an outer product: nothing is contracted, so nothing is quantized
-        return lax.dot_general(lhs.astype(common), rhs.astype(common), numbers, precision)
+        return lax.dot_general(lhs, rhs.astype(lhs.dtype), numbers, precision)
     own = LinearRecipe(
         out=Gemm(lhs=gemm.quantizer("lhs"), rhs=gemm.quantizer("rhs")), implementation=recipe.inherited_implementation
     )
-    return dot_general(lhs.astype(common), rhs.astype(common), numbers, precision, recipe=own, key=key)
+    return dot_general(lhs, rhs, numbers, precision, recipe=own, key=key)
 
 
-def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, dtype, key):
-    """Q(g s) . e, or e . Q(g s) with `side` 1, for the forward's operand s e: on the codes' values, which 16 bits hold
-    exactly, then times the cotangent's own scales. folded: (grid values or their integers as int8, scales)."""
+def _pair(recipe: LinearRecipe, side: int) -> tuple[Gemm, Quantizer]:
+    """The backward product that reads the forward's rhs (side 0) or lhs (side 1), and what quantizes that there."""
     gemm, kept = (recipe.grad_lhs, recipe.out.rhs) if side == 0 else (recipe.grad_rhs, recipe.out.lhs)
+    assert isinstance(kept, Quantizer)
+    return gemm, kept
+
+
+def _on_codes(recipe: LinearRecipe, side: int, coder: Coder | None, g: Array, other: Any, numbers: Any) -> bool:
+    """Whether a backward product multiplies grid values and scales its result: where it folds the scales of the
+    forward's operand, or where that has one, and a coder multiplies both operands' codes."""
+    gemm = recipe.grad_lhs if side == 0 else recipe.grad_rhs
+    if gemm.fold or coder is None or not isinstance(other, tuple):
+        return gemm.fold
+    gemm, kept = _pair(recipe, side)
+    cotangent, (codes, scale) = gemm.folded, other
+    if not isinstance(cotangent, Quantizer) or not coder.holds(cotangent, rotated=False) or cotangent.sparsity:
+        return False
+    fmt, other_fmt = cotangent.element_format, kept.element_format
+    assert fmt is not None and other_fmt is not None, "`holds` says so of others"
+    shapes, formats = (
+        ((g.shape, codes.shape), (fmt, other_fmt)) if side == 0 else ((codes.shape, g.shape), (other_fmt, fmt))
+    )
+    return scale.size == 1 and coder.multiplies(*shapes, formats, numbers)
+
+
+def _code_product(g, other, numbers, side, recipe: LinearRecipe, precision, dtype, key, coder):
+    """Q(g s) . e, folded, or (Q(g) . e) s, or with `side` 1 their factors in the other order, for the forward's operand
+    s e: on the codes' values, which 16 bits hold exactly, then times the cotangent's own scales. other: (grid values or
+    the coder's codes of them, scales)."""
+    gemm, kept = _pair(recipe, side)
     quantizer = gemm.folded
-    assert isinstance(quantizer, Quantizer) and isinstance(kept, Quantizer)
-    values, scales = folded
+    assert isinstance(quantizer, Quantizer)
+    values, scales = other
     contracted, batch = numbers[0][side], numbers[1][side]
     order = (*numbers[1][1 - side], *numbers[0][1 - side])
-    along = [1] * g.ndim
-    for axis, size in zip((*batch, *contracted), (scales.shape[a] for a in order), strict=True):
-        along[axis] = size
-    other_axes = [a for a in range(scales.ndim) if a not in order]
-    assert all(scales.shape[a] == 1 for a in other_axes), "one scale a row or a tensor"
-    weighted = once_differentiable(g).astype(jnp.float32) * jnp.transpose(scales, (*order, *other_axes)).reshape(along)
+    weighted = once_differentiable(g).astype(jnp.float32)
+    if gemm.fold:
+        along = [1] * g.ndim
+        for axis, size in zip((*batch, *contracted), (scales.shape[a] for a in order), strict=True):
+            along[axis] = size
+        other_axes = [a for a in range(scales.ndim) if a not in order]
+        assert all(scales.shape[a] == 1 for a in other_axes), "one scale a row or a tensor"
+        weighted = weighted * jnp.transpose(scales, (*order, *other_axes)).reshape(along)
     whole_rows = isinstance(quantizer.tiling, PerRow | PerTensor)
     whole_rows &= quantizer.rotation is None and quantizer.sparsity is None
     if whole_rows:
@@ -242,10 +284,12 @@ def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, d
         merged, axis, restore = merge(weighted, contracted)
         codes, own = restore(quantizer(merged, axis=axis, key=key)), None
     pair = (codes, values) if side == 0 else (values, codes)
-    grids = [q.element_format or q.format for q in (quantizer, kept)]  # the latter is not read where it is no int8
+    grids = [q.element_format or q.format for q in (quantizer, kept)]  # the latter is not read where it is no code
     formats = (grids[0], grids[1]) if side == 0 else (grids[1], grids[0])
-    coded = values.dtype == jnp.int8 and own is not None and int8.makes_int8(quantizer, rotated=False)
-    out = _grid_product(pair, formats, numbers, precision, dtype if whole_rows else jnp.float32, coded)
+    both = coder if own is not None and coder is not None and coder.holds(quantizer, rotated=False) else None
+    out = _grid_product(pair, formats, numbers, precision, dtype if whole_rows else jnp.float32, coder, both)
+    if not gemm.fold:
+        out = out * scales.reshape(())
     if own is None:
         return out
     free = [1] * (values.ndim - len(order))
@@ -254,12 +298,15 @@ def _folded_product(g, folded, numbers, side, recipe: LinearRecipe, precision, d
     return out * own.reshape([*sizes[:at], *free, *sizes[at:]])
 
 
-def _grid_product(pair, formats, numbers, precision, dtype, coded: bool) -> Float[Array, "*out"]:
-    """The product of two arrays of grid values, or of their integers as int8; coded: both may be multiplied as int8."""
-    if coded and int8.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
-        integers = lambda x, fmt: x if x.dtype == jnp.int8 else int8.to_int8(x, fmt)
-        a, b = map(integers, pair, formats)
-        return int8.product(a, b, formats, numbers)
-    values = lambda x, fmt: (int8.from_int8(x, fmt) if x.dtype == jnp.int8 else x).astype(dtype)
+def _grid_product(
+    pair: tuple[Array, Array], formats: Any, numbers: Any, precision: Any, dtype: Any, coder: Coder | None,
+    both: Coder | None,
+) -> Float[Array, "*out"]:  # fmt: skip
+    """The product of two arrays of grid values, or of the coder's codes of them; both: it holds both."""
+    coded = lambda x: coder is not None and x.dtype != jnp.float32
+    if both is not None and both.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
+        a, b = (x if coded(x) else both.encode(x, fmt) for x, fmt in zip(pair, formats, strict=True))
+        return both.product(a, b, formats, numbers, precision)
+    values = lambda x, fmt: (coder.decode(x, fmt) if coder is not None and coded(x) else x).astype(dtype)
     a, b = map(values, pair, formats)
     return lax.dot_general(a, b, numbers, precision, jnp.float32)
