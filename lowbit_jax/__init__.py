@@ -30,6 +30,7 @@ from lowbit_jax.ops import (
     conv_general_dilated,
     dot_general,
     einsum,
+    ragged_dot,
 )
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer, block_quantizer
@@ -67,6 +68,7 @@ __all__ = [
     "quantize",
     "quest",
     "quest_quantizer",
+    "ragged_dot",
     "rotation",
     "rounding",
     "scaling",

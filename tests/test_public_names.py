@@ -7,7 +7,7 @@ import lowbit_jax as lb
 
 CALLABLES = (
     "Quantizer quest_quantizer QTensor LinearRecipe Gemm Requantized quest dot_general einsum conv_general_dilated"
-    " quantize convert explain calibrate check_finite"
+    " ragged_dot quantize convert explain calibrate check_finite"
 ).split()
 ROOMS = "formats rounding coding packing scaling rotation sparsity estimators ops methods nn optim parallel".split()
 

@@ -4,6 +4,7 @@ import lowbit_jax.ops.exported  # noqa: F401  # makes jax.export know packed wei
 from lowbit_jax.ops.conv import conv_general_dilated
 from lowbit_jax.ops.dot_general import dot_general, pack_rhs, quantize_rhs
 from lowbit_jax.ops.einsum import einsum
+from lowbit_jax.ops.ragged_dot import ragged_dot
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe, Requantized
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "einsum",
     "pack_rhs",
     "quantize_rhs",
+    "ragged_dot",
 ]
