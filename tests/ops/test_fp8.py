@@ -154,7 +154,7 @@ def test_no_second_derivative(key, tensor_cores):
 
 
 def test_over_a_mesh(key, tensor_cores):
-    """XLA cuts the product: the activation over data, the weight over its outputs; one scale a tensor is of all parts."""
+    """XLA cuts the product, the activation over data, the weight over its outputs; a scale is of all parts."""
     lhs, rhs, numbers = operands(key, "tokens")
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     put = lambda x, *spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
