@@ -129,9 +129,15 @@ class Quantizer:
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
     ) -> Float[Array, "*s"]:
         """Fake quantization without the way back: float32, for a product whose other operand is rotated alike."""
+        return self.with_scale(x, axis=axis, key=key, scale=scale)[0]
+
+    def with_scale(
+        self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
+    ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"]]:
+        """`in_rotated_space`, and the scales in the view of the tiling, which gradients do not pass."""
         h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale)
         out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale, zero)
-        return join(cast(Array, out), h.shape)  # `jax.custom_vjp` hides the type
+        return join(cast(Array, out), h.shape), lax.stop_gradient(scale)  # `jax.custom_vjp` hides the type
 
     def elements(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lowbit_jax.nn.site import Site
 from lowbit_jax.ops import LinearRecipe, integer_product
 from lowbit_jax.ops.backend import available, sees_gpu, takes_kernel
+from lowbit_jax.ops.coder import keeps_scale
 from lowbit_jax.ops.packed_product import PackedProduct, fused_options, has_kernel, kernel_name, uses_int8
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.product import Dims, Forward
@@ -53,7 +54,8 @@ def _of_training(recipe: LinearRecipe, site: Site, dtype: Any) -> str | None:
     columns = max(1, _count(site) // max(1, site.length))
     lhs: Any = jax.ShapeDtypeStruct((1, site.length), dtype)  # shapes and dtypes are all that is asked
     rhs: Any = jax.ShapeDtypeStruct((site.length, columns), jnp.float32)
-    reason = integer_product.why_not(recipe, _forward(Dims(1, 0, (), ()), dtype), lhs, rhs)
+    scale: Any = jax.ShapeDtypeStruct((1, columns), jnp.float32) if recipe.rhs_ready and keeps_scale(recipe) else None
+    reason = integer_product.why_not(recipe, _forward(Dims(1, 0, (), ()), dtype), lhs, rhs, scale)
     return "matmul_i8" if reason is None else None
 
 

@@ -10,7 +10,7 @@ from lowbit_jax.nn.linen import Quantization, quantization_of, with_quantization
 from lowbit_jax.nn.linen_layers import missing_scale
 from lowbit_jax.nn.linen_sites import packable_sites, with_layers
 from lowbit_jax.nn.site import Site, stacked
-from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
+from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
 from lowbit_jax.ops import LinearRecipe
 
 
@@ -50,7 +50,7 @@ def prepare(model: linen.Module, variables: Any = None, *args: Any, **kwargs: An
             raise ValueError(missing_scale("lb.nn.prepare", site.path, "rhs"))
         kernel, others = linen.meta.unbox((layer["kernel"], {"scale": scale}))
         function = lambda kernel, others: ready_weight(kernel, recipe, site, key=key, **others)
-        return layer | {"kernel": PreparedKernel(stacked(function, kernel, site)(kernel, others))}
+        return layer | {"kernel": stacked(function, kernel, site)(kernel, others)}
 
     policy = quantization_of(model).policy
     return with_quantization(model, Quantization(policy, form="ready")), with_layers(variables, sites, ready)

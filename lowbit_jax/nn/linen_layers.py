@@ -27,8 +27,9 @@ from lowbit_jax.nn.site import (
     initial_activation_scale,
     initial_weight_scale,
 )
-from lowbit_jax.nn.weight import PreparedKernel, to_nearest
+from lowbit_jax.nn.weight import to_nearest
 from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.qtensor import QTensor
 
 

@@ -33,8 +33,8 @@ from lowbit_jax.nn.site import (
     fitted_scale,
     initial_scales,
 )
-from lowbit_jax.nn.weight import PreparedKernel
 from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.qtensor import QTensor
 
 

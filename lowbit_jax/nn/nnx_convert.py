@@ -27,7 +27,7 @@ from lowbit_jax.nn.nnx import (
 )
 from lowbit_jax.nn.product import Product
 from lowbit_jax.nn.site import called, stacked
-from lowbit_jax.nn.weight import PreparedKernel, Storage, packed_stack, ready_weight, to_nearest
+from lowbit_jax.nn.weight import Storage, packed_stack, ready_weight, to_nearest
 
 
 def convert(model: nnx.Module, storage: Storage, grams: Mapping[str, Array] = MappingProxyType({})) -> nnx.Module:
@@ -77,7 +77,7 @@ def prepare(model: nnx.Module) -> nnx.Module:
         key = _draw(_held(layer).rngs) if product.recipe.needs_key else None
         kernel, others = layer.kernel.get_value(), {"scale": _weight_scale(layer), "key": key}
         ready = lambda kernel, others: ready_weight(kernel, product.recipe, product.site, **others)
-        prepared = PreparedKernel(stacked(ready, kernel, product.site)(kernel, others))
+        prepared = stacked(ready, kernel, product.site)(kernel, others)
         layer.kernel = PreparedWeight.from_metadata(prepared, layer.kernel.get_metadata())
         _replace(layer, dataclasses.replace(product, recipe=product.recipe.with_rhs_ready()), drop=("rhs_scale",))
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lowbit_jax.nn.site import Site, naming
-from lowbit_jax.nn.weight import PreparedKernel, convolution_weight
+from lowbit_jax.nn.weight import convolution_weight
 from lowbit_jax.ops import LinearRecipe, conv_general_dilated, dot_general
 from lowbit_jax.ops.einsum import parse
+from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.qtensor import QTensor
 
 
@@ -36,13 +37,13 @@ class Product:
         with jax.named_scope(self.site.tag), naming(self.site.path):
             return _COMPUTE[self.site.kind](self.site, *args, **given, recipe=self.recipe, key=key, scales=scales)
 
-    def _prepared(self, kernel: PreparedKernel) -> Array:
+    def _prepared(self, kernel: PreparedKernel) -> Array | PreparedKernel:
         if not self.recipe.rhs_ready:
             raise ValueError(
                 f"the layer {self.site.path!r} got a weight from lb.nn.prepare, and is of a model that is not prepared."
                 " Use the model that prepare answers with, or the weights that it was given."
             )
-        return kernel.values
+        return kernel.values if self.site.kind == "conv_general_dilated" else kernel
 
 
 def _einsum(site: Site, spec: str, lhs: Array, rhs: Array | QTensor, *, recipe, out_sharding=None, **options) -> Array:

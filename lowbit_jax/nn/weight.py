@@ -13,43 +13,16 @@ from jaxtyping import Array, Float
 
 from lowbit_jax import packing, rounding
 from lowbit_jax.nn.site import Site, operand, stacked
-from lowbit_jax.ops import LinearRecipe, pack_rhs, quantize_rhs
+from lowbit_jax.ops import LinearRecipe, pack_rhs
 from lowbit_jax.ops.backend import IMPLEMENTATIONS, sees_gpu
+from lowbit_jax.ops.dot_general import prepare_rhs
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import LAYOUT as PLANES
 from lowbit_jax.ops.plane_tensor import to_planes, why_not
+from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.rotation import Hadamard, largest_block
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class PreparedKernel:
-    """What `lb.nn.prepare` leaves of a weight: rotated and quantized, of the same shape and dtype.
-
-    A node of its own in the tree, so that its gradient, which belongs to this array and not to the weight, fits no
-    parameter and no optimizer of the model."""
-
-    values: Float[Array, "*s"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.values.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.values.dtype
-
-    def __radd__(self, weight: Any) -> Any:  # where optax adds an update to a weight
-        raise TypeError(
-            "lb.nn.prepare: this gradient is of the prepared weight, which is rotated and quantized, and not of the"
-            " weight. Call prepare inside the function that is differentiated, and differentiate by the model itself."
-        )
 
 
 def ready_weight(
@@ -59,15 +32,15 @@ def ready_weight(
     *,
     scale: Array | None = None,
     key: Array | None = None,
-) -> Float[Array, "*s"]:
+) -> PreparedKernel:
     """The weight as the product uses it, for `recipe.with_rhs_ready()`; differentiable, same shape and dtype."""
     if site.kind != "conv_general_dilated":
-        return quantize_rhs(kernel, site.numbers, recipe, scale=scale, key=key)
+        return prepare_rhs(kernel, site.numbers, recipe, scale=scale, key=key)
     if recipe.out.rhs is None or recipe.rhs_ready:
-        return kernel
+        return PreparedKernel(kernel)
     quantizer = channel_rotation(operand(recipe, "rhs"), kernel.shape[-2])
     function = quantizer.in_rotated_space if recipe.shared_rotation else quantizer
-    return function(kernel, axis=site.contract, scale=scale, key=key).astype(kernel.dtype)
+    return PreparedKernel(function(kernel, axis=site.contract, scale=scale, key=key).astype(kernel.dtype))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from lowbit_jax import rounding
 from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import fp8, int8
@@ -25,13 +26,17 @@ from lowbit_jax.ops.product import Dims, Forward, original_operands, plain_gradi
 from lowbit_jax.ops.recipe import FORWARD, LinearRecipe
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
+from lowbit_jax.scaling.fit import reciprocal
 
 _CODERS: tuple[Coder, ...] = (int8, fp8)
 
 
-def coder_of(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rotated: bool) -> Coder | None:
-    """What multiplies the operands' codes here, if their scales leave the sum and it is faster."""
-    if recipe.implementation != "auto" or recipe.rhs_ready:
+def coder_of(
+    recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rhs_scale: Array | None, rotated: bool
+) -> Coder | None:
+    """What multiplies the operands' codes here, if their scales leave the sum and it is faster. rhs_scale: of a weight
+    that came quantized."""
+    if recipe.implementation != "auto" or (recipe.rhs_ready and rhs_scale is None):
         return None
     return _coder(recipe.forward_quantizers, forward, lhs.shape, rhs.shape, rotated)
 
@@ -78,6 +83,7 @@ def coded_product(
     recipe: LinearRecipe,
     lhs: Float[Array, "*lhs"],
     rhs: Float[Array, "*rhs"],
+    rhs_scale: Float[Array, "*#rhs"] | None,
     rotated: bool,
     keys: tuple[Any, Any, Any],
 ) -> Float[Array, "*out"]:
@@ -85,7 +91,10 @@ def coded_product(
     q_lhs, q_rhs = recipe.forward_quantizers
     assert q_lhs is not None and q_rhs is not None
     a = cast(Any, _operand(q_lhs, forward.dims.lhs, lhs, keys[0]))  # `jax.custom_vjp` hides the type
-    b = cast(Any, _operand(q_rhs, forward.dims.rhs, rhs, keys[1]))
+    if rhs_scale is None:
+        b = cast(Any, _operand(q_rhs, forward.dims.rhs, rhs, keys[1]))
+    else:
+        b = cast(Any, _ready(_formats(q_lhs, q_rhs)[1], rhs, rhs_scale))
     others = original_operands(lhs, rhs, forward.dims, recipe, rotated)
     return cast(Array, _product(coder, forward, recipe, jnp.dtype(lhs.dtype), a, b, others, keys[2]))
 
@@ -112,6 +121,25 @@ def _operand_backward(quantizer, axis, saved, g):
 
 
 _operand.defvjp(_operand_forward, _operand_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ready(fmt: Format, x_hat: Float[Array, "*s"], scale: Array) -> tuple[Array, Array]:
+    """Grid values and scales of an operand that came quantized, whose cotangent is that of their product."""
+    return rounding.nearest(x_hat.astype(jnp.float32) * reciprocal(scale), fmt), scale
+
+
+def _ready_forward(fmt, x_hat, scale):
+    x_hat = once_differentiable(x_hat)
+    return _ready(fmt, x_hat, scale), (np.zeros((0,), x_hat.dtype), scale)
+
+
+def _ready_backward(fmt, saved, g):
+    like, scale = saved
+    return lax.convert_element_type(g[0], like.dtype), jnp.zeros_like(scale)
+
+
+_ready.defvjp(_ready_forward, _ready_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

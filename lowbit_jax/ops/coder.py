@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from lowbit_jax import rounding
 from lowbit_jax.formats.base import Format
+from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.rotation import Hadamard
 from lowbit_jax.scaling import PerRow, PerTensor
@@ -35,6 +36,12 @@ class Coder(Protocol):
     ) -> Float[Array, "*out"]:
         """`lax.dot_general` of the grid values that the codes stand for, float32."""
         ...
+
+
+def keeps_scale(recipe: LinearRecipe) -> bool:
+    """Whether a weight that comes quantized for this recipe brings scales that are all that its codes lack."""
+    quantizer = recipe.forward_quantizers[1]
+    return quantizer is not None and not quantizer.learned and leaves_the_sum(quantizer, recipe.shared_rotation)
 
 
 def leaves_the_sum(quantizer: Quantizer, rotated: bool) -> bool:

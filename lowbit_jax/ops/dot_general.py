@@ -16,13 +16,16 @@ from jaxtyping import Array, Float
 
 from lowbit_jax.gptq import gptq
 from lowbit_jax.ops import backend, coded_product, integer_product
+from lowbit_jax.ops.coder import keeps_scale
 from lowbit_jax.ops.merged import as_rhs_lies, merge, merged_axis, merged_batch
 from lowbit_jax.ops.packed_product import PackedProduct, has_kernel
 from lowbit_jax.ops.plane_tensor import PlaneTensor
+from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.ops.product import Dims, Forward, backward_operands, plain_product, product
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.ops.varying import vary_alike
 from lowbit_jax.qtensor import QTensor
+from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.rounding import check_key
 
 DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
@@ -31,7 +34,7 @@ DimensionNumbers = tuple[tuple[Any, Any], tuple[Any, Any]]
 
 def dot_general(
     lhs: Float[Array, "*lhs"],
-    rhs: Float[Array, "*rhs"] | QTensor,
+    rhs: Float[Array, "*rhs"] | QTensor | PreparedKernel,
     dimension_numbers: DimensionNumbers,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -58,6 +61,9 @@ def dot_general_of(
 ) -> Float[Array, "*out"]:  # fmt: skip
     """`dot_general`, called by `who`, whose name starts the errors about its arguments."""
     _check_recipe(who, recipe)
+    rhs_scale = None
+    if isinstance(rhs, PreparedKernel):
+        rhs, rhs_scale = rhs.values, rhs.scale if recipe.rhs_ready else None
     check_operands(who, lhs, rhs, key)
     learned = checked_scales(who, recipe, scales, packed=isinstance(rhs, QTensor))
     out_dtype = lhs.dtype if preferred_element_type is None else _dtype(who, preferred_element_type)
@@ -65,7 +71,7 @@ def dot_general_of(
     lhs_key, rhs_key, backward_key = (None, None, None) if key is None else jax.random.split(key, 3)
     rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
     forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
-    lhs, rhs, learned = vary_alike(lhs, rhs, learned)
+    lhs, rhs, learned, rhs_scale = vary_alike(lhs, rhs, learned, rhs_scale)
     by_name = recipe.implementation in ("kernel", "interpret")
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
@@ -74,15 +80,15 @@ def dot_general_of(
         product_of = packed if by_kernel else functools.partial(_packed_by_xla, packed)
         return product_of(lhs, rhs, lhs_key, learned.get("lhs"))
     if by_name or (recipe.implementation == "auto" and backend.takes_kernel(lhs, rhs)):
-        reason = integer_product.why_not(recipe, forward, lhs, rhs)
+        reason = integer_product.why_not(recipe, forward, lhs, rhs, rhs_scale)
         if reason is None:
-            return integer_product.IntegerProduct(forward, recipe)(lhs, rhs)
+            return integer_product.IntegerProduct(forward, recipe)(lhs, rhs, rhs_scale)
         if by_name:
             raise NotImplementedError(f"{who}: no integer product for this recipe: {reason}.")
-    coder = coded_product.coder_of(recipe, forward, lhs, rhs, rotated)
+    coder = coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated)
     if coder is not None:
         keys = (lhs_key, rhs_key, backward_key)
-        return coded_product.coded_product(coder, forward, recipe, lhs, rhs, rotated, keys)
+        return coded_product.coded_product(coder, forward, recipe, lhs, rhs, rhs_scale, rotated, keys)
     lhs_hat = _operand(recipe.out.lhs, lhs, dims.lhs, rotated, lhs_key, learned.get("lhs"))
     if recipe.rhs_ready:
         rhs_hat = rhs
@@ -116,12 +122,30 @@ def quantize_rhs(
 
     Quantize once, then run many microbatches with `recipe.with_rhs_ready()` and pull their summed gradient back through
     this function once."""
+    return prepare_rhs(rhs, dimension_numbers, recipe, key=key, scale=scale).values
+
+
+def prepare_rhs(
+    rhs: Float[Array, "*rhs"],
+    dimension_numbers: DimensionNumbers,
+    recipe: LinearRecipe,
+    *,
+    key: Array | None = None,
+    scale: Array | None = None,
+) -> PreparedKernel:
+    """`quantize_rhs` with the scales, where these are all that the codes lack, so that products may multiply codes."""
     _check_recipe("quantize_rhs", recipe)
-    if recipe.out.rhs is None or recipe.rhs_ready:
-        return rhs
+    quantizer = recipe.out.rhs
+    if quantizer is None or recipe.rhs_ready:
+        return PreparedKernel(rhs)
     _check_weight("quantize_rhs", rhs)
     merged, axis, restore = merge(rhs, _rhs_axes("quantize_rhs", dimension_numbers, rhs.ndim))
-    return restore(_operand(recipe.out.rhs, merged, axis, recipe.shared_rotation, key, scale)).astype(rhs.dtype)
+    rotated, own = recipe.shared_rotation, None
+    if isinstance(quantizer, Quantizer) and keeps_scale(recipe):
+        values, own = quantizer.with_scale(merged, axis=axis, key=key)
+    else:
+        values = _operand(quantizer, merged, axis, rotated, key, scale)
+    return PreparedKernel(restore(values).astype(rhs.dtype), own)
 
 
 def pack_rhs(

@@ -7,8 +7,8 @@ one bit an element that says whether its gradient passes: a quarter to a half of
 products multiply the cotangent by the codes' values in 16 bits or, where the recipe folds the codes' scales into a
 quantized cotangent, codes by codes again; then mask and rotate back.
 
-A weight that came quantized (`rhs_ready`) brings no codes: then the activation alone goes through the kernels, and the
-products are XLA's, in 16 bits.
+The codes of a weight that came quantized (`rhs_ready`) are its values over its scales; without these the activation
+alone goes through the kernels, and the products are XLA's, in 16 bits.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from lowbit_jax.ops.product import Forward
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import FLOAT32, PerRow, absmax
+from lowbit_jax.scaling.fit import reciprocal
 
 _PACK_UP_TO = 4  # bits; wider codes are kept as int8
 _TERMS = (2**31 - 1) // 2**14  # of a sum of int8 products that cannot overflow int32
@@ -47,12 +48,18 @@ class IntegerProduct:
     forward: Forward
     recipe: LinearRecipe
 
-    def __call__(self, lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"]) -> Float[Array, "*out"]:
-        return _through(self, lhs, rhs)
+    def __call__(
+        self, lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"], rhs_scale: Array | None = None
+    ) -> Float[Array, "*out"]:
+        """rhs_scale: of a weight that came quantized."""
+        return _through(self, lhs, rhs, rhs_scale)
 
 
-def why_not(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array) -> str | None:
-    """Why the fused kernels do not do this product; None when they do."""
+def why_not(
+    recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rhs_scale: Array | None = None
+) -> str | None:
+    """Why the fused kernels do not do this product; None when they do. rhs_scale: of a weight that came quantized."""
+    in_floats = recipe.rhs_ready and rhs_scale is None
     q_lhs, q_rhs = recipe.out.lhs, recipe.out.rhs
     if not backend.available():
         return "the package pallas_kernels is not installed"
@@ -61,12 +68,12 @@ def why_not(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array) -> s
     if q_lhs.rotation != q_rhs.rotation:
         return "the operands are rotated differently"
     sides = [(q_lhs, lhs, forward.dims.lhs), (q_rhs, rhs, forward.dims.rhs)]
-    for q, x, axis in sides[:1] if recipe.rhs_ready else sides:
+    for q, x, axis in sides[:1] if in_floats else sides:
         if fused_options(q, x.shape[axis]) is None:
             return f"the kernel quantizes to uniform grids by rms for rows of a multiple of 128, not {q.explain()}"
         if not isinstance(q.estimator, Trust) or q.estimator.limits(q.format)[0] != -q.estimator.limits(q.format)[1]:
             return "its gradients are not by the trust estimator with one limit for both signs"
-    if recipe.rhs_ready and not recipe.plain_backward:
+    if in_floats and not recipe.plain_backward:
         return "its backward products are quantized, and the weight was before, so that its codes are not at hand"
     for gemm, plain in ((recipe.grad_lhs, Gemm(rhs=FORWARD)), (recipe.grad_rhs, Gemm(lhs=FORWARD))):
         if gemm != plain and not (gemm.fold and _to_int8(gemm.folded)):
@@ -77,9 +84,9 @@ def why_not(recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array) -> s
         return "it asks for an output sharding"
     if lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the activation is {lhs.dtype}, and integer products serve bfloat16 and float16"
-    if not recipe.rhs_ready and (reason := backend.why_not_dtype("the weight", rhs.dtype)):
+    if not in_floats and (reason := backend.why_not_dtype("the weight", rhs.dtype)):
         return reason
-    if not recipe.rhs_ready and (reason := backend.why_not_dtype("the result", forward.out_dtype)):
+    if not in_floats and (reason := backend.why_not_dtype("the result", forward.out_dtype)):
         return reason
     if not lhs.size or not rhs.size:
         return "an operand is empty"
@@ -104,32 +111,38 @@ def _to_int8(quantizer: Any) -> bool:
 
 
 class _Kept(NamedTuple):
-    """An operand in the backward. codes: words up to 4 bits, else int8; both [rows, length]. mask: trust bits."""
+    """An operand in the backward. codes: words up to 4 bits, else int8, as are those of a weight that came quantized;
+    both [rows, length]. mask: trust bits, None for such a weight."""
 
     codes: Any
     scales: Float[Array, "rows"]
-    mask: Int8[Array, "blocks rows 32"]
+    mask: Int8[Array, "blocks rows 32"] | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _through(product, lhs, rhs):
-    return _kept_forward(product, lhs, rhs)[0]
+def _through(product, lhs, rhs, rhs_scale):
+    return _kept_forward(product, lhs, rhs, rhs_scale)[0]
 
 
-def _forward(product, lhs, rhs):
-    return _kept_forward(product, *once_differentiable((lhs, rhs)))
+def _forward(product, lhs, rhs, rhs_scale):
+    lhs, rhs = once_differentiable((lhs, rhs))
+    y, kept = _kept_forward(product, lhs, rhs, rhs_scale)
+    return y, (*kept, rhs_scale)
 
 
-def _kept_forward(product, lhs, rhs):
+def _kept_forward(product, lhs, rhs, rhs_scale):
     dims, out, out_dtype = product.forward.dims, product.recipe.out, product.forward.out_dtype
     x, x_kept = _quantized(product.recipe, out.lhs, _rows(lhs, dims.lhs))
-    if product.recipe.rhs_ready:
-        w, w_kept = None, rhs.astype(lhs.dtype)
+    if product.recipe.rhs_ready and rhs_scale is None:
+        w_kept = rhs.astype(lhs.dtype)
         x_hat = _values(x_kept, out.lhs, x.codes.shape, lhs.dtype)
         lhs_hat = _array(x_hat, lhs.shape, dims.lhs, 1)
         y = product.forward(lhs_hat, w_kept)
     else:
-        w, w_kept = _quantized(product.recipe, out.rhs, _rows(rhs, dims.rhs))
+        if rhs_scale is None:
+            w, w_kept = _quantized(product.recipe, out.rhs, _rows(rhs, dims.rhs))
+        else:
+            w, w_kept = _coded(out.rhs, _rows(rhs, dims.rhs), jnp.moveaxis(rhs_scale, dims.rhs, -1).reshape(-1))
         multiply = functools.partial(
             backend.matmul_i8, x_offset=_offset(out.lhs), w_offset=_offset(out.rhs), out_dtype=out_dtype
         )
@@ -140,7 +153,7 @@ def _kept_forward(product, lhs, rhs):
 
 
 def _backward(product, saved, g):
-    x, w, (lhs, rhs) = saved
+    x, w, (lhs, rhs), rhs_scale = saved
     dims, recipe, dtype = product.forward.dims, product.recipe, lhs.dtype
     lhs_shape, rhs_shape = lhs.shape[1:], rhs.shape[1:]
     length = lhs_shape[dims.lhs]
@@ -148,7 +161,7 @@ def _backward(product, saved, g):
     g = once_differentiable(g).reshape(m, n)
     exact = functools.partial(lax.dot_general, precision=product.forward.precision)
     both = _both_ways(recipe, g, x, w) if recipe.grad_lhs.fold and recipe.grad_rhs.fold else None
-    if recipe.rhs_ready:
+    if recipe.rhs_ready and rhs_scale is None:
         w_hat = jnp.moveaxis(w, dims.rhs, -1).reshape(n, length)
         dx = exact(g.astype(dtype), w_hat, (((1,), (0,)), ((), ())))
     elif recipe.grad_lhs.fold:
@@ -167,10 +180,11 @@ def _backward(product, saved, g):
         dw = exact(g.astype(dtype), _values(x, recipe.out.lhs, (m, length), dtype), (((0,), (0,)), ((), ())))
     at = _leads(lhs_shape, dims.lhs)
     dlhs = _array(_returned(recipe, recipe.out.lhs, dx, x.mask, dtype, at), lhs_shape, dims.lhs, at)
+    none = None if rhs_scale is None else jnp.zeros_like(rhs_scale)
     if recipe.rhs_ready:
-        return dlhs, _array(dw.astype(rhs.dtype), rhs_shape, dims.rhs, 1)
+        return dlhs, _array(dw.astype(rhs.dtype), rhs_shape, dims.rhs, 1), none
     at = _leads(rhs_shape, dims.rhs)
-    return dlhs, _array(_returned(recipe, recipe.out.rhs, dw, w.mask, rhs.dtype, at), rhs_shape, dims.rhs, at)
+    return dlhs, _array(_returned(recipe, recipe.out.rhs, dw, w.mask, rhs.dtype, at), rhs_shape, dims.rhs, at), none
 
 
 _through.defvjp(_forward, _backward)
@@ -192,6 +206,20 @@ def _quantized(recipe: LinearRecipe, quantizer: Quantizer, x: Float[Array, "m k"
     kernel = functools.partial(backend.hadamard_quantize, **options, trust=trust, packed=packed)
     made = _run(recipe, kernel, x)
     return made, _Kept(made.words if packed else made.codes, made.scales, made.mask)
+
+
+class _Codes(NamedTuple):
+    """What the fused kernel answers, as far as a product reads it."""
+
+    codes: Int8[Array, "rows length"]
+    scales: Float[Array, "rows"]
+    sums: Any
+
+
+def _coded(quantizer: Quantizer, w_hat: Float[Array, "n k"], scales: Float[Array, "n"]) -> tuple[_Codes, _Kept]:
+    """The same of the rows of a weight that came quantized: its values over their scales are codes already."""
+    codes = jnp.round(w_hat.astype(jnp.float32) * reciprocal(scales)[:, None] - _offset(quantizer)).astype(jnp.int8)
+    return _Codes(codes, scales, jnp.sum(codes.astype(jnp.int32), axis=1)), _Kept(codes, scales, None)
 
 
 def _returned(recipe: LinearRecipe, quantizer: Quantizer, g: Array, mask: Array, dtype: Any, axis: int) -> Array:
@@ -250,7 +278,7 @@ def _integers(kept: _Kept, quantizer: Quantizer, shape: tuple[int, int]) -> tupl
 
 def _codes(kept: _Kept, quantizer: Quantizer, shape: tuple[int, int]) -> Int8[Array, "rows length"]:
     bits = quantizer.format.bits
-    if bits > _PACK_UP_TO:
+    if not isinstance(kept.codes, tuple):
         return kept.codes
     return backend.unpack_planes(kept.codes, bits, *shape).astype(jnp.int8) - jnp.int8(1 << (bits - 1))
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 import lowbit_jax as lb
 from lowbit_jax.ops import int8
-from lowbit_jax.ops.dot_general import pack_rhs
+from lowbit_jax.ops.dot_general import pack_rhs, prepare_rhs
 from lowbit_jax.sparsity import NofM
 
 pytestmark = pytest.mark.skipif(
@@ -123,6 +123,42 @@ def test_int8_backward_products_are_those_of_float32(key, layout, fmt):
         # y differs in its last bits, and with it, at a tie, a code of the cotangent: one part in 127 of one term
         np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max())
         assert np.mean(np.abs(a - b)) < 2e-4 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(("layout", "fmt", "backward"), [
+    *((layout, "midrise4", None) for layout in NUMBERS if layout not in ("one row", "a vector")),
+    *(("tokens", fmt, 8) for fmt in ("midrise1", "midrise8", "int8", "ternary", "e2m1")),
+])  # fmt: skip
+def test_a_weight_that_came_quantized_is_multiplied_as_int8(key, layout, fmt, backward):
+    """Its codes are its values over its scales: the product and the gradients of one that is quantized inside."""
+    lhs, rhs, numbers = operands(key, layout)
+    quantizer = lb.methods.quest_quantizer(format=lb.formats.get(fmt), block=16)
+    recipe = dataclasses.replace(lb.quest(4, backward=backward), out=lb.Gemm(lhs=quantizer, rhs=quantizer))
+    prepare = jax.jit(lambda rhs: prepare_rhs(rhs, numbers, recipe))
+    product = lambda lhs, ready: lb.dot_general(lhs, ready, numbers, "highest", recipe=recipe.with_rhs_ready())
+
+    @jax.jit
+    def once(lhs, rhs):
+        ready, through = jax.vjp(prepare, rhs)
+        y, back = jax.vjp(product, lhs, ready)
+        dlhs, dready = back(y)
+        return y, dlhs, *through(dready)
+
+    assert int8_products(jax.jit(product).lower(lhs, prepare(rhs)).as_text()) >= 1
+    for a, b in zip(once(lhs, rhs), with_gradients(lhs, rhs, numbers, recipe), strict=True):
+        np.testing.assert_allclose(a, b, atol=(2e-2 if backward else 2e-5) * np.abs(b).max())
+
+
+def test_which_weights_bring_their_scales():
+    """Not those of groups, of learned scales, of a rotation that is undone."""
+    w = jax.random.normal(jax.random.key(0), (64, 10))
+    scale_of = lambda recipe: (
+        prepare_rhs(w, NUMBERS["matrix"][2], recipe, scale=recipe.learned and jnp.ones(()) or None).scale
+    )
+    for recipe in (lb.quest(4), lb.quest(4, sparsity="2:4"), lb.methods.fp8(), lb.methods.switchback()):
+        assert scale_of(recipe) is not None
+    for recipe in (lb.quest(4, activations=False), lb.methods.lsq(4), lb.methods.nf4(), lb.LinearRecipe()):
+        assert scale_of(recipe) is None
 
 
 @pytest.mark.parametrize("layout", ["matrix", "tokens", "weight transposed", "two contractions", "experts"])

@@ -13,7 +13,7 @@ import lowbit_jax as lb
 from lowbit_jax import formats
 from lowbit_jax.methods import fp8
 from lowbit_jax.ops import backend
-from lowbit_jax.ops.dot_general import pack_rhs
+from lowbit_jax.ops.dot_general import pack_rhs, prepare_rhs
 from pallas_kernels.chips import abstract_gpu
 
 NUMBERS = {
@@ -143,6 +143,17 @@ def test_what_is_kept_has_one_byte_an_element(key, tensor_cores):
     _, back = jax.vjp(lambda x, w: lb.dot_general(x, w, numbers, recipe=fp8()), x, w)
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(back))
     assert kept < 1.05 * (x.size + w.size)
+
+
+def test_a_weight_that_came_quantized(key, tensor_cores):
+    lhs, rhs, numbers = operands(key, "tokens")
+    ready, back = jax.vjp(lambda rhs: prepare_rhs(rhs, numbers, fp8()), rhs)
+    run = with_gradients(numbers, fp8().with_rhs_ready())
+    assert fp8_products(run.lower(lhs, ready).as_text()) == 3
+    y, dlhs, dready = run(lhs, ready)
+    for a, b in zip((y, dlhs, *back(dready)), with_gradients(numbers, fp8())(lhs, rhs), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-2 * np.abs(b).max())
+        assert np.mean(np.abs(a - b)) < 2e-5 * np.abs(b).max()
 
 
 def test_no_second_derivative(key, tensor_cores):

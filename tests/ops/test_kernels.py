@@ -20,6 +20,7 @@ from jax.sharding import (
 
 import lowbit_jax as lb
 from lowbit_jax.ops import backend, integer_product, pack_rhs, packed_product, quantize_rhs
+from lowbit_jax.ops.dot_general import prepare_rhs
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import to_planes
 from lowbit_jax.scaling import Group
@@ -193,6 +194,23 @@ def test_a_prepared_weight_leaves_the_activation_to_the_kernel():
     with pytest.raises(NotImplementedError, match="codes are not at hand"):
         r = lb.quest(4, backward=8).with_rhs_ready().with_implementation("interpret")
         lb.dot_general(x, ready, NUMBERS, recipe=r)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("backward", [None, 8])
+def test_a_prepared_weight_brings_its_codes(bits, backward):
+    """By its scales: the same product and gradients as of a weight that is quantized inside."""
+    x, w = operands(free=(16,))
+    g = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 16)), jnp.bfloat16)
+    recipe = lb.quest(bits, backward=backward).with_implementation("interpret")
+    ready, back = jax.vjp(jax.jit(lambda w: prepare_rhs(w, NUMBERS, recipe)), w)
+    run = jax.jit(lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=recipe.with_rhs_ready()))
+    assert str(jax.make_jaxpr(run)(x, ready)).count("matmul_i8") >= 1
+    y, pull = jax.vjp(run, x, ready)
+    dx, dready = pull(g)
+    for got, expected in zip((y, dx, *back(dready)), gradients(x, w, g, recipe), strict=True):
+        assert got.dtype == expected.dtype
+        assert_close(got, expected, 2.0**-6)
 
 
 def test_a_training_product_keeps_codes_and_bits():
