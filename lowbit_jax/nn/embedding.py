@@ -40,7 +40,7 @@ def lookup(
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"the embedding {site.path!r} got ids of {ids.dtype}; they are integers.")
     count = site.shape[0]
-    ids = jnp.zeros_like(ids) if count == 1 else _signed(ids, count)  # one row for all ids, as Flax has it
+    ids = jnp.zeros(ids.shape, jnp.int32) if count == 1 else _signed(ids, count)  # one row for all ids, as Flax has it
     with jax.named_scope(site.tag), naming(site.path):
         if isinstance(table, QTensor):
             table.check_layout()

@@ -196,8 +196,9 @@ def scaled_product(coder: Coder, forward: Forward, lhs: Coded, rhs: Coded) -> Fl
         lax.broadcast_in_dim(_squeezed(dims, side, scale), y.shape, _places(dims, side, a.ndim, b.ndim))
         for side, scale in (("lhs", a_scale), ("rhs", b_scale))
     ]
-    scales = lax.mul(*along)  # first, as one operand may be as large as the other is small
-    return lax.convert_element_type(lax.mul(y, scales), forward.out_dtype)
+    # The smaller first: what lies between is then the result's magnitude or nearer to 1, however large or small both.
+    y = lax.mul(lax.mul(y, lax.min(*along)), lax.max(*along))
+    return lax.convert_element_type(y, forward.out_dtype)
 
 
 def _squeezed(dims: Dims, side: str, x: Array) -> Array:

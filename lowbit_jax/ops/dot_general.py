@@ -97,7 +97,7 @@ def dot_general_of(
     lhs_hat, rhs_hat = lhs_hat.astype(lhs.dtype), rhs_hat.astype(lhs.dtype)
     if recipe.plain_backward:
         return plain_product(forward, lhs_hat, rhs_hat)
-    others = backward_operands(lhs, rhs, dims, recipe, rotated, (lhs_key, rhs_key), learned)
+    others = backward_operands(lhs, rhs, dims, recipe, rotated, (lhs_key, rhs_key), learned, rhs_scale)
     return product(forward, recipe, lhs_hat, rhs_hat, others, backward_key)
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lowbit_jax.estimators.base import no_cotangent
+from lowbit_jax.formats.base import Format
 from lowbit_jax.ops import backend
 from lowbit_jax.ops.coder import Coder
 from lowbit_jax.ops.merged import merge
@@ -105,6 +106,7 @@ def backward_operands(
     rotated: bool,
     keys: tuple[Any, Any] = (None, None),
     scales: Mapping[str, Array] | None = None,
+    rhs_scale: Array | None = None,
 ) -> tuple[Any, Any]:
     """What the backward products of `recipe` read beside the quantized operands, in the space of the forward product:
     of each operand its high-precision form, or a pair (grid values, scales) where they fold its scales, or None.
@@ -122,7 +124,7 @@ def backward_operands(
         if not gemm.fold:
             return originals[0 if side == "lhs" else 1]
         if side == "rhs" and recipe.rhs_ready:
-            return _ready_elements(quantizer, x, axis)
+            return _ready_elements(quantizer, x, axis, rhs_scale)
         values, scale = quantizer.elements(lax.stop_gradient(x), axis=axis, key=key, scale=(scales or {}).get(side))
         if quantizer.rotation is not None and not rotated:
             values = quantizer.rotation.undo(values, axis)
@@ -147,11 +149,11 @@ def original_operands(
     )
 
 
-def _ready_elements(quantizer: Quantizer, x_hat: Array, axis: int) -> tuple[Array, Array]:
-    """Grid values and scales of a weight that was quantized before and brings no scales: a row's largest magnitude
-    stands for the grid's largest level, which is its scale where the row reaches that level."""
+def _ready_elements(quantizer: Quantizer, x_hat: Array, axis: int, scale: Array | None) -> tuple[Array, Array]:
+    """Grid values and scales of a weight that was quantized before. Where it brings no scales, a row's largest
+    magnitude stands for the grid's largest level, which is its scale where the row reaches that level."""
     tiles, axes = quantizer.tiling.split(x_hat.astype(jnp.float32), axis)
-    scale = absmax(tiles, quantizer.format, axes)
+    scale = absmax(tiles, quantizer.format, axes) if scale is None else scale
     return tiles * reciprocal(scale), scale
 
 
@@ -260,8 +262,8 @@ def _on_codes(recipe: LinearRecipe, side: int, coder: Coder | None, g: Array, ot
 
 def _code_product(g, other, numbers, side, recipe: LinearRecipe, precision, dtype, key, coder):
     """Q(g s) . e, folded, or (Q(g) . e) s, or with `side` 1 their factors in the other order, for the forward's operand
-    s e: on the codes' values, which 16 bits hold exactly, then times the cotangent's own scales. other: (grid values or
-    the coder's codes of them, scales)."""
+    s e: on the codes' values, in 16 bits where these hold them exactly, then times the cotangent's own scales. other:
+    (grid values or the coder's codes of them, scales)."""
     gemm, kept = _pair(recipe, side)
     quantizer = gemm.folded
     assert isinstance(quantizer, Quantizer)
@@ -287,7 +289,8 @@ def _code_product(g, other, numbers, side, recipe: LinearRecipe, precision, dtyp
     grids = [q.element_format or q.format for q in (quantizer, kept)]  # the latter is not read where it is no code
     formats = (grids[0], grids[1]) if side == 0 else (grids[1], grids[0])
     both = coder if own is not None and coder is not None and coder.holds(quantizer, rotated=False) else None
-    out = _grid_product(pair, formats, numbers, precision, dtype if whole_rows else jnp.float32, coder, both)
+    narrow = whole_rows and all(_exact(fmt, jnp.dtype(dtype).name) for fmt in formats)
+    out = _grid_product(pair, formats, numbers, precision, dtype if narrow else jnp.float32, coder, both)
     if not gemm.fold:
         out = out * scales.reshape(())
     if own is None:
@@ -296,6 +299,14 @@ def _code_product(g, other, numbers, side, recipe: LinearRecipe, precision, dtyp
     sizes = [own.shape[a] for a in range(g.ndim) if a not in contracted]
     at = len(sizes) if side == 0 else len(batch)
     return out * own.reshape([*sizes[:at], *free, *sizes[at:]])
+
+
+@functools.cache
+def _exact(fmt: Format, dtype: str) -> bool:
+    """Whether the dtype holds each level of the format."""
+    levels = np.asarray(fmt.levels, np.float32)
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(levels.astype(jnp.dtype(dtype)).astype(np.float32), levels))
 
 
 def _grid_product(

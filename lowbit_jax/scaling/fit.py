@@ -172,10 +172,10 @@ class CandidateSearch:
         fmt: Format, axes: tuple[int, ...],
     ) -> Float[Array, "*scales"]:  # fmt: skip
         """Of the multiples of `start` the one for which `rounded(scale)` is nearest to the tiles."""
-        best, least = start, jnp.full_like(start, jnp.inf)
+        best, least, unit = start, jnp.full_like(start, jnp.inf), reciprocal(start)  # squares stay inside float32
         for fraction in self.fractions:
             scale = jnp.minimum(start * fraction, largest_scale(fmt))
-            error = rounded(scale) - tiles
+            error = (rounded(scale) - tiles) * unit
             loss = jnp.sum(error * error, axis=axes, keepdims=True)
             best, least = jnp.where(loss < least, scale, best), jnp.minimum(loss, least)
         return best

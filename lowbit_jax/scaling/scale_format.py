@@ -51,8 +51,7 @@ class CastScale:
             return (scale,)
         low = max(float(ml_dtypes.finfo(self.dtype).smallest_subnormal), SMALLEST_SCALE)
         usable = jnp.clip(scale, low, _largest_kept(self.dtype, fmt)).astype(self.dtype)
-        none = jnp.zeros_like(usable)
-        return (jnp.where(jnp.isfinite(scale), jnp.where(scale > 0, usable, none), none * jnp.nan),)
+        return (jnp.where(jnp.isfinite(scale), jnp.where(scale > 0, usable, jnp.zeros_like(usable)), jnp.nan),)
 
     def load(self, stored):
         return stored[0].astype(jnp.float32)

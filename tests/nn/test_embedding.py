@@ -109,6 +109,14 @@ def test_ids_of_any_integer_dtype(dtype):
     assert jnp.all(jnp.isnan(call(lb.convert(layer(W8)), beyond))) and jnp.all(jnp.isnan(call(layer(W8), beyond)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint32, jnp.int32])
+def test_one_row_for_all_ids(dtype):
+    packed = lb.convert(lb.quantize(nnx.Embed(1, D, rngs=nnx.Rngs(0)), W8))
+    row = call(packed, jnp.zeros(1, jnp.int32))
+    assert np.isfinite(row).all()
+    np.testing.assert_array_equal(call(packed, jnp.asarray([0, 3], dtype)), jnp.concatenate([row, row]))
+
+
 def test_a_row_does_not_depend_on_its_neighbors():
     """NVFP4 has a scale for the whole table."""
     recipe = WEIGHTS["nvfp4"]

@@ -10,6 +10,7 @@ import pytest
 
 import lowbit_jax as lb
 from lowbit_jax import formats, rounding
+from lowbit_jax.ops.dot_general import prepare_rhs
 
 NUMBERS = (((1,), (0,)), ((), ()))
 INT8 = lb.Quantizer(format=formats.INT8, estimator=lb.estimators.StraightThrough())
@@ -198,6 +199,44 @@ def test_folding_a_weight_that_was_quantized_before(key):
         lambda x: jax.vjp(lambda x: lb.dot_general(x, ready, NUMBERS, recipe=FOLDED.with_rhs_ready()), x)[1](g)[0]
     )
     np.testing.assert_allclose(by_ready(x), gradients(x, w, g, FOLDED)[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_folding_a_weight_that_brings_its_scales(key, implementation):
+    """An rms fit reaches the largest level in few rows: by the scales it is the cotangent of the weight itself."""
+    a, b, c = jax.random.split(key, 3)
+    x, w, g = (jax.random.normal(k, shape) for k, shape in ((a, (64, 128)), (b, (128, 96)), (c, (64, 96))))
+    recipe = lb.quest(8, backward=8).with_implementation(implementation)
+    ready = jax.jit(lambda w: prepare_rhs(w, NUMBERS, recipe))(w)
+    dx = jax.jit(
+        lambda x: jax.vjp(lambda x: lb.dot_general(x, ready, NUMBERS, recipe=recipe.with_rhs_ready()), x)[1](g)
+    )
+    np.testing.assert_allclose(dx(x)[0], gradients(x, w, g, recipe)[1], atol=2e-5 * 128)
+
+
+def test_levels_that_16_bits_do_not_hold(key):
+    """Posits reach 2^24 and float16 65504: the product of levels is then float32's."""
+    x, w, g = setup(key)
+    posit = lb.Quantizer(format=formats.get("posit8"))
+    for fold in (True, False):
+        backward = dict(grad_lhs=lb.Gemm(lhs=INT8, rhs=lb.FORWARD, fold=fold))
+        recipe = lb.LinearRecipe(out=lb.Gemm(lhs=posit, rhs=posit), **backward)
+        dx = gradients(x.astype(jnp.float16), w, g.astype(jnp.float16), recipe)[1]
+        wanted = g @ posit(w, axis=0).T
+        np.testing.assert_allclose(dx, wanted, atol=0.02 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    "method", [lb.methods.fp8("row"), lb.methods.mxfp4_backward(), lb.methods.block_scaled("mxint8")]
+)
+def test_a_float32_master_weight_is_quantized_anew(key, method):
+    """Beside a bfloat16 cotangent, under strict promotion as in all tests; the gradient is that of the activation."""
+    x, w = jax.random.normal(key, (64, 64), jnp.bfloat16), jax.random.normal(key, (64, 32))
+    loss = lambda x, w: lb.dot_general(x, w, NUMBERS, recipe=method, key=key).astype(jnp.float32).sum()
+    dx, dw = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, w)
+    assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    wanted = jnp.broadcast_to(w.sum(1), x.shape)
+    assert jnp.mean(jnp.abs(dx.astype(jnp.float32) - wanted)) < 0.3 * jnp.mean(jnp.abs(wanted))
 
 
 @pytest.mark.parametrize("bits", [1, 4])

@@ -303,6 +303,16 @@ def test_a_large_activation_meets_a_small_weight():
     np.testing.assert_allclose(with_gradients(x, w, NUMBERS["matrix"][2], recipe)[0], 64.0, rtol=1e-6)
 
 
+def test_small_operands_keep_their_product(key):
+    """Scales of 10^-19 and 10^-20: their product underflows, times a sum of codes it does not."""
+    lhs, rhs, numbers = operands(key, "matrix")
+    lhs, rhs, recipe = lhs * 1e-17, rhs * 1e-18, lb.methods.get("absmax_integer", bits=8)
+    y = with_gradients(lhs, rhs, numbers, recipe)[0]
+    wanted = with_gradients(lhs, rhs, numbers, recipe.with_implementation("reference"))[0]
+    np.testing.assert_allclose(y, wanted, atol=1e-3 * np.abs(wanted).max(), rtol=0)  # whose terms underflow
+    assert np.abs(wanted).max() < 1e-33
+
+
 def test_reference_reaches_every_product(key):
     """Quantized backward products and packed weights too, also those of a converted layer."""
     lhs, rhs, numbers = jax.random.normal(key, (64, 64)), jax.random.normal(key, (64, 64)), NUMBERS["matrix"][2]

@@ -177,3 +177,13 @@ def test_a_fit_keeps_its_axes():
         lb.Quantizer(fit=forgets)(jnp.ones((64, 64)))
     constant = lb.Quantizer(fit=lambda tiles, fmt, axes: jnp.float32(0.5))
     np.testing.assert_array_equal(constant(jnp.ones((3, 4))), 1)
+
+
+@pytest.mark.parametrize("power", [-110, -80, 70, 110])
+@pytest.mark.parametrize("fractions", [(1.0, 0.8, 0.6), (0.5, 0.8, 1.0)])
+def test_a_search_does_not_depend_on_magnitude(key, power, fractions):
+    """Squares of errors stay inside float32: the same fraction wins at every power of two."""
+    x = jax.random.normal(key, (4, 64))
+    search = lambda x: scaling.CandidateSearch(fractions)(x, formats.INT2, (1,))
+    np.testing.assert_array_equal(search(x * 2.0**power), search(x) * 2.0**power)
+    assert (search(x) != scaling.absmax(x, formats.INT2, (1,))).any()

@@ -182,3 +182,12 @@ def test_a_block_format_without_a_tensor_scale_keeps_its_scale_format(gaussian):
     scale = (np.abs(tiles).max(1, keepdims=True) / 6).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     expected = (tiles / scale).astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale
     np.testing.assert_allclose(got.reshape(tiles.shape), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e5m2"])
+def test_nothing_not_finite_on_the_way(dtype):
+    """`jax_debug_nans` stops at a NaN that is made and then left out, too."""
+    with jax.debug_nans(True):
+        stored = scaling.CastScale(dtype).store(jnp.asarray([0.0, 1.0, 3.0]), formats.INT8)
+    np.testing.assert_array_equal(np.asarray(stored[0], np.float32), [0, 1, 3])
+    assert np.isnan(np.asarray(scaling.CastScale(dtype).store(jnp.asarray([jnp.nan]), formats.INT8)[0], np.float32))
