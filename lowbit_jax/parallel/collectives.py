@@ -8,6 +8,7 @@ Sources: Wang et al. 2023, arXiv:2306.10209 (ZeRO++: quantized weights, and grad
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from jaxtyping import Array, Float
 
 from lowbit_jax import rounding
 from lowbit_jax.formats.catalogue import INT2, INT3, INT4, INT5, INT6, INT7, INT8
+from lowbit_jax.ops import LinearRecipe
+from lowbit_jax.ops.coder import keeps_scale
+from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.parallel.packed import axis_of_view
 from lowbit_jax.qtensor import NO_SEAL, QTensor
 from lowbit_jax.quantizer import Quantizer
@@ -97,9 +101,27 @@ def all_gather_packed(
     and the quantizer's estimator takes it back to `x`.
     Raises: ValueError for a tiling whose tiles the shards cut (rows along `axis`, one tile a tensor), a rotation across
     shards, and scale formats with a scale a tensor; TypeError for integers."""
+    return _gathered_with_scale(x, quantizer, axis_name, axis, contract, rotated, reduction, scale, key)[0]
+
+
+def all_gather_kernel(
+    x: Float[Array, "*shard"], recipe: LinearRecipe, axis_name: str, *, axis: int, contract: int,
+    reduction: Reduction = FLOAT,
+) -> PreparedKernel:  # fmt: skip
+    """`all_gather_packed` of a weight for `recipe.with_rhs_ready()`: with its scales, so that codes are multiplied."""
+    quantizer, rotated = recipe.forward_quantizers[1], recipe.shared_rotation
+    assert quantizer is not None, "a layer that is gathered packed has a weight to quantize"
+    values, scale = _gathered_with_scale(x, quantizer, axis_name, axis, contract, rotated, reduction, None, None)
+    return PreparedKernel(values, scale if keeps_scale(recipe) else None)
+
+
+def _gathered_with_scale(
+    x, quantizer, axis_name, axis, contract, rotated, reduction, scale, key
+) -> tuple[Float[Array, "*whole"], Float[Array, "*#whole"]]:
     _check_floating(x, "all_gather_packed", "lax.all_gather")
     at, along = (_counted(a, x.ndim, "all_gather_packed") - x.ndim for a in (axis, contract))
-    return _gathered(_Gather(quantizer, axis_name, at, along, rotated, reduction), x, scale, key)
+    answer = _gathered(_Gather(quantizer, axis_name, at, along, rotated, reduction), x, scale, key)
+    return cast(Any, answer)  # `jax.custom_vjp` hides the type
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,7 +140,8 @@ class _Gather:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gathered(how: _Gather, x: Array, scale: Array | None, key: Array | None) -> Array:
+def _gathered(how: _Gather, x: Array, scale: Array | None, key: Array | None) -> tuple[Array, Array]:
+    """The whole array, and its scales in the view of the tiling."""
     q = how.quantizer
     if how.axis == how.contract and q.rotation is not None and x.shape[how.axis] % q.rotation.block:
         raise ValueError(
@@ -127,7 +150,8 @@ def _gathered(how: _Gather, x: Array, scale: Array | None, key: Array | None) ->
         )
     packed = q.quantize(x, axis=how.contract, scale=scale, key=key)
     whole = gather_qtensor(packed, how.axis_name, axis=how.axis)
-    return (whole.values(jnp.float32) if how.rotated else whole.dequantize(jnp.float32)).astype(x.dtype)
+    values = whole.values(jnp.float32) if how.rotated else whole.dequantize(jnp.float32)
+    return values.astype(x.dtype), q.scale_format.load(whole.scales)
 
 
 def _gathered_forward(how, x, scale, key):
@@ -137,7 +161,7 @@ def _gathered_forward(how, x, scale, key):
 
 def _gathered_backward(how, saved, g):
     back, key = saved
-    part = how.reduction.scatter(g, how.axis_name, how.axis)
+    part = how.reduction.scatter(g[0], how.axis_name, how.axis)
     dx, dscale = back(part.astype(jnp.float32) if how.rotated else part)
     if dscale is not None and how.quantizer.learned and dscale.ndim == 0:  # one scale for all shards
         dscale = lax.psum(dscale, how.axis_name)

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from lowbit_jax.estimators import LSQ
 from lowbit_jax.nn.nnx import StatefulProduct, attribute_of, edited, hook, layer_type, modules
 from lowbit_jax.nn.product import Product
-from lowbit_jax.nn.site import operand
-from lowbit_jax.parallel.collectives import FLOAT, Reduction, all_gather, all_gather_packed
+from lowbit_jax.ops.prepared import PreparedKernel
+from lowbit_jax.parallel.collectives import FLOAT, Reduction, all_gather, all_gather_kernel
 from lowbit_jax.parallel.rules import leaf_path
 
 
@@ -39,15 +39,13 @@ class GatheredProduct:
         recipe = self.product.recipe.with_rhs_ready() if self.packed else self.product.recipe
         return dataclasses.replace(self.product, recipe=recipe).compute(args, kwargs)
 
-    def _whole(self, shard: Array) -> Array:
+    def _whole(self, shard: Array) -> Array | PreparedKernel:
         if not self.packed:
             return all_gather(shard, self.axis_name, self.axis, self.reduction)
-        recipe, site = self.product.recipe, self.product.site
-        (contract,) = site.contract
-        return all_gather_packed(
-            shard, operand(recipe, "rhs"), self.axis_name, axis=self.axis, contract=contract,
-            rotated=recipe.shared_rotation, reduction=self.reduction,
-        )  # fmt: skip
+        recipe, (contract,) = self.product.recipe, self.product.site.contract
+        return all_gather_kernel(
+            shard, recipe, self.axis_name, axis=self.axis, contract=contract, reduction=self.reduction
+        )
 
 
 def gather_layers(model: Any, placed: Any, axis_name: str = "fsdp", *, packed: bool = True,

@@ -1,11 +1,14 @@
 """Packed collectives against the same sums and gathers in float, on four devices: values, gradients, bytes."""
 
 import functools
+import platform
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -309,3 +312,23 @@ def test_a_gathered_weight_is_sealed_as_the_longer_one(key, mesh):
         return gathered.dequantize()
 
     np.testing.assert_array_equal(on_devices(whole, mesh, P(None, "fsdp"), P())(x), q.quantize(x).dequantize())
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="int8 products by XLA are for x86 CPUs"
+)
+def test_a_gathered_weight_is_multiplied_as_codes():
+    """Its scales came with its words: the same result as of the whole layer, by an int8 product."""
+    layer = lb.quantize(nnx.Linear(128, 64, use_bias=False, rngs=nnx.Rngs(0)), lb.quest(4))
+    mesh = lb.parallel.make_mesh(fsdp=2)
+    graph, params = nnx.split(layer)
+    placed = jax.tree.map(lambda _: NamedSharding(mesh, P(None, "fsdp")), params)
+    x = jax.random.normal(jax.random.key(0), (8, 128))
+
+    def local(params, x):
+        return lb.parallel.gather_layers(nnx.merge(graph, params), placed)(x)
+
+    specs = jax.tree.map(lambda _: P(None, "fsdp"), params)
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P("fsdp")), out_specs=P("fsdp")))
+    assert re.search(r"dot_general .*xi8>, tensor<[\dx]*xi8>\)", run.lower(params, x).as_text())
+    np.testing.assert_allclose(run(params, x), layer(x), atol=1e-5)
