@@ -36,6 +36,7 @@ KINDS = (
     Kind(name="quest w4a4", recipe=lb.quest(4)),
     Kind(name="quest w4a4, int8 backward", recipe=lb.quest(4, backward=8)),
     Kind(name="quest w8a8, int8 backward", recipe=lb.quest(8, backward=8)),
+    Kind(name="switchback", recipe=lb.methods.switchback()),
     Kind(name="fp8 by tensor", recipe=lb.methods.fp8()),
     Kind(name="fp8 by row", recipe=lb.methods.fp8("row")),
 )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lowbit_jax.nn.site import Site
-from lowbit_jax.ops import LinearRecipe, integer_product
+from lowbit_jax.ops import LinearRecipe, int8_kernel, integer_product
 from lowbit_jax.ops.backend import available, sees_gpu, takes_kernel
 from lowbit_jax.ops.coder import keeps_scale
 from lowbit_jax.ops.packed_product import PackedProduct, fused_options, has_kernel, kernel_name, uses_int8
@@ -56,7 +56,19 @@ def _of_training(recipe: LinearRecipe, site: Site, dtype: Any) -> str | None:
     rhs: Any = jax.ShapeDtypeStruct((site.length, columns), jnp.float32)
     scale: Any = jax.ShapeDtypeStruct((1, columns), jnp.float32) if recipe.rhs_ready and keeps_scale(recipe) else None
     reason = integer_product.why_not(recipe, _forward(Dims(1, 0, (), ()), dtype), lhs, rhs, scale)
-    return "matmul_i8" if reason is None else None
+    return "matmul_i8" if reason is None or _by_codes(recipe, site, columns, scale) else None
+
+
+def _by_codes(recipe: LinearRecipe, site: Site, columns: int, scale: Any) -> bool:
+    """Whether XLA's codes of both operands meet in the kernel, at as many rows as it takes."""
+    quantizers = recipe.forward_quantizers
+    if (recipe.rhs_ready and scale is None) or not all(
+        int8_kernel.holds(q, recipe.shared_rotation) for q in quantizers
+    ):
+        return False
+    formats: Any = tuple(q.element_format for q in quantizers if q is not None)
+    shapes = (int8_kernel.FEWEST, site.length), (site.length, columns)
+    return int8_kernel.computes(*shapes, formats, Dims(1, 0, (), ()).numbers)
 
 
 def _of_packed(recipe: LinearRecipe, site: Site, packed: QTensor, dtype: Any) -> str:

@@ -1,4 +1,5 @@
-"""A product, and its gradients, that multiply grid values as codes: int8 (`ops.int8`) or FP8 (`ops.fp8`).
+"""A product, and its gradients, that multiply grid values as codes: int8 (`ops.int8`, `ops.int8_kernel`) or FP8
+(`ops.fp8`).
 
     y = s_x s_w sum_k e_x e_w      e on the grid, s one a row or one a tensor
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 from lowbit_jax import rounding
 from lowbit_jax.estimators.base import no_cotangent
 from lowbit_jax.formats.base import Format
-from lowbit_jax.ops import fp8, int8
+from lowbit_jax.ops import backend, fp8, int8, int8_kernel
 from lowbit_jax.ops.coder import Coder
 from lowbit_jax.ops.once import once_differentiable
 from lowbit_jax.ops.product import Dims, Forward, original_operands, plain_gradients, product_gradients
@@ -28,7 +29,7 @@ from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling.fit import reciprocal
 
-_CODERS: tuple[Coder, ...] = (int8, fp8)
+_CODERS: tuple[Coder, ...] = (int8, int8_kernel, fp8)
 
 
 def coder_of(
@@ -191,6 +192,12 @@ Coded = tuple[Array, Float[Array, "*#s"], Format]
 def scaled_product(coder: Coder, forward: Forward, lhs: Coded, rhs: Coded) -> Float[Array, "*out"]:
     """The product of coded operands."""
     dims, (a, a_scale, a_format), (b, b_scale, b_format) = forward.dims, lhs, rhs
+    if coder is int8_kernel:
+        free = [x.shape[i] for x, side in ((a, "lhs"), (b, "rhs")) for i in dims.free(side, x.ndim)]
+        y = int8_kernel.scaled_matrix(
+            (a, a_scale), (b, b_scale), (a_format, b_format), dims.numbers, _kernel_dtype(forward.out_dtype)
+        )
+        return lax.convert_element_type(y.reshape(free), forward.out_dtype)
     y = coder.product(a, b, (a_format, b_format), dims.numbers, forward.precision)
     along = [
         lax.broadcast_in_dim(_squeezed(dims, side, scale), y.shape, _places(dims, side, a.ndim, b.ndim))
@@ -199,6 +206,11 @@ def scaled_product(coder: Coder, forward: Forward, lhs: Coded, rhs: Coded) -> Fl
     # The smaller first: what lies between is then the result's magnitude or nearer to 1, however large or small both.
     y = lax.mul(lax.mul(y, lax.min(*along)), lax.max(*along))
     return lax.convert_element_type(y, forward.out_dtype)
+
+
+def _kernel_dtype(out_dtype: Any) -> Any:
+    """A dtype that kernels return."""
+    return out_dtype if backend.why_not_dtype("the result", out_dtype) is None else jnp.float32
 
 
 def _squeezed(dims: Dims, side: str, x: Array) -> Array:

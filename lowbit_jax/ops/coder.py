@@ -13,7 +13,7 @@ from lowbit_jax.scaling import PerRow, PerTensor
 
 
 class Coder(Protocol):
-    """A dtype for grid values, and their products: the modules `ops.int8` and `ops.fp8`."""
+    """A dtype for grid values, and their products: the modules `ops.int8`, `ops.int8_kernel` and `ops.fp8`."""
 
     def holds(self, quantizer: Quantizer | None, rotated: bool) -> bool:
         """Whether what this quantizer makes is codes times a scale that leaves the sum. rotated: so is the partner."""

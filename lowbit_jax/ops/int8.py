@@ -59,6 +59,11 @@ def _largest(fmt: Format) -> int:
     return int(max(abs(level / step - offset) for level in fmt.levels))
 
 
+def fits_int32(length: int, formats: tuple[Format, Format]) -> bool:
+    """Whether no sum of so many products of their integers overflows int32."""
+    return length * math.prod(map(_largest, formats)) <= _LARGEST_SUM
+
+
 def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format, Format], numbers: tuple) -> bool:
     """Whether `product` of arrays of these shapes is possible, and faster here than in float32: not for short sums,
     nor for one column, which XLA multiplies by in plain loops."""
@@ -72,7 +77,7 @@ def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format
     if export.is_symbolic_dim(length) or export.is_symbolic_dim(columns):
         return False  # `jax.export` of a batch of any size: neither known to be long enough nor to stay inside int32
     turns = lhs_axes[-1] == len(lhs) - 1 or len(lhs_axes) > 1 or length % 2 == 0  # see `_dot`
-    return columns > 1 and length >= _SHORTEST and turns and length * math.prod(map(_largest, formats)) <= _LARGEST_SUM
+    return columns > 1 and length >= _SHORTEST and turns and fits_int32(length, formats)
 
 
 def encode(values: Float[Array, "*s"], fmt: Format) -> Int8[Array, "*s"]:

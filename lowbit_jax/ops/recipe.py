@@ -103,7 +103,7 @@ class LinearRecipe:
     By default the backward products are what autodiff of the quantized forward gives: a high-precision cotangent times
     the quantized operands. `rhs_ready` says that the weight arrives already rotated and quantized (`quantize_rhs`).
     `implementation` says what multiplies in training: "auto" (integer products and fused kernels on a CUDA GPU, XLA's
-    int8 products on an x86 CPU or FP8 ones on a GPU, where they do this recipe, else XLA on the quantized values),
+    FP8 products there, its int8 ones on an x86 CPU, where they do this recipe, else XLA on the quantized values),
     "kernel" (the kernels or an error), "reference" (XLA on the quantized values; the one with second derivatives) or
     "interpret" (the kernels, slowly, anywhere).
     Raises: ValueError for an unknown implementation, for FORWARD or Requantized in `out`, where a backward product
