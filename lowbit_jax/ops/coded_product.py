@@ -35,9 +35,15 @@ _CODERS: tuple[Coder, ...] = (int8, int8_kernel, fp8)
 def coder_of(
     recipe: LinearRecipe, forward: Forward, lhs: Array, rhs: Array, rhs_scale: Array | None, rotated: bool
 ) -> Coder | None:
-    """What multiplies the operands' codes here, if their scales leave the sum and it is faster. rhs_scale: of a weight
-    that came quantized."""
-    if recipe.implementation != "auto" or (recipe.rhs_ready and rhs_scale is None):
+    """What multiplies the operands' codes here, if their scales leave the sum and it is faster; where the recipe asks
+    for kernels by name, the one whose product is a kernel. rhs_scale: of a weight that came quantized."""
+    if recipe.implementation == "reference" or (recipe.rhs_ready and rhs_scale is None):
+        return None
+    if recipe.implementation != "auto":
+        quantizers, numbers = recipe.forward_quantizers, forward.dims.numbers
+        held = forward.out_sharding is None and all(int8_kernel.holds(q, rotated) for q in quantizers)
+        if held and int8_kernel.computes(lhs.shape, rhs.shape, _formats(*quantizers), numbers):
+            return int8_kernel
         return None
     return _coder(recipe.forward_quantizers, forward, lhs.shape, rhs.shape, rotated)
 
@@ -156,7 +162,8 @@ def _forward(coder, forward, recipe, dtype, a, b, others, key):
 def _kept_forward(coder, forward, recipe, a, b):
     formats = _formats(*recipe.forward_quantizers)
     (a, a_scale), (b, b_scale) = ((coder.encode(x, fmt), s) for (x, s), fmt in zip((a, b), formats, strict=True))
-    y = scaled_product(coder, forward, (a, a_scale, formats[0]), (b, b_scale, formats[1]))
+    sides = (a, a_scale, formats[0]), (b, b_scale, formats[1])
+    y = scaled_product(coder, forward, *sides, recipe.implementation)
     return y, ((a, a_scale), (b, b_scale))
 
 
@@ -189,13 +196,20 @@ Coded = tuple[Array, Float[Array, "*#s"], Format]
 """Codes, scales and format of an operand."""
 
 
-def scaled_product(coder: Coder, forward: Forward, lhs: Coded, rhs: Coded) -> Float[Array, "*out"]:
-    """The product of coded operands."""
+def scaled_product(
+    coder: Coder, forward: Forward, lhs: Coded, rhs: Coded, implementation: str = "auto"
+) -> Float[Array, "*out"]:
+    """The product of coded operands. implementation: that of a kernel."""
     dims, (a, a_scale, a_format), (b, b_scale, b_format) = forward.dims, lhs, rhs
     if coder is int8_kernel:
         free = [x.shape[i] for x, side in ((a, "lhs"), (b, "rhs")) for i in dims.free(side, x.ndim)]
         y = int8_kernel.scaled_matrix(
-            (a, a_scale), (b, b_scale), (a_format, b_format), dims.numbers, _kernel_dtype(forward.out_dtype)
+            (a, a_scale),
+            (b, b_scale),
+            (a_format, b_format),
+            dims.numbers,
+            _kernel_dtype(forward.out_dtype),
+            implementation,
         )
         return lax.convert_element_type(y.reshape(free), forward.out_dtype)
     y = coder.product(a, b, (a_format, b_format), dims.numbers, forward.precision)

@@ -83,7 +83,7 @@ def dot_general_of(
         reason = integer_product.why_not(recipe, forward, lhs, rhs, rhs_scale)
         if reason is None:
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs, rhs_scale)
-        if by_name:
+        if by_name and coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated) is None:
             raise NotImplementedError(f"{who}: no integer product for this recipe: {reason}.")
     coder = coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated)
     if coder is not None:

@@ -57,9 +57,12 @@ def scaled_matrix(
     formats: tuple[Format, Format],
     numbers: tuple,
     out_dtype: Any,
+    implementation: str = "auto",
 ) -> Float[Array, "m n"]:
     """The product as a matrix of all free axes of lhs and of rhs. Each side: integers, and scales that broadcast
-    against them with one entry along the contraction."""
+    against them with one entry along the contraction.
+
+    Raises: NotImplementedError when "kernel" is asked for and cannot run."""
     axes, _ = numbers
     (x, x_scales, x_offset), (w, w_scales, w_offset) = (
         (_rows(codes, along), _each(scale, codes.shape, along) * step, offset)
@@ -69,8 +72,9 @@ def scaled_matrix(
     operands = x, w, x_scales, w_scales, sums(x, w_offset), sums(w, x_offset)
     kernel = functools.partial(backend.matmul_i8, x_offset=x_offset, w_offset=w_offset, out_dtype=out_dtype)
     return backend.choose(
-        kernel, functools.partial(kernel, "xla"), *operands, implementation="auto", why_not=None, who="lb.dot_general"
-    )
+        kernel, functools.partial(kernel, "xla"), *operands, implementation=implementation, why_not=None,
+        who="lb.dot_general",
+    )  # fmt: skip
 
 
 def _rows(x: Array, axes: tuple[int, ...]) -> Int8[Array, "rows length"]:

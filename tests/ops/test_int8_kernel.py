@@ -95,6 +95,22 @@ def test_a_prepared_weight(key, gpu):
     np.testing.assert_array_equal(y, jax.jit(with_gradients(numbers, recipe))(lhs, rhs)[0])
 
 
+@pytest.mark.parametrize("method", ["absmax", "8 bits, signs"])
+def test_the_kernel_by_name(key, method):
+    """Its own steps, interpreted; without a GPU "kernel" says why not, as does what no kernel computes."""
+    lhs, rhs, numbers = operands(key, "matrix")
+    recipe = METHODS[method][0]
+    found = jax.jit(with_gradients(numbers, recipe.with_implementation("interpret")))(lhs, rhs)
+    expected = jax.jit(with_gradients(numbers, recipe.with_implementation("reference")))(lhs, rhs)
+    for a, b in zip(found, expected, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max())
+    with pytest.raises(NotImplementedError, match="need an NVIDIA GPU"):
+        lb.dot_general(lhs, rhs, numbers, recipe=recipe.with_implementation("kernel"))
+    with pytest.raises(NotImplementedError, match="no integer product"):
+        lb.dot_general(lhs[:100], rhs, numbers, recipe=recipe.with_implementation("interpret"))
+
+
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_chosen_by_the_gpu_traced_for(key, chip):
     lhs, rhs, numbers = operands(key, "tokens")
