@@ -37,7 +37,7 @@ def gptq(
     gram: the sum of x^T x for inputs x along `axis`, without the quantizer's rotation, as `damped` makes it. Where
     float32 cannot factor it, its diagonal grows, tenfold by tenfold, until it can. scale: a learned one.
     Raises: ValueError for a gram of another size or not finite (inside of `jit` that leaves nearest levels), and a
-    quantizer with a support or a stochastic rounding."""
+    quantizer with a support or one that draws from a key."""
     length = w.shape[axis]
     if tuple(gram.shape) != (length, length):
         raise ValueError(
@@ -50,7 +50,10 @@ def gptq(
             " Quantize without sparsity, or pack by lb.convert."
         )
     if quantizer.uses_key:
-        raise ValueError("gptq chooses levels by errors, and a stochastic rounding by chance. Use rounding.nearest.")
+        raise ValueError(
+            "gptq chooses levels by errors, and this quantizer by chance. Use rounding.nearest, signs of a seed and no"
+            " debias."
+        )
     gram = jnp.asarray(gram, jnp.float32)
     if not isinstance(gram, core.Tracer) and not jnp.all(jnp.isfinite(gram)):
         raise ValueError(

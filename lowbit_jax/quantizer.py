@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.dtypes import canonicalize_dtype
@@ -27,6 +28,7 @@ from lowbit_jax.scaling import (
     FLOAT32,
     Block,
     CastScale,
+    Eden,
     Fit,
     Group,
     Learned,
@@ -58,13 +60,15 @@ class Quantizer:
     level beyond 65504 is infinite).
 
     A scale that is not finite is NaN, and so is then its whole tile, packed or not. A learned scale acts by its
-    magnitude, at least 2^-126. `key` feeds a stochastic rounding; the others do not read it (`uses_key`).
+    magnitude, at least 2^-126. `key` feeds a stochastic rounding, of elements or of scales (`debias`), and fresh signs;
+    the others do not read it (`uses_key`). `debias` corrects the scales behind a random rotation.
     `zero_point=True` moves each tile by a level of its own (`scaling.zero_point`), for data that lies unevenly about 0;
     the fit then sees the tile about its middle, and absmax spans it from end to end.
     Raises: TypeError for slots of the wrong kind and for arrays that are not floating; ValueError for an estimator
     that learns the scale beside a fit that reads it off the data, for a Learned fit beside one that does not, and for
     zero points of a grid that is not of integers, or beside a support, a rounding toward zero, a scale format that is
-    no CastScale or a fit of magnitudes (all but absmax, CandidateSearch and fits of your own)."""
+    no CastScale or a fit of magnitudes (all but absmax, CandidateSearch and fits of your own); likewise for a learned
+    fit behind fresh signs, and for `debias` beside what `scaling.Eden` does not serve."""
 
     format: Format = INT8
     tiling: Tiling = PerRow()
@@ -75,6 +79,7 @@ class Quantizer:
     sparsity: Support | None = None
     estimator: Estimator = ClippedStraightThrough()
     zero_point: bool = False
+    debias: Eden | None = None
 
     def __post_init__(self):
         if isinstance(self.format, BlockFormat):
@@ -99,6 +104,14 @@ class Quantizer:
             raise TypeError(f"Quantizer(zero_point={self.zero_point!r}): give True, for a level a tile that is 0.")
         if self.zero_point:
             zero_point.check(self.format, self.fit, self.rounding, self.scale_format, self.sparsity)
+        if self.debias is not None:
+            plain = not (self.learned or self.zero_point or self.sparsity is not None)
+            self.debias.check(self.tiling, self.rounding, self.scale_format, plain)
+        if self.learned and self.fresh_signs:
+            raise ValueError(
+                f"Quantizer(fit=Learned(), {self.drawn}): a learned scale is fitted before any key is there. Fix the"
+                " signs by a seed, as in Hadamard(signs=0), or use a fit that reads the data."
+            )
 
     @property
     def learned(self) -> bool:
@@ -112,18 +125,38 @@ class Quantizer:
         return zero_point.distances(self._integers) if self.zero_point else self.format
 
     @property
+    def fresh_signs(self) -> bool:
+        """Whether the rotation draws its signs from the key."""
+        return getattr(self.rotation, "fresh", False)
+
+    @property
+    def drawn(self) -> str:
+        """The slot, if any, whose part is drawn from the key beside a rounding of elements; it has no packed form."""
+        return f"rotation={self.rotation}" if self.fresh_signs else f"debias={self.debias}" if self.debias else ""
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a call without a `key` raises: for stochastic rounding, of elements or scales, and fresh signs."""
+        return self.rounding is rounding.stochastic or bool(self.drawn)
+
+    @property
     def uses_key(self) -> bool:
-        """Whether the rounding may read a `key`: not for `nearest` and `toward_zero`."""
-        return self.rounding not in (rounding.nearest, rounding.toward_zero)
+        """Whether a `key` may be read: by a rounding other than `nearest` and `toward_zero`, or as `needs_key` says."""
+        return self.needs_key or self.rounding not in (rounding.nearest, rounding.toward_zero)
+
+    def _keys(self, key: Array | None) -> tuple[Array | None, Array | None]:
+        """Of the signs and of the rounding: parts of the key where both are drawn."""
+        if not self.fresh_signs or key is None:
+            return None, key
+        signs, rest = jax.random.split(key)
+        return signs, rest
 
     def __call__(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
     ) -> Float[Array, "*s"]:
         """Fake quantization: an array near `x`, on the grid in the rotated space; gradient by the estimator."""
         quantized = self.in_rotated_space(x, axis=axis, key=key, scale=scale)
-        if self.rotation is not None:
-            quantized = self.rotation.undo(quantized, normalized_axes(axis, x.ndim, "Quantizer")[-1])
-        return quantized.astype(canonicalize_dtype(x.dtype))
+        return self.unrotated(quantized, axis=axis, key=key).astype(canonicalize_dtype(x.dtype))
 
     def in_rotated_space(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
@@ -135,9 +168,17 @@ class Quantizer:
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
     ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"]]:
         """`in_rotated_space`, and the scales in the view of the tiling, which gradients do not pass."""
-        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale, key)
+        _, key = self._keys(key)
         out = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale, zero)
         return join(cast(Array, out), h.shape), lax.stop_gradient(scale)  # `jax.custom_vjp` hides the type
+
+    def unrotated(self, y: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None) -> Float[Array, "*s"]:
+        """The way back from the rotated space that the same key leads to."""
+        if self.rotation is None:
+            return y
+        drawn: dict[str, Any] = {"key": self._keys(key)[0]} if self.fresh_signs else {}
+        return self.rotation.undo(y, normalized_axes(axis, y.ndim, "Quantizer")[-1], **drawn)
 
     def elements(
         self, x: Float[Array, "*s"], *, axis: Axis = -1, key: Array | None = None, scale: Array | None = None
@@ -147,7 +188,8 @@ class Quantizer:
 
         Their product (where the tiling leaves the shape as it is) is `in_rotated_space(x)`, but for a NaN in a tile of
         a learned scale, which makes all of it NaN; no gradient passes."""
-        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale, key)
+        _, key = self._keys(key)
         _, values = self._on_grid(tiles, inv_scale, support, key, zero)
         values = values if zero is None else values - zero
         if self.learned:
@@ -159,7 +201,7 @@ class Quantizer:
     ) -> tuple[Float[Array, "*s"], Float[Array, "*#tiles"], Any]:
         """`elements`, and what `pull_back` needs, for a product with a gradient rule of its own
         (`ops.coded_product`): one scale a row or a tensor, and none learned."""
-        assert isinstance(self.tiling, PerRow | PerTensor), self.tiling
+        assert isinstance(self.tiling, PerRow | PerTensor) and not self.fresh_signs, self
         _, tiles, _, scale, inv_scale, support, zero = self._fitted(x, axis, None, with_gradient=False)
         u, values = self._on_grid(tiles, inv_scale, support, key, zero)
         if zero is None:
@@ -181,7 +223,8 @@ class Quantizer:
         """The packed codes and stored scales of `x`: `dequantize` gives what calling the quantizer gives.
 
         But for one case: a NaN in a tile whose scale is learned has no code, so that it makes the whole tile NaN.
-        Raises: ValueError when `axis` names several axes (a packed row lies along one)."""
+        Raises: ValueError when `axis` names several axes (a packed row lies along one); NotImplementedError for fresh
+        signs and a corrected scale, of which a packed array would keep one draw."""
         return self.quantize_by(lambda u, _: self.rounding(u, self.format, key), x, axis=axis, scale=scale)
 
     def quantize_by(
@@ -190,11 +233,16 @@ class Quantizer:
     ) -> QTensor:  # fmt: skip
         """`quantize` with other levels of the format: those of `choose(u, scale)`, in the view of the tiling as u and
         the scales are; u is x, rotated, over its scale, from its zero point. Levels off a support are left out."""
+        if self.drawn:
+            raise NotImplementedError(
+                f"Quantizer({self.drawn}) has no packed form: it would keep one draw of what averages out over many. Use"
+                " it in backward products, and in what is packed Hadamard(signs=0) and no debias."
+            )
         if isinstance(axis, tuple | list):
             raise ValueError(
                 f"Quantizer.quantize packs along one axis, got {axis}. Merge the axes, or use the array itself."
             )
-        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale, rounded=False)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale, None, rounded=False)
         if self.learned:  # other fits have seen it
             scale = _nan_of(tiles, axes, scale)
         (at,) = normalized_axes(axis, x.ndim, "Quantizer")
@@ -239,11 +287,12 @@ class Quantizer:
         """How well each tile of `x` is kept and how far its largest element stands out: a `scaling.TileReport`.
 
         Tiles are looked at as they are quantized, so behind the rotation."""
-        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale)
+        h, tiles, axes, scale, inv_scale, support, zero = self._fitted(x, axis, scale, key)
+        _, key = self._keys(key)
         near = quantize_through(self.estimator, self.format, self.rounding, tiles, scale, support, key, inv_scale, zero)
         return tile_report(tiles, jnp.asarray(near), axes)
 
-    def _tiles(self, x, axis, with_gradient=True):
+    def _tiles(self, x, axis, key=None, with_gradient=True):
         if isinstance(x, QTensor):
             raise TypeError(f"Quantizer got {x!r}, which is quantized already. Pass x.dequantize() to do it anew.")
         if not hasattr(x, "dtype") or not hasattr(x, "ndim"):
@@ -259,7 +308,9 @@ class Quantizer:
         if self.rotation is None:
             h = x.astype(jnp.float32)
         else:
-            h = self.rotation.apply(x, axes[-1], **({} if with_gradient else {"with_gradient": False}))
+            told: dict[str, Any] = {} if with_gradient else {"with_gradient": False}
+            told |= {"key": key} if self.fresh_signs else {}
+            h = self.rotation.apply(x, axes[-1], **told)
         return h, *self.tiling.split(h, axes)
 
     @property
@@ -274,8 +325,9 @@ class Quantizer:
         values = self.rounding(u, self.format, key)
         return u, values if support is None else jnp.where(support, values, jnp.zeros_like(values))
 
-    def _fitted(self, x, axis, scale, rounded=True, with_gradient=True):
-        h, tiles, axes = self._tiles(x, axis, with_gradient)
+    def _fitted(self, x, axis, scale, key=None, rounded=True, with_gradient=True):
+        signs_key, key = self._keys(key)
+        h, tiles, axes = self._tiles(x, axis, signs_key, with_gradient)
         tile_scale_shape = tuple(1 if a in axes else n for a, n in enumerate(tiles.shape))
         center = lax.stop_gradient(zero_point.centers(tiles, axes)) if self.zero_point else None
         if isinstance(self.fit, Learned):
@@ -309,12 +361,17 @@ class Quantizer:
             scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
         if isinstance(self.scale_format, TwoLevel):  # the 1 of a tile of zeros would count in the tensor's scale
             scale = jnp.where(jnp.any(lax.stop_gradient(tiles) != 0, axis=axes, keepdims=True), scale, 0.0)
+        codes = ()
         if rounded and self.scale_format != FLOAT32:
-            stored = self.scale_format.load(self.scale_format.store(lax.stop_gradient(scale), self.format))
+            codes = self.scale_format.store(lax.stop_gradient(scale), self.format)
+            stored = self.scale_format.load(codes)
             # a difference of 0 carries the gradient; stored - scale would lose a scale far beyond what is stored
             scale = stored + (scale - lax.stop_gradient(scale)) if self.learned else stored
         if self.fit is not rms_optimal or self.scale_format != FLOAT32:
             inv_scale = reciprocal(scale)
+        if rounded and self.debias is not None:  # inv_scale stays that of the scale under which elements are nearest
+            u, values = self._on_grid(lax.stop_gradient(tiles), inv_scale, None, None, None)
+            scale = self.scale_format.load(self.debias.corrected(u, values, axes, codes, self.scale_format, key))
         support = None
         if self.sparsity is not None:
             mask = self.sparsity.mask(lax.stop_gradient(h), normalized_axes(axis, x.ndim, "Quantizer")[-1])
@@ -337,6 +394,7 @@ class Quantizer:
             "sparsity": "dense" if self.sparsity is None else self.sparsity.describe(),
             "estimator": self.estimator.describe(),
             **({"zero_point": f"{self.format.bits} bits"} if self.zero_point else {}),
+            **({"debias": self.debias.describe()} if self.debias is not None else {}),
             "bits_per_element": f"{self.element_bits():g}",
         }
 
@@ -412,6 +470,7 @@ _SLOTS = {
         "a support", ("mask", "group", "kept", "run"),
         {"2:4": "lb.sparsity.NofM(2, 4)", "4:8": "lb.sparsity.PairsNofM(2, 4)"}, "lb.sparsity.NofM(2, 4)", True,
     ),
+    "debias": _Slot("a correction", ("check", "corrected", "describe"), example="lb.scaling.Eden(128)", optional=True),
     "estimator": _Slot(
         "an estimator", ("residuals", "gradients", "describe"), example="lb.estimators.StraightThrough()"
     ),

@@ -8,14 +8,16 @@ Source: Ashkboos et al. 2024, arXiv:2404.00456; in training, Panferov et al. 202
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lowbit_jax.formats.base import settle_integers
+from lowbit_jax.rounding import check_key
 from lowbit_jax.scaling.tiling import normalized_axes
 
 
@@ -84,46 +86,77 @@ def _block_hadamard_backward(block, axis, residual, g):
 block_hadamard.defvjp(_block_hadamard_forward, _block_hadamard_backward)
 
 
+def _drawn_signs(key: Array | None, length: int) -> Int[Array, "length"]:
+    if key is None:
+        raise ValueError(
+            "Hadamard(signs='fresh') got no key. It draws its signs from one: pass key=jax.random.key(...), or fix them"
+            " by a seed, as in Hadamard(signs=0)."
+        )
+    check_key("Hadamard(signs='fresh')", key)
+    return jax.random.rademacher(key, (length,), jnp.int8)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hadamard:
     """Block Hadamard rotation of the contraction axis.
 
     A length that `block` does not divide gets the largest power of two that does (1: no rotation), which
-    `lb.explain` reports; nothing is padded. `signs`, a seed, flips fixed random signs first. A coefficient is up to
-    sqrt(block) times the largest element, so magnitudes within that factor of the largest float32 overflow.
-    Raises: ValueError unless `block` is a power of two and `signs` is not negative; TypeError unless they are
-    integers."""
+    `lb.explain` reports; nothing is padded. `signs`, a seed, flips fixed random signs first; "fresh" draws them anew
+    from a `key`, the same for both operands of a product (`lb.dot_general`). A coefficient is up to sqrt(block) times
+    the largest element, so magnitudes within that factor of the largest float32 overflow.
+    Raises: ValueError unless `block` is a power of two, and for negative signs and another word; TypeError for other
+    things than integers."""
 
     block: int = 128
-    signs: int | None = None
+    signs: int | Literal["fresh"] | None = None
 
     def __post_init__(self):
-        settle_integers(self, "block", *(["signs"] if self.signs is not None else []))
-        if self.signs is not None and self.signs < 0:
-            raise ValueError(f"Hadamard(signs={self.signs}): a seed is 0 or positive. Pass None for no signs.")
+        if isinstance(self.signs, str) and not self.fresh:
+            raise ValueError(f"Hadamard(signs={self.signs!r}): give a seed, 'fresh', or None for no signs.")
+        settle_integers(self, "block", *([] if self.signs is None or self.fresh else ["signs"]))
+        if isinstance(self.signs, int) and self.signs < 0:
+            raise ValueError(
+                f"Hadamard(signs={self.signs}): a seed is 0 or positive. Pass None for no signs, or 'fresh' for others"
+                " in every product."
+            )
         if self.block < 1 or self.block & (self.block - 1):
             raise ValueError(f"Hadamard(block={self.block}): a Sylvester matrix has 2^n rows. Use 32, 64, 128, 256 ...")
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the signs are drawn from a key."""
+        return self.signs == "fresh"
 
     def block_for(self, length: int) -> int:
         """The block that an axis of this length gets."""
         return largest_block(length, self.block)
 
-    def _flip(self, x: Float[Array, "*s"], axis: int) -> Float[Array, "*s"]:
+    def _flip(self, x: Float[Array, "*s"], axis: int, key: Array | None) -> Float[Array, "*s"]:
         if self.signs is None:
             return x
-        signs = np.random.default_rng(self.signs).integers(0, 2, x.shape[axis]) * 2 - 1
+        if self.signs == "fresh":
+            signs = _drawn_signs(key, x.shape[axis])
+        else:
+            signs = np.random.default_rng(self.signs).integers(0, 2, x.shape[axis]) * 2 - 1
         return x * jnp.asarray(signs, x.dtype).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
 
-    def apply(self, x: Float[Array, "*s"], axis: int = -1, *, with_gradient: bool = True) -> Float[Array, "*s"]:
-        """The rotated array, float32. `with_gradient=False` for code that has a gradient rule of its own: the same
-        values, in less time to trace."""
+    def apply(
+        self, x: Float[Array, "*s"], axis: int = -1, *, key: Array | None = None, with_gradient: bool = True
+    ) -> Float[Array, "*s"]:
+        """The rotated array, float32. key: of fresh signs, which depend on it and the length of the axis alone; others
+        do not read it. `with_gradient=False` for code that has a gradient rule of its own: the same values, in less
+        time to trace.
+        Raises: ValueError for fresh signs without a key."""
         (axis,) = normalized_axes(axis, x.ndim, "Hadamard")
-        return self._blocks(self._flip(x, axis), axis, with_gradient)
+        return self._blocks(self._flip(x, axis, key), axis, with_gradient)
 
-    def undo(self, y: Float[Array, "*s"], axis: int = -1, *, with_gradient: bool = True) -> Float[Array, "*s"]:
-        """The array that `apply` rotated, float32; since the map is orthogonal, also its transpose."""
+    def undo(
+        self, y: Float[Array, "*s"], axis: int = -1, *, key: Array | None = None, with_gradient: bool = True
+    ) -> Float[Array, "*s"]:
+        """The array that `apply`, with the same key, rotated, float32; since the map is orthogonal, also its
+        transpose."""
         (axis,) = normalized_axes(axis, y.ndim, "Hadamard")
-        return self._flip(self._blocks(y, axis, with_gradient), axis)
+        return self._flip(self._blocks(y, axis, with_gradient), axis, key)
 
     def _blocks(self, x: Float[Array, "*s"], axis: int, with_gradient: bool) -> Float[Array, "*s"]:
         block = self.block_for(x.shape[axis])

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from lowbit_jax.nn.site import Site, initial_scales, operand, stacked
 from lowbit_jax.nn.weight import ready_weight
-from lowbit_jax.ops import LinearRecipe, dot_general
+from lowbit_jax.ops import Gemm, LinearRecipe, dot_general
 from lowbit_jax.ops.conv import refuse_backward
 from lowbit_jax.scaling import Block, Group, PerRow, PerTensor
 
@@ -39,7 +39,8 @@ def _try(site: Site, recipe: LinearRecipe, shape: tuple[int, ...], dtype: Any) -
 def _quantize_all(kernel: Array, recipe: LinearRecipe, site: Site):
     scales = {side: value.reshape(-1)[0] for side, value in initial_scales(recipe, site, kernel).items()}
     key = jax.random.key(0) if recipe.needs_key else None
-    one = lambda k: ready_weight(k, recipe, site, scale=scales.get("rhs"), key=key)
+    alone = dataclasses.replace(recipe, out=Gemm(rhs=recipe.out.rhs)) if recipe.fresh_signs else recipe
+    one = lambda k: ready_weight(k, alone, site, scale=scales.get("rhs"), key=key)
     weight = stacked(one, kernel, site)(kernel)
     if recipe.out.lhs is None:
         return weight

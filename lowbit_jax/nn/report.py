@@ -158,7 +158,8 @@ def _slots(gemm: Gemm, side: Side, product: str, operand: str, recipe: LinearRec
     words = quantizer.explain(length)
     yield "format", f"{words['format']} of out" if reused else words["format"]
     yield from ((name, words[name]) for name in ("tiling", "fit", "rounding", "rotation", "sparsity", "estimator"))
-    yield "scale", words["scale_format"] + (" and zero point" if quantizer.zero_point else "")
+    corrected = f", {words['debias']}" if "debias" in words else ""
+    yield "scale", words["scale_format"] + (" and zero point" if quantizer.zero_point else "") + corrected
     yield "bits", _bits(quantizer, product, operand, recipe, layer)
     if layer is not None and product == "out":
         which = kernels.of_product if operand == "weight" else kernels.of_activation
@@ -182,11 +183,11 @@ def _bits(quantizer: Quantizer, product: str, operand: str, recipe: LinearRecipe
         return quantizer.element_bits()
     if layer.packed is not None:
         return layer.packed.bits_per_element
-    recipe = to_nearest(recipe)
     kernel = jax.ShapeDtypeStruct(layer.site.shape, layer.dtype)
     scale = jnp.ones(()) if quantizer.learned else None
     try:
-        packed = jax.eval_shape(lambda k: packed_weight(k, recipe, layer.site, scale=scale), kernel)
+        nearest = to_nearest(recipe)
+        packed = jax.eval_shape(lambda k: packed_weight(k, nearest, layer.site, scale=scale), kernel)
     except NotImplementedError:
         return quantizer.element_bits()
     return packed.bits_per_element

@@ -15,6 +15,7 @@ from lowbit_jax import packing, rounding
 from lowbit_jax.nn.site import Site, operand, stacked
 from lowbit_jax.ops import LinearRecipe, pack_rhs
 from lowbit_jax.ops.backend import IMPLEMENTATIONS, sees_gpu
+from lowbit_jax.ops.conv import refuse_fresh_signs
 from lowbit_jax.ops.dot_general import prepare_rhs
 from lowbit_jax.ops.packed_product import word_bits
 from lowbit_jax.ops.plane_tensor import LAYOUT as PLANES
@@ -36,6 +37,7 @@ def ready_weight(
     """The weight as the product uses it, for `recipe.with_rhs_ready()`; differentiable, same shape and dtype."""
     if site.kind != "conv_general_dilated":
         return prepare_rhs(kernel, site.numbers, recipe, scale=scale, key=key)
+    refuse_fresh_signs(recipe)
     if recipe.out.rhs is None or recipe.rhs_ready:
         return PreparedKernel(kernel)
     quantizer = channel_rotation(operand(recipe, "rhs"), kernel.shape[-2])
@@ -152,7 +154,15 @@ def channel_rotation(quantizer: Quantizer, channels: int) -> Quantizer:
 
 def to_nearest(recipe: LinearRecipe) -> LinearRecipe:
     """The forward product with stochastic roundings replaced by nearest, as a converted model computes it: by the
-    kernels that read packed weights, or by XLA where the recipe says "reference"."""
+    kernels that read packed weights, or by XLA where the recipe says "reference".
+
+    Raises: NotImplementedError for fresh signs and scales that `debias` draws."""
+    for quantizer in recipe.forward_quantizers:
+        if quantizer is not None and quantizer.drawn:
+            raise NotImplementedError(
+                f"a packed model draws no random numbers, and this recipe has {quantizer.drawn} in the forward product."
+                " Use it in backward products, and in `out` Hadamard(signs=0) and no debias."
+            )
     change = lambda q: (
         dataclasses.replace(q, rounding=rounding.nearest) if q and q.rounding is rounding.stochastic else q
     )

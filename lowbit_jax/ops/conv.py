@@ -30,6 +30,15 @@ def refuse_backward(recipe: LinearRecipe) -> None:
         )
 
 
+def refuse_fresh_signs(recipe: LinearRecipe) -> None:
+    """Raises NotImplementedError for a rotation whose signs are drawn anew."""
+    if any(q is not None and q.fresh_signs for q in recipe.forward_quantizers):
+        raise NotImplementedError(
+            "lb.conv_general_dilated: signs that are drawn anew are for lb.dot_general. Give convolutions"
+            " Hadamard(signs=None) or a seed by a rule."
+        )
+
+
 def conv_general_dilated(
     lhs: Float[Array, "*image"],
     rhs: Float[Array, "*kernel"],
@@ -63,6 +72,7 @@ def conv_general_dilated(
     if isinstance(rhs, QTensor):
         raise TypeError("lb.conv_general_dilated got a packed rhs; convolutions take arrays: pass rhs.dequantize().")
     check_operands("lb.conv_general_dilated", lhs, rhs, key)
+    refuse_fresh_signs(recipe)
     if feature_group_count > 1 and any(
         q is not None and q.rotation is not None and q.rotation.signs is not None for q in recipe.forward_quantizers
     ):

@@ -1,10 +1,12 @@
 """`lax.dot_general` with a recipe.
 
 Operands are quantized along the contraction axis in the layout they come in; several contraction axes are merged into
-one first. Two operands rotated alike meet in the rotated space and skip the way back; one that is rotated alone is
-un-rotated first (or, for packed weights, the activation follows it into the rotated space, which is exact too).
+one first. Two operands rotated alike meet in the rotated space and skip the way back (signs that are drawn anew are the
+same for both); one that is rotated alone is un-rotated first (or, for packed weights, the activation follows it into
+the rotated space, which is exact too).
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Mapping
@@ -22,7 +24,7 @@ from lowbit_jax.ops.packed_product import PackedProduct, has_kernel
 from lowbit_jax.ops.plane_tensor import PlaneTensor
 from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.ops.product import Dims, Forward, backward_operands, plain_product, product
-from lowbit_jax.ops.recipe import LinearRecipe
+from lowbit_jax.ops.recipe import Gemm, LinearRecipe
 from lowbit_jax.ops.varying import vary_alike
 from lowbit_jax.qtensor import QTensor
 from lowbit_jax.quantizer import Quantizer
@@ -85,6 +87,11 @@ def dot_general_of(
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs, rhs_scale)
         if by_name and coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated) is None:
             raise NotImplementedError(f"{who}: no integer product for this recipe: {reason}.")
+    dtype = lhs.dtype
+    if recipe.fresh_signs:
+        signs_key, lhs_key = (None, None) if lhs_key is None else jax.random.split(lhs_key)
+        lhs, rhs, recipe = _turned(lhs, rhs, dims, recipe, signs_key)
+        rotated = False
     coder = coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated)
     if coder is not None:
         keys = (lhs_key, rhs_key, backward_key)
@@ -94,11 +101,22 @@ def dot_general_of(
         rhs_hat = rhs
     else:
         rhs_hat = _operand(recipe.out.rhs, rhs, dims.rhs, rotated, rhs_key, learned.get("rhs"))
-    lhs_hat, rhs_hat = lhs_hat.astype(lhs.dtype), rhs_hat.astype(lhs.dtype)
+    lhs_hat, rhs_hat = lhs_hat.astype(dtype), rhs_hat.astype(dtype)
     if recipe.plain_backward:
         return plain_product(forward, lhs_hat, rhs_hat)
     others = backward_operands(lhs, rhs, dims, recipe, rotated, (lhs_key, rhs_key), learned, rhs_scale)
     return product(forward, recipe, lhs_hat, rhs_hat, others, backward_key)
+
+
+def _turned(
+    lhs: Array, rhs: Array, dims: Dims, recipe: LinearRecipe, key: Array | None
+) -> tuple[Array, Array, LinearRecipe]:
+    """Both operands behind the rotation whose signs `key` draws, and the recipe of what is left to do."""
+    q_lhs, q_rhs = recipe.forward_quantizers
+    assert q_lhs is not None and q_rhs is not None and q_lhs.rotation is not None, "`recipe.fresh_signs` says so"
+    turn = functools.partial(q_lhs.rotation.apply, key=key)
+    out = Gemm(lhs=dataclasses.replace(q_lhs, rotation=None), rhs=dataclasses.replace(q_rhs, rotation=None))
+    return turn(lhs, dims.lhs), turn(rhs, dims.rhs), dataclasses.replace(recipe, out=out)
 
 
 def _packed_by_xla(product: PackedProduct, lhs: Array, rhs: QTensor, key: Array | None, scale: Array | None) -> Array:
@@ -121,7 +139,7 @@ def quantize_rhs(
     """The weight as the product uses it, in its own shape and dtype, differentiable.
 
     Quantize once, then run many microbatches with `recipe.with_rhs_ready()` and pull their summed gradient back through
-    this function once."""
+    this function once. Raises: ValueError where each product draws its signs anew."""
     return prepare_rhs(rhs, dimension_numbers, recipe, key=key, scale=scale).values
 
 
@@ -135,6 +153,11 @@ def prepare_rhs(
 ) -> PreparedKernel:
     """`quantize_rhs` with the scales, where these are all that the codes lack, so that products may multiply codes."""
     _check_recipe("quantize_rhs", recipe)
+    if recipe.fresh_signs:
+        raise ValueError(
+            "quantize_rhs: the rotation of this recipe draws its signs anew in every product, so no weight is ready"
+            " before. Fix them by a seed, as in Hadamard(signs=0)."
+        )
     quantizer = recipe.out.rhs
     if quantizer is None or recipe.rhs_ready:
         return PreparedKernel(rhs)

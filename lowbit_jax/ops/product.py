@@ -127,7 +127,7 @@ def backward_operands(
             return _ready_elements(quantizer, x, axis, rhs_scale)
         values, scale = quantizer.elements(lax.stop_gradient(x), axis=axis, key=key, scale=(scales or {}).get(side))
         if quantizer.rotation is not None and not rotated:
-            values = quantizer.rotation.undo(values, axis)
+            values = quantizer.unrotated(values, axis=axis, key=key)
         return values, scale
 
     return (

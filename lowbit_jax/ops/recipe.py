@@ -8,7 +8,6 @@ grad_rhs  dw = lhs . g        and here where rhs stood
 import dataclasses
 from typing import Literal, get_args
 
-from lowbit_jax import rounding
 from lowbit_jax.ops.backend import IMPLEMENTATIONS
 from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import PerRow, PerTensor
@@ -107,7 +106,8 @@ class LinearRecipe:
     "kernel" (the kernels or an error), "reference" (XLA on the quantized values; the one with second derivatives) or
     "interpret" (the kernels, slowly, anywhere).
     Raises: ValueError for an unknown implementation, for FORWARD or Requantized in `out`, where a backward product
-    reuses the operand it differentiates, or where it folds scales that are not one a row or a tensor."""
+    reuses the operand it differentiates, or where it folds scales that are not one a row or a tensor, and for
+    `rhs_ready` where each product of both operands draws signs of its own."""
 
     out: Gemm = Gemm()
     grad_lhs: Gemm = Gemm(rhs=FORWARD)
@@ -130,6 +130,11 @@ class LinearRecipe:
             raise ValueError(
                 "LinearRecipe: the cotangent stands at grad_lhs.lhs and grad_rhs.rhs, and it has no forward form."
                 " Put None or a Quantizer there."
+            )
+        if self.rhs_ready and self.fresh_signs:
+            raise ValueError(
+                "LinearRecipe(rhs_ready=True): the rotation of `out` draws its signs anew in every product, so no"
+                " weight is ready before. Fix them by a seed, as in Hadamard(signs=0)."
             )
         for name, side in (("grad_lhs", "rhs"), ("grad_rhs", "lhs")):
             quantizer = getattr(self.out, side)
@@ -156,8 +161,8 @@ class LinearRecipe:
 
     @property
     def needs_key(self) -> bool:
-        """Whether some rounding is stochastic."""
-        return any(quantizer.rounding is rounding.stochastic for quantizer in self.quantizers)
+        """Whether some rounding is stochastic, or some signs are drawn anew."""
+        return any(quantizer.needs_key for quantizer in self.quantizers)
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -171,6 +176,12 @@ class LinearRecipe:
         return lhs is not None and rhs is not None and lhs.rotation is not None and lhs.rotation == rhs.rotation
 
     @property
+    def fresh_signs(self) -> bool:
+        """Both operands of the forward product are rotated alike, by signs that each product draws anew."""
+        lhs, _ = self.forward_quantizers
+        return self.shared_rotation and lhs is not None and lhs.fresh_signs
+
+    @property
     def plain_backward(self) -> bool:
         """The backward products are those of autodiff."""
         return self.grad_lhs == Gemm(rhs=FORWARD) and self.grad_rhs == Gemm(lhs=FORWARD)
@@ -178,7 +189,7 @@ class LinearRecipe:
     @property
     def rhs_once(self) -> bool:
         """Whether all products read the weight as the forward quantizes it, so that `quantize_rhs` can do so before."""
-        return self.out.rhs is not None and self.grad_lhs.reads_forward("rhs")
+        return self.out.rhs is not None and self.grad_lhs.reads_forward("rhs") and not self.fresh_signs
 
     @property
     def inherited_implementation(self) -> str:

@@ -32,7 +32,8 @@ def param_quantizer(param_format: ParamFormat, who: str) -> Quantizer | None:
     """The quantizer of the weights: a format with its usual scale (ternary and 1 bit: mean magnitude of the tensor,
     others: absmax of each output channel, which an [in, out] kernel has along its last axis), or as given.
 
-    Raises: TypeError for anything else; ValueError for one with a learned scale, rotation, sparsity or zero points."""
+    Raises: TypeError for anything else; ValueError for one with a learned scale, rotation, sparsity, zero points or
+    debias."""
     if param_format is None:
         return None
     if isinstance(param_format, BlockFormat):
@@ -73,11 +74,12 @@ def _told(param_format: ParamFormat) -> str:
 
 
 def check_plain(quantizer: Quantizer, who: str) -> None:
-    if quantizer.learned or quantizer.rotation or quantizer.sparsity is not None or quantizer.zero_point:
+    plain = not (quantizer.learned or quantizer.rotation or quantizer.zero_point)
+    if not plain or quantizer.sparsity is not None or quantizer.debias is not None:
         raise ValueError(
             f"{who}: weights that are stepped on their own grid need a quantizer without learned scale, rotation,"
-            f" sparsity and zero points, got {quantizer.explain()}. Put those into the layer's recipe, and here the"
-            " format and tiling."
+            f" sparsity, zero points and debias, got {quantizer.explain()}. Put those into the"
+            " layer's recipe, and here the format and tiling."
         )
 
 

@@ -1,7 +1,9 @@
 """How large is one grid step, and which elements share it?"""
 
+from lowbit_jax.scaling.eden import Eden
 from lowbit_jax.scaling.finite import check_finite, first_nonfinite
 from lowbit_jax.scaling.fit import (
+    AbsmaxOn,
     CandidateSearch,
     Fit,
     Learned,
@@ -20,9 +22,11 @@ __all__ = [
     "BFLOAT16",
     "FLOAT32",
     "OUTLIER_RATIO",
+    "AbsmaxOn",
     "Block",
     "CandidateSearch",
     "CastScale",
+    "Eden",
     "Fit",
     "Group",
     "Learned",

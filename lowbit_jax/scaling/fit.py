@@ -77,6 +77,26 @@ def absmax_edge(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...
     return settled(on_level(amax, fmt.reach + fmt.top_gap / 2), amax, fmt)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class AbsmaxOn:
+    """max|x| lies on `level`, in grid units: beyond the largest level it is clipped, and steps are finer.
+
+    Raises: ValueError unless the level is positive and finite."""
+
+    level: float
+
+    def __post_init__(self):
+        if not isinstance(self.level, numbers.Real) or not 0 < self.level < np.inf:
+            raise ValueError(f"AbsmaxOn({self.level!r}): give a positive level of the grid, or one beyond its largest.")
+
+    def __str__(self) -> str:
+        return f"absmax on {self.level:.4g}"
+
+    def __call__(self, tiles, fmt, axes):
+        amax = largest_magnitude(tiles, axes)
+        return settled(on_level(amax, self.level), amax, fmt)
+
+
 def rms_optimal(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
     """rms(x) times the scale of least squared error on a Gaussian (QuEST: step = 2 alpha*/(2^b - 1) rms).
 
@@ -163,6 +183,11 @@ class CandidateSearch:
         if not self.fractions or not all(0 < fraction < np.inf for fraction in self.fractions):
             raise ValueError(f"CandidateSearch(fractions={self.fractions}): give one or more positive multiples.")
 
+    def __str__(self) -> str:
+        few = " or ".join(f"{fraction:g}" for fraction in self.fractions)
+        told = few if len(self.fractions) <= 3 else f"the best of {len(self.fractions)}"
+        return f"{getattr(self.base, '__name__', None) or self.base} x {told}"
+
     def __call__(self, tiles, fmt, axes):
         rounded = lambda scale: rounding.nearest(tiles * reciprocal(scale), fmt) * scale
         return self.best(self.base(tiles, fmt, axes), rounded, tiles, fmt, axes)
@@ -185,7 +210,9 @@ def carries_nan(fit: Fit) -> bool:
     """Whether this fit is known to answer NaN for a tile that holds one: whether it is one of those above."""
     if isinstance(fit, CandidateSearch):
         return carries_nan(fit.base)
-    return isinstance(fit, Percentile) or any(fit is own for own in (absmax, absmax_edge, rms_optimal, mean_abs))
+    return isinstance(fit, Percentile | AbsmaxOn) or any(
+        fit is own for own in (absmax, absmax_edge, rms_optimal, mean_abs)
+    )
 
 
 def lsq_initial(tiles: Float[Array, "*tiles"], fmt: Format, axes: tuple[int, ...]) -> Float[Array, "*scales"]:
