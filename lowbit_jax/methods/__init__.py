@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 
-from lowbit_jax.methods.custom import block_scaled, mxfp4_backward, nf4, nvfp4, quartet, tetrajet
+from lowbit_jax.methods.custom import block_scaled, mxfp4_backward, nf4, nvfp4, quartet, quartet2, tetrajet
 from lowbit_jax.methods.floating_point import fp8
 from lowbit_jax.methods.integer import absmax_integer, bitnet, jetfire, static_integer, switchback
 from lowbit_jax.methods.qat import lsq, pact, straight_through
@@ -25,6 +25,7 @@ _REGISTRY: dict[str, Callable[..., LinearRecipe]] = {
     "block_scaled": block_scaled,
     "nvfp4": nvfp4,
     "quartet": quartet,
+    "quartet2": quartet2,
     "tetrajet": tetrajet,
     "mxfp4_backward": mxfp4_backward,
     "nf4": nf4,
@@ -76,6 +77,7 @@ __all__ = [
     "nvfp4",
     "pact",
     "quartet",
+    "quartet2",
     "quest",
     "quest_quantizer",
     "source",

@@ -10,7 +10,18 @@ from lowbit_jax.formats.catalogue import E2M1, MXFP4, NF4, NVFP4
 from lowbit_jax.ops.recipe import FORWARD, Gemm, LinearRecipe, Requantized
 from lowbit_jax.quantizer import Quantizer, block_quantizer
 from lowbit_jax.rotation import Hadamard
-from lowbit_jax.scaling import FLOAT32, Block, CandidateSearch, Group, PowerOfTwo, TwoLevel, absmax, rms_optimal
+from lowbit_jax.scaling import (
+    FLOAT32,
+    AbsmaxOn,
+    Block,
+    CandidateSearch,
+    Eden,
+    Group,
+    PowerOfTwo,
+    TwoLevel,
+    absmax,
+    rms_optimal,
+)
 
 
 def block_scaled(
@@ -69,9 +80,7 @@ def nvfp4(*, stochastic: bool = True, rotation: int | None = 16, four_over_six: 
     of rules.
     Source: NVIDIA 2025, arXiv:2509.25149, section 4."""
     plain = block_quantizer(NVFP4, estimator=StraightThrough())
-    activation = plain
-    if four_over_six:
-        activation = dataclasses.replace(plain, fit=CandidateSearch((1.0, 1.5)), scale_format=TwoLevel(cap=256.0))
+    activation = _four_over_six(plain) if four_over_six else plain
     cotangent = dataclasses.replace(plain, rounding=rounding.stochastic if stochastic else rounding.nearest)
     turned = None if rotation is None else Hadamard(rotation, signs=0)
     return LinearRecipe(
@@ -106,6 +115,35 @@ def quartet() -> LinearRecipe:
         estimator=ClippedStraightThrough(),
     )
     return _with_backward("quartet", forward, dataclasses.replace(_unbiased(), rotation=Hadamard(32, signs=0)))
+
+
+def quartet2(*, four_over_six: bool = True) -> LinearRecipe:
+    """Quartet II: NVFP4 in all three products, the backward ones by MS-EDEN, which are unbiased with the noise of a
+    nearest rounding. Takes keys.
+
+    Forward operands have runs of 16, whose largest magnitude lies on 6 or on 4, whichever errs less (`four_over_six`;
+    the choice is made before the scales are rounded). Cotangents and the forward's quantized operands, quantized
+    again, are rotated by a Hadamard matrix of 128 rows, its signs drawn anew for each product, and rounded to nearest;
+    the scales are corrected for each 128 (`scaling.Eden`) and drawn. A size of the weight, or a number of tokens, that
+    128 does not divide takes the largest power of two that does, at least 16: runs of 16 have to divide it. Rounding by
+    small rotations is less unbiased.
+    Source: Panferov et al. 2026, arXiv:2601.22813 (with the correction of EDEN itself: `scaling.Eden` says how their
+    code differs)."""
+    forward = block_quantizer(NVFP4, estimator=StraightThrough())
+    if four_over_six:
+        forward = _four_over_six(forward)
+    backward = dataclasses.replace(
+        forward,
+        fit=AbsmaxOn(6 / (17 / 16 * 0.93)),
+        scale_format=TwoLevel(cap=255.99),
+        rotation=Hadamard(128, signs="fresh"),
+        debias=Eden(128),
+    )
+    return _with_backward("quartet2" + ("" if four_over_six else ", plain nvfp4"), forward, backward)
+
+
+def _four_over_six(nvfp4: Quantizer) -> Quantizer:
+    return dataclasses.replace(nvfp4, fit=CandidateSearch((1.0, 1.5)), scale_format=TwoLevel(cap=256.0))
 
 
 def tetrajet() -> LinearRecipe:
