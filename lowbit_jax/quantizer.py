@@ -235,8 +235,8 @@ class Quantizer:
         the scales are; u is x, rotated, over its scale, from its zero point. Levels off a support are left out."""
         if self.drawn:
             raise NotImplementedError(
-                f"Quantizer({self.drawn}) has no packed form: it would keep one draw of what averages out over many. Use"
-                " it in backward products, and in what is packed Hadamard(signs=0) and no debias."
+                f"Quantizer({self.drawn}) has no packed form, which would keep one draw of what averages out over many."
+                " Use it in backward products, and in what is packed Hadamard(signs=0) and no debias."
             )
         if isinstance(axis, tuple | list):
             raise ValueError(

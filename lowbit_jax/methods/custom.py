@@ -168,10 +168,10 @@ def _with_backward(name: str, forward: Quantizer, backward: Quantizer) -> Linear
 def mxfp4_backward() -> LinearRecipe:
     """The forward in high precision, both backward products in unbiased MXFP4. Takes keys.
 
-    They round stochastically, behind a Hadamard rotation by blocks of 64 with fixed random signs.
+    They round stochastically, behind a Hadamard rotation by blocks of 64 with random signs, drawn anew for each.
 
-    Source: Tseng et al. 2025, arXiv:2502.20586 (there the signs are drawn anew)."""
-    backward = dataclasses.replace(_unbiased(), rotation=Hadamard(64, signs=0))
+    Source: Tseng et al. 2025, arXiv:2502.20586."""
+    backward = dataclasses.replace(_unbiased(), rotation=Hadamard(64, signs="fresh"))
     both = Gemm(lhs=backward, rhs=backward)
     return LinearRecipe(grad_lhs=both, grad_rhs=both, name="mxfp4 backward")
 
