@@ -93,7 +93,8 @@ def _drawn_signs(key: Array | None, length: int) -> Int[Array, "length"]:
             " by a seed, as in Hadamard(signs=0)."
         )
     check_key("Hadamard(signs='fresh')", key)
-    return jax.random.rademacher(key, (length,), jnp.int8)
+    bits = jax.random.bits(key, (length,), jnp.uint32)  # alike with 64 bits enabled, as jax.random.rademacher is not
+    return 1 - 2 * lax.shift_right_logical(bits, np.uint32(31)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
