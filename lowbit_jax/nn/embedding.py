@@ -24,7 +24,7 @@ def table_site(path: str, ids: int, features: int) -> Site:
 
 def check_recipe(recipe: LinearRecipe, where: str) -> None:
     """Raises: NotImplementedError for what a table has no place for: learned scales and random keys."""
-    problem = "learns its scales" if recipe.learned else "rounds stochastically" if recipe.needs_key else None
+    problem = "learns its scales" if recipe.learned else "rounds or rotates at random" if recipe.needs_key else None
     if problem:
         raise NotImplementedError(
             f"{where}: this recipe {problem}, which embeddings do not keep. Give it another by a rule, such as"

@@ -204,8 +204,8 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
             product = _product(layer, paths[0], assigned[paths[0]], who)
             if product.recipe.needs_key and rngs is None:
                 raise ValueError(
-                    f"{who}: the recipe of {called(paths[0], type(layer))} rounds stochastically, which takes"
-                    " random keys. Pass"
+                    f"{who}: the recipe of {called(paths[0], type(layer))} rounds or rotates at random, which takes"
+                    " keys. Pass"
                     " rngs=nnx.Rngs(quantize=0); each layer then owns a stream of keys."
                 )
             products |= dict.fromkeys(paths, product)
@@ -216,7 +216,8 @@ def quantize(module: nnx.Module, policy: Policy, rngs: nnx.Rngs | nnx.RngStream 
     _check_callables(found, products, who)
     if rngs is not None and not any(product.recipe.needs_key for product in products.values()):
         raise ValueError(
-            f"{who} got rngs, but no recipe here rounds stochastically, so nothing would take a key. Drop the argument."
+            f"{who} got rngs, but no recipe here rounds stochastically or draws signs, so nothing would take a key."
+            " Drop the argument."
         )
 
     def change(layer: Any, product: Product) -> None:
