@@ -99,12 +99,11 @@ def quartet() -> LinearRecipe:
     """Quartet, QuEST's successor in MXFP4 with all three products in 4 bits. Takes keys.
 
     Forward operands are rotated by blocks of 32 and scaled for the least squared error on a Gaussian. Backward products
-    are of unbiased, stochastic MXFP4, for which the forward's quantized operands are rotated and quantized again.
+    are of unbiased, stochastic MXFP4, for which the forward's quantized operands are rotated, by signs drawn anew for
+    each product, and quantized again.
 
-    Three choices differ from the authors' code: the root mean square in place of the standard deviation, the power of
-    two nearest to the fitted scale (theirs is rounded down, twice the squared error at worst), and random signs of the
-    backward rotation that stay the same (theirs are drawn at each step; the roundings alone make the products
-    unbiased).
+    Two choices differ from the authors' code: the root mean square in place of the standard deviation, and the power of
+    two nearest to the fitted scale (theirs is rounded down, twice the squared error at worst).
     Source: Castro et al. 2025, arXiv:2505.14669, algorithm 1."""
     forward = Quantizer(
         format=E2M1,
@@ -114,7 +113,7 @@ def quartet() -> LinearRecipe:
         rotation=Hadamard(32),
         estimator=ClippedStraightThrough(),
     )
-    return _with_backward("quartet", forward, dataclasses.replace(_unbiased(), rotation=Hadamard(32, signs=0)))
+    return _with_backward("quartet", forward, dataclasses.replace(_unbiased(), rotation=Hadamard(32, signs="fresh")))
 
 
 def quartet2(*, four_over_six: bool = True) -> LinearRecipe:
