@@ -91,7 +91,6 @@ def dot_general_of(
     if recipe.fresh_signs:
         signs_key, lhs_key = (None, None) if lhs_key is None else jax.random.split(lhs_key)
         lhs, rhs, recipe = _turned(lhs, rhs, dims, recipe, signs_key)
-        rotated = False
     coder = coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated)
     if coder is not None:
         keys = (lhs_key, rhs_key, backward_key)

@@ -171,15 +171,20 @@ class LinearRecipe:
 
     @property
     def shared_rotation(self) -> bool:
-        """Both operands of the forward product are rotated alike, so that the rotations cancel in it."""
-        lhs, rhs = self.forward_quantizers
-        return lhs is not None and rhs is not None and lhs.rotation is not None and lhs.rotation == rhs.rotation
+        """Both operands of the forward product are rotated alike, so that the rotations cancel in it. Not by fresh
+        signs, which are alike only where a product draws them for both (`fresh_signs`)."""
+        return self._rotated_alike and not self.fresh_signs
 
     @property
     def fresh_signs(self) -> bool:
         """Both operands of the forward product are rotated alike, by signs that each product draws anew."""
         lhs, _ = self.forward_quantizers
-        return self.shared_rotation and lhs is not None and lhs.fresh_signs
+        return self._rotated_alike and lhs is not None and lhs.fresh_signs
+
+    @property
+    def _rotated_alike(self) -> bool:
+        lhs, rhs = self.forward_quantizers
+        return lhs is not None and rhs is not None and lhs.rotation is not None and lhs.rotation == rhs.rotation
 
     @property
     def plain_backward(self) -> bool:
