@@ -8,7 +8,7 @@ The record is frozen and hashable: it can be a static argument of a jitted funct
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -45,6 +45,7 @@ from lowbit_jax.scaling import (
 from lowbit_jax.scaling.fit import carries_nan, positive, reciprocal, rms_scales
 from lowbit_jax.scaling.report import TileReport, tile_report
 from lowbit_jax.scaling.tiling import Axis, join, normalized_axes
+from lowbit_jax.slots import SLOTS
 from lowbit_jax.sparsity import Support, compress
 
 Rounding = Callable[..., Array]
@@ -87,7 +88,7 @@ class Quantizer:
                 f"Quantizer(format={self.format.name}): a block format fixes format, tile and scale together."
                 " Use lb.block_quantizer(format) to get the whole quantizer."
             )
-        for slot, wanted in _SLOTS.items():
+        for slot, wanted in SLOTS.items():
             wanted.check(slot, getattr(self, slot))
         learns = getattr(self.estimator, "learns_scale", None)  # an estimator from elsewhere may not say
         if learns is True and not self.learned:
@@ -405,76 +406,9 @@ class Quantizer:
         return self.format.bits * self.sparsity.kept / self.sparsity.group + 1 / self.sparsity.run
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Slot:
-    """What may stand in a slot: an object with these attributes, or a function."""
-
-    what: str
-    attributes: tuple[str, ...] = ("__call__",)
-    examples: Mapping[Any, str] = dataclasses.field(default_factory=dict)  # of values often given by mistake
-    example: str = ""
-    optional: bool = False
-
-    def check(self, slot: str, value: Any) -> None:
-        if value is None and self.optional:
-            return
-        if not isinstance(value, type) and all(hasattr(value, name) for name in self.attributes):
-            return
-        if isinstance(value, type) and all(hasattr(value, name) for name in self.attributes):
-            way_out = f"that is the class. Give an object of it, as {value.__name__}(...)"
-        else:
-            given = value.lower() if isinstance(value, str) else getattr(value, "name", value)
-            meant = self.examples.get(given) if isinstance(given, str) else None
-            if slot == "format" and isinstance(value, str):
-                meant = f"lb.formats.get({value!r})"
-            if slot == "rotation" and isinstance(value, int):
-                meant = f"lb.Hadamard(block={value})"
-            way_out = f"give {self.what}, " + (f"here {meant}" if meant else f"such as {self.example}")
-        none = ", or None" if self.optional else ""
-        raise TypeError(f"Quantizer({slot}={value!r}): {way_out}{none}.")
-
-
 def _nan_of(tiles: Float[Array, "*tiles"], axes: tuple[int, ...], scale: Float[Array, "*scales"]) -> Array:
     """The scale, and NaN where an element of its tile is NaN."""
     return jnp.where(jnp.any(jnp.isnan(tiles), axis=axes, keepdims=True), jnp.nan, scale)
-
-
-def _named(place: str, *names: str) -> dict[str, str]:
-    return {name: f"lb.{place}.{name}" for name in names}
-
-
-_SLOTS = {
-    "format": _Slot("a format", ("levels", "bits"), example="lb.formats.get('int4')"),
-    "tiling": _Slot(
-        "a tiling", ("split", "describe"),
-        {"tensor": "lb.scaling.PerTensor()", "row": "lb.scaling.PerRow()"}, "PerRow() or Group(32)",
-    ),
-    "fit": _Slot(
-        "a function",
-        examples=_named("scaling", "absmax", "absmax_edge", "rms_optimal", "mean_abs"),
-        example="lb.scaling.absmax",
-    ),
-    "rounding": _Slot(
-        "a function", examples=_named("rounding", "nearest", "stochastic", "toward_zero"), example="lb.rounding.nearest"
-    ),
-    "scale_format": _Slot(
-        "a scale format", ("store", "load", "describe"),
-        {"e8m0": "lb.scaling.PowerOfTwo()", "float32": "lb.scaling.FLOAT32", "bfloat16": "lb.scaling.BFLOAT16",
-         "float16": "lb.scaling.CastScale('float16')", "e4m3": "lb.scaling.TwoLevel()"},
-        "lb.scaling.BFLOAT16 or lb.scaling.PowerOfTwo()",
-    ),
-    "rotation": _Slot(
-        "a rotation", ("apply", "undo", "describe"), {"hadamard": "lb.Hadamard()"}, "lb.Hadamard(block=128)", True
-    ),
-    "sparsity": _Slot(
-        "a support", ("mask", "group", "kept", "run"),
-        {"2:4": "lb.sparsity.NofM(2, 4)", "4:8": "lb.sparsity.PairsNofM(2, 4)"}, "lb.sparsity.NofM(2, 4)", True,
-    ),
-    "debias": _Slot("a correction", ("check", "corrected", "describe"), example="lb.scaling.Eden(128)", optional=True),
-    "estimator": _Slot(
-        "an estimator", ("residuals", "gradients", "describe"), example="lb.estimators.StraightThrough()"
-    ),
-}  # fmt: skip
 
 
 def _check_fitted(fit: Any, scale: Any, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ FLOORS = (
     {"rounding", "coding", "packing"},
     {"scaling"},
     {"rotation", "sparsity"},
-    {"estimators", "qtensor"},
+    {"estimators", "qtensor", "slots"},
     {"quantizer"},
     {"gptq"},
     {"ops"},
