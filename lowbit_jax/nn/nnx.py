@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from lowbit_jax.nn.bridge import way_inside
@@ -64,6 +65,14 @@ class PreparedWeight(nnx.Param):
         if index is not ...:
             raise TypeError(f"PreparedWeight[{index}]: a prepared weight is read whole. Use .get_value().values first.")
         return super().get_value()
+
+    def replace(self, *value: Any, **metadata: Any) -> Any:
+        """A partition spec, as `nnx.get_partition_spec` puts in place of the value, is that of the weight: its scales,
+        which have another shape, lie on every device."""
+        if value and isinstance(value[0], PartitionSpec) and self.get_value().scale is not None:
+            specs: Any = value[0], PartitionSpec()
+            value = (PreparedKernel(*specs),)
+        return super().replace(*value, **metadata)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def dot_general_of(
         rhs, rhs_scale = rhs.values, rhs.scale if recipe.rhs_ready else None
     check_operands(who, lhs, rhs, key)
     learned = checked_scales(who, recipe, scales, packed=isinstance(rhs, QTensor))
-    out_dtype = lhs.dtype if preferred_element_type is None else _dtype(who, preferred_element_type)
+    out_dtype = lhs.dtype if preferred_element_type is None else checked_dtype(who, preferred_element_type)
     lhs, rhs, dims = _one_contraction(who, lhs, rhs, dimension_numbers)
     lhs_key, rhs_key, backward_key = (None, None, None) if key is None else jax.random.split(key, 3)
     rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
@@ -253,7 +253,8 @@ def _check_weight(who: str, rhs: Any) -> None:
     _check_floating(who, "rhs", rhs)
 
 
-def _dtype(who: str, dtype: Any) -> Any:
+def checked_dtype(who: str, dtype: Any) -> Any:
+    """Raises: TypeError for what is no dtype, for `preferred_element_type`."""
     try:
         return jnp.dtype(dtype)
     except TypeError:

@@ -111,12 +111,7 @@ def backward_operands(
     """What the backward products of `recipe` read beside the quantized operands, in the space of the forward product:
     of each operand its high-precision form, or a pair (grid values, scales) where they fold its scales, or None.
 
-    Raises: ValueError when the weight came quantized (`rhs_ready`) and a backward product wants the original."""
-    if recipe.rhs_ready and not recipe.grad_lhs.reads_forward("rhs"):
-        raise ValueError(
-            "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD"
-            " or Requantized there, or quantize the weight inside the product."
-        )
+    Raises: ValueError as `original_operands`."""
     originals = original_operands(lhs, rhs, dims, recipe, rotated)
 
     def operand(side: Side, x: Array, axis: int, gemm: Gemm, key: Any) -> Any:
@@ -140,7 +135,14 @@ def original_operands(
     lhs: Float[Array, "*lhs"], rhs: Float[Array, "*rhs"], dims: Dims, recipe: LinearRecipe, rotated: bool
 ) -> tuple[Any, Any]:
     """The operands in high precision, in the space of the forward product, each where a backward product reads it, else
-    None."""
+    None.
+
+    Raises: ValueError when the weight came quantized (`rhs_ready`) and a backward product wants the original."""
+    if recipe.rhs_ready and not recipe.grad_lhs.reads_forward("rhs"):
+        raise ValueError(
+            "lb.dot_general: grad_lhs.rhs wants the original weight, but it came quantized (rhs_ready). Use FORWARD"
+            " or Requantized there, or quantize the weight inside the product."
+        )
     rotation = recipe.out.lhs.rotation if rotated and isinstance(recipe.out.lhs, Quantizer) else None
     turned = lambda x, axis: x if rotation is None else rotation.apply(x, axis)
     return (
@@ -205,7 +207,7 @@ def product_gradients(
         dlhs = _code_product(g, rhs, numbers, 0, recipe, forward.precision, lhs_hat.dtype, keys[0], coder)
     else:
         other = rhs_hat if recipe.grad_lhs.reads_forward("rhs") else rhs
-        dlhs = _backward_product(g, other, numbers, recipe, recipe.grad_lhs, forward.precision, keys[0])
+        dlhs = _backward_product(g, other, numbers, recipe, recipe.grad_lhs, forward.precision, keys[0], lhs_hat.dtype)
     dlhs = jnp.transpose(dlhs, np.argsort((*dims.lhs_batch, *lhs_free, dims.lhs)).tolist())
 
     numbers = ((lhs_free, g_lhs_free), (dims.lhs_batch, batch))
@@ -213,7 +215,7 @@ def product_gradients(
         drhs = _code_product(g, lhs, numbers, 1, recipe, forward.precision, lhs_hat.dtype, keys[1], coder)
     else:
         other = lhs_hat if recipe.grad_rhs.reads_forward("lhs") else lhs
-        drhs = _backward_product(other, g, numbers, recipe, recipe.grad_rhs, forward.precision, keys[1])
+        drhs = _backward_product(other, g, numbers, recipe, recipe.grad_rhs, forward.precision, keys[1], g.dtype)
     drhs = jnp.transpose(drhs, np.argsort((*dims.rhs_batch, dims.rhs, *rhs_free)).tolist())
 
     return dlhs.astype(lhs_hat.dtype), drhs.astype(rhs_hat.dtype)
@@ -222,11 +224,14 @@ def product_gradients(
 product.defvjp(_product_forward, _product_backward)
 
 
-def _backward_product(lhs, rhs, numbers, recipe: LinearRecipe, gemm: Gemm, precision, key):
+def _backward_product(lhs, rhs, numbers, recipe: LinearRecipe, gemm: Gemm, precision, key, dtype):
     """One backward product: again a `dot_general` with a recipe, that of its own two operands. As there, the dtype is
-    that of lhs, whatever an original weight was quantized from."""
+    that of lhs, whatever an original weight was quantized from, but not less than `dtype` holds: that of the cotangent
+    or of the activation, which differ where a product answers in another dtype."""
     from lowbit_jax.ops.dot_general import dot_general
 
+    with jax.numpy_dtype_promotion("standard"):
+        lhs = lhs.astype(jnp.promote_types(lhs.dtype, dtype))
     if not numbers[0][0]:  # an outer product: nothing is contracted, so nothing is quantized
         return lax.dot_general(lhs, rhs.astype(lhs.dtype), numbers, precision)
     own = LinearRecipe(
@@ -269,6 +274,8 @@ def _code_product(g, other, numbers, side, recipe: LinearRecipe, precision, dtyp
     assert isinstance(quantizer, Quantizer)
     values, scales = other
     contracted, batch = numbers[0][side], numbers[1][side]
+    if not gemm.fold and key is not None:  # as `dot_general` hands it on
+        key = jax.random.split(key, 3)[side]
     order = (*numbers[1][1 - side], *numbers[0][1 - side])
     weighted = once_differentiable(g).astype(jnp.float32)
     if gemm.fold:
@@ -318,6 +325,8 @@ def _grid_product(
     if both is not None and both.multiplies(pair[0].shape, pair[1].shape, formats, numbers):
         a, b = (x if coded(x) else both.encode(x, fmt) for x, fmt in zip(pair, formats, strict=True))
         return both.product(a, b, formats, numbers, precision)
+    if backend.platform() == "cpu" and max(x.ndim for x in pair) > 2:
+        dtype = jnp.float32  # XLA's CPU compiler has no product of bfloat16 with a sum in float32 for some of these
     values = lambda x, fmt: (coder.decode(x, fmt) if coder is not None and coded(x) else x).astype(dtype)
     a, b = map(values, pair, formats)
     return lax.dot_general(a, b, numbers, precision, jnp.float32)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lowbit_jax.ops.dot_general import check_operands, checked_scales
+from lowbit_jax.ops.dot_general import check_operands, checked_dtype, checked_scales
+from lowbit_jax.ops.prepared import PreparedKernel
 from lowbit_jax.ops.recipe import LinearRecipe
 from lowbit_jax.ops.varying import vary_alike
 from lowbit_jax.qtensor import QTensor
@@ -18,7 +19,7 @@ _WHO = "lb.ragged_dot"
 
 def ragged_dot(
     lhs: Float[Array, "m k"],
-    rhs: Float[Array, "experts k n"] | QTensor,
+    rhs: Float[Array, "experts k n"] | QTensor | PreparedKernel,
     group_sizes: Int[Array, "experts"],
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -46,28 +47,29 @@ def ragged_dot(
         raise NotImplementedError(
             f"{_WHO}: implementation={recipe.implementation!r}, and no kernel computes grouped products. Use 'auto'."
         )
-    check_operands(_WHO, lhs, rhs, key)
-    _check_shapes(lhs, rhs, group_sizes)
-    learned = checked_scales(_WHO, recipe, scales, packed=isinstance(rhs, QTensor))
-    lhs, rhs, group_sizes, learned = vary_alike(lhs, rhs, group_sizes, learned)
+    w: Any = rhs.values if isinstance(rhs, PreparedKernel) else rhs
+    check_operands(_WHO, lhs, w, key)
+    _check_shapes(lhs, w, group_sizes)
+    learned = checked_scales(_WHO, recipe, scales, packed=isinstance(w, QTensor))
+    lhs, w, group_sizes, learned = vary_alike(lhs, w, group_sizes, learned)
     lhs_key, rhs_key = (None, None) if key is None else jax.random.split(key)
     q_lhs, q_rhs = recipe.forward_quantizers
     compute = lhs.dtype
-    packed = isinstance(rhs, QTensor)
-    rotated = recipe.shared_rotation and (not packed or rhs.quantizer == q_rhs)
+    out_dtype = compute if preferred_element_type is None else checked_dtype(_WHO, preferred_element_type)
+    packed = isinstance(w, QTensor)
+    rotated = recipe.shared_rotation and (not packed or w.quantizer == q_rhs)
     if q_lhs is not None:
         quantize = q_lhs.in_rotated_space if rotated else q_lhs
         lhs = quantize(lhs, axis=1, key=lhs_key, scale=learned.get("lhs"))
     if packed:
-        rhs.check_meaning(f"{_WHO}: the packed rhs")
-        if rhs.quantizer.rotation is not None and not rotated:
-            lhs = rhs.quantizer.rotation.apply(lhs, 1)
-        rhs = rhs.values(compute)
+        w.check_meaning(f"{_WHO}: the packed rhs")
+        if w.quantizer.rotation is not None and not rotated:
+            lhs = w.quantizer.rotation.apply(lhs, 1)
+        w = w.values(compute)
     elif q_rhs is not None and not recipe.rhs_ready:
         quantize = q_rhs.in_rotated_space if rotated else q_rhs
-        rhs = quantize(rhs, axis=1, key=rhs_key, scale=learned.get("rhs"))
-    out_dtype = compute if preferred_element_type is None else preferred_element_type
-    return lax.ragged_dot(lhs.astype(compute), rhs.astype(compute), group_sizes, precision, out_dtype)
+        w = quantize(w, axis=1, key=rhs_key, scale=learned.get("rhs"))
+    return lax.ragged_dot(lhs.astype(compute), w.astype(compute), group_sizes, precision, out_dtype)
 
 
 def _check_shapes(lhs: Array, rhs: Any, group_sizes: Any) -> None:

@@ -134,6 +134,27 @@ def test_nnx_preparing_changes_neither_value_nor_gradient(name, stack, x):
     assert_gradients_close(ours, theirs)
 
 
+def test_a_prepared_model_lies_where_its_weights_lay():
+    """By the partition specs of its own state: the scales, of another shape, are on every device."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    cut = lambda *names: nnx.with_partitioning(jax.nn.initializers.normal(), names)
+    with jax.set_mesh(mesh):
+        rngs = nnx.Rngs(0)
+        layers = nnx.List([
+            nnx.Linear(64, 128, kernel_init=cut("data", "model"), rngs=rngs),
+            nnx.LinearGeneral((4, 32), 64, axis=(-2, -1), kernel_init=cut("model", None, None), rngs=rngs),
+        ])  # fmt: skip
+        graph, state = nnx.split(lb.nn.prepare(lb.quantize(layers, lb.quest(4))))
+        placed = jax.tree.map(
+            lambda spec: jax.sharding.NamedSharding(mesh, spec), nnx.get_partition_spec(state),
+            is_leaf=lambda spec: isinstance(spec, jax.sharding.PartitionSpec),
+        )  # fmt: skip
+        layers = nnx.merge(graph, jax.device_put(state, placed))
+    values = layers[0].kernel.get_value().values
+    assert values.sharding.spec == jax.sharding.PartitionSpec("data", "model")
+    assert layers[0](jnp.ones((2, 64))).shape == (2, 128) and layers[1](jnp.ones((2, 4, 32))).shape == (2, 64)
+
+
 @pytest.mark.parametrize("name", LINEN_RECIPES)
 def test_linen_preparing_changes_no_gradient(name, x, linen_variables):
     model, variables = lb.quantize(LinenStack(), RECIPES[name], rules=HEAD), linen_variables(name)

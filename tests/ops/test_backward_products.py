@@ -239,6 +239,25 @@ def test_a_float32_master_weight_is_quantized_anew(key, method):
     assert jnp.mean(jnp.abs(dx.astype(jnp.float32) - wanted)) < 0.3 * jnp.mean(jnp.abs(wanted))
 
 
+def test_few_tokens_and_several_output_axes_in_bfloat16(key):
+    """XLA's CPU compiler has no product of bfloat16 with a float32 sum for this one."""
+    x, w = jax.random.normal(key, (32, 64), jnp.bfloat16), jax.random.normal(key, (64, 4, 16))
+    loss = lambda w, recipe: lb.dot_general(x, w, NUMBERS, recipe=recipe).astype(jnp.float32).sum()
+    found, expected = (jax.jit(jax.grad(loss), static_argnums=1)(w, r) for r in (lb.quest(4, backward=8), lb.quest(4)))
+    np.testing.assert_allclose(found, expected, atol=2e-2 * np.abs(expected).max())
+
+
+def test_a_small_float32_cotangent_of_a_float16_activation(key):
+    """A product that answers in float32 has a cotangent in float32, which float16 would flush."""
+    a, b, c = jax.random.split(key, 3)
+    x, w = jax.random.normal(a, (64, 64), jnp.float16), jax.random.normal(b, (64, 32))
+    g = jax.random.normal(c, (64, 32)) * 1e-7
+    product = functools.partial(lb.dot_general, preferred_element_type=jnp.float32, recipe=lb.methods.fp8())
+    gradient = jax.jit(lambda x, w, g: jax.vjp(lambda w: product(x, w, NUMBERS), w)[1](g)[0])
+    narrow, wide = gradient(x, w, g), gradient(x.astype(jnp.float32), w, g)
+    assert jnp.mean(jnp.abs(narrow - wide)) < 0.05 * jnp.mean(jnp.abs(wide))  # of float16 itself, at the end
+
+
 @pytest.mark.parametrize("bits", [1, 4])
 def test_an_8_bit_backward_of_quest_is_close_to_the_plain_one(key, bits):
     a, b, c = jax.random.split(key, 3)

@@ -149,6 +149,26 @@ def test_a_weight_that_came_quantized_is_multiplied_as_int8(key, layout, fmt, ba
         np.testing.assert_allclose(a, b, atol=(2e-2 if backward else 2e-5) * np.abs(b).max())
 
 
+def test_a_prepared_weight_is_not_taken_for_the_original(key):
+    lhs, rhs, numbers = operands(key, "matrix")
+    out = lb.Gemm(lhs=lb.Quantizer(), rhs=lb.Quantizer())
+    recipe = lb.LinearRecipe(out=out, grad_lhs=lb.Gemm(), grad_rhs=lb.Gemm())
+    with pytest.raises(ValueError, match="wants the original weight"):
+        lb.dot_general(lhs, prepare_rhs(rhs, numbers, recipe), numbers, recipe=recipe.with_rhs_ready())
+
+
+def test_a_cotangent_rounds_stochastically_alike(key):
+    """The same draws, multiplied as int8 or as values."""
+    lhs, rhs, numbers = operands(key, "tokens")
+    base = lb.methods.switchback()
+    noisy = dataclasses.replace(base.grad_lhs.lhs, rounding=lb.rounding.stochastic)
+    recipe = dataclasses.replace(base, grad_lhs=lb.Gemm(lhs=noisy, rhs=lb.FORWARD))
+    loss = lambda lhs, recipe: (lb.dot_general(lhs, rhs, numbers, recipe=recipe, key=key) * 0.37).sum()
+    run = jax.jit(jax.grad(loss), static_argnums=1)
+    assert int8_products(run.lower(lhs, recipe).as_text()) >= 1
+    np.testing.assert_allclose(run(lhs, recipe), run(lhs, recipe.with_implementation("reference")), atol=1e-4)
+
+
 def test_which_weights_bring_their_scales():
     """Not those of groups, of learned scales, of a rotation that is undone."""
     w = jax.random.normal(jax.random.key(0), (64, 10))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lowbit_jax as lb
+from lowbit_jax.ops.dot_general import prepare_rhs
 
 MATRIX = (((1,), (0,)), ((), ()))
 SIZES = (5, 0, 9, 2)
@@ -52,6 +53,14 @@ def test_packed_experts(key, recipe):
     np.testing.assert_allclose(run(x, packed), run(x, w), atol=1e-5 * np.abs(w).max() * 32)
 
 
+def test_a_weight_that_came_quantized(key):
+    x, w = operands(key)
+    recipe = lb.quest(4)
+    ready = prepare_rhs(w, (((1,), (1,)), ((), (0,))), recipe)
+    run = lambda w, recipe: lb.ragged_dot(x, w, jnp.asarray(SIZES), recipe=recipe)
+    np.testing.assert_allclose(run(ready, recipe.with_rhs_ready()), run(w, recipe), atol=1e-4)
+
+
 def test_bfloat16_learned_scales_and_keys(key):
     x, w = operands(key, jnp.bfloat16)
     sizes = jnp.asarray(SIZES)
@@ -72,6 +81,7 @@ def test_bfloat16_learned_scales_and_keys(key):
     (dict(recipe=lb.quest(4, backward=8)), NotImplementedError, "forward-only recipe"),
     (dict(recipe=lb.quest(4).with_implementation("kernel")), NotImplementedError, "no kernel computes grouped"),
     (dict(recipe=4), TypeError, "LinearRecipe"),
+    (dict(preferred_element_type="foo"), TypeError, "it takes a dtype"),
     (dict(lhs=jnp.ones((20, 16))), ValueError, r"\[rows, k\]"),
     (dict(lhs=jnp.ones((2, 10, 32))), ValueError, "Flatten tokens"),
     (dict(lhs=jnp.ones((20, 32), jnp.int32)), TypeError, "Cast it first"),
