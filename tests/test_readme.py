@@ -21,7 +21,12 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks((ROOT / page).read_text(), "python")])
+WITH_CODE = [page for page in PAGES if blocks((ROOT / page).read_text(), "python")]
+
+
+@pytest.mark.parametrize(
+    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.slow) for page in WITH_CODE]
+)
 def test_python_of_a_page_runs(page, tmp_path):
     """All blocks of a page in order, as a reader would paste them into one session; outputs go to an empty folder."""
     code = "\n".join(blocks((ROOT / page).read_text(), "python"))

@@ -41,7 +41,7 @@ def test_blocks_hold_the_weight(name):
     np.testing.assert_array_equal(read(kind, rows), np.asarray(packed.dequantize(jnp.float32)).T)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_any_size(bits, groups, outputs, seed):
     values = np.random.default_rng(seed).normal(size=(32 * groups, outputs)).astype(np.float32)

@@ -196,8 +196,7 @@ def test_a_prepared_weight_leaves_the_activation_to_the_kernel():
         lb.dot_general(x, ready, NUMBERS, recipe=r)
 
 
-@pytest.mark.parametrize("bits", [1, 4, 8])
-@pytest.mark.parametrize("backward", [None, 8])
+@pytest.mark.parametrize(("bits", "backward"), [(1, None), (4, 8), (8, 8)])
 def test_a_prepared_weight_brings_its_codes(bits, backward):
     """By its scales: the same product and gradients as of a weight that is quantized inside."""
     x, w = operands(free=(16,))

@@ -71,6 +71,7 @@ def test_each_device_draws_its_own_keys():
     assert_close(found, mean_of_parts(plain, tokens, [keys.of_number(keys.of_number(plain[2], i), 0) for i in (0, 1)]))
 
 
+@pytest.mark.slow
 def test_a_killed_run_draws_the_same_keys_again(tmp_path, monkeypatch):
     """The curve of a run that died is that of one that did not, to the last bit."""
     died = dataclasses.replace(settings(tmp_path, method="quartet", steps=6), checkpoint_every=2, log_every=1)
