@@ -20,6 +20,8 @@ from jaxtyping import Array, Int, UInt8
 
 IMPLEMENTATIONS = ("auto", "kernel", "reference", "interpret")
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 and asynchronous copies
+MOST_ELEMENTS = 2**31 - 1  # of an array, which kernels count in 32 bits
+LONGEST_INT8 = (2**31 - 1) // 2**14  # terms of a sum of products of int8 that int32 holds
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)  # that kernels return, and that `hadamard_quantize` reads
 _OLDER = {  # NVIDIA's chips before it, by a part of their device kind
     r"\bT\d|RTX 20|GTX 16|TITAN RTX|Quadro RTX": (7, 5), r"\bV100|TITAN V\b|GV100": (7, 0),

@@ -65,7 +65,7 @@ def dot_general_of(
     _check_recipe(who, recipe)
     rhs_scale = None
     if isinstance(rhs, PreparedKernel):
-        rhs, rhs_scale = rhs.values, rhs.scale if recipe.rhs_ready else None
+        rhs, rhs_scale = rhs.of(who, recipe.rhs_ready)
     check_operands(who, lhs, rhs, key)
     learned = checked_scales(who, recipe, scales, packed=isinstance(rhs, QTensor))
     out_dtype = lhs.dtype if preferred_element_type is None else checked_dtype(who, preferred_element_type)
@@ -74,7 +74,7 @@ def dot_general_of(
     rotated = recipe.shared_rotation and (not isinstance(rhs, QTensor) or rhs.quantizer == recipe.out.rhs)
     forward = Forward(dims, precision, jnp.dtype(out_dtype), out_sharding)
     lhs, rhs, learned, rhs_scale = vary_alike(lhs, rhs, learned, rhs_scale)
-    by_name = recipe.implementation in ("kernel", "interpret")
+    by_name, reason = recipe.implementation in ("kernel", "interpret"), None
     if isinstance(rhs, QTensor):
         packed = PackedProduct(forward, recipe, rotated, _packed_by_xla)
         by_kernel = by_name or (recipe.implementation == "auto" and has_kernel(rhs) and backend.takes_kernel(lhs, rhs))
@@ -85,13 +85,13 @@ def dot_general_of(
         reason = integer_product.why_not(recipe, forward, lhs, rhs, rhs_scale)
         if reason is None:
             return integer_product.IntegerProduct(forward, recipe)(lhs, rhs, rhs_scale)
-        if by_name and coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated) is None:
-            raise NotImplementedError(f"{who}: no integer product for this recipe: {reason}.")
     dtype = lhs.dtype
     if recipe.fresh_signs:
         signs_key, lhs_key = (None, None) if lhs_key is None else jax.random.split(lhs_key)
         lhs, rhs, recipe = _turned(lhs, rhs, dims, recipe, signs_key)
     coder = coded_product.coder_of(recipe, forward, lhs, rhs, rhs_scale, rotated)
+    if by_name and coder is None:
+        raise NotImplementedError(f"{who}: no integer product for this recipe: {reason}.")
     if coder is not None:
         keys = (lhs_key, rhs_key, backward_key)
         return coded_product.coded_product(coder, forward, recipe, lhs, rhs, rhs_scale, rotated, keys)

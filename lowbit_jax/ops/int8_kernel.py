@@ -18,8 +18,6 @@ from lowbit_jax.ops.int8 import decode, encode, fits_int32, grid, holds, known_g
 __all__ = ["FEWEST", "computes", "decode", "encode", "holds", "multiplies", "product", "scaled_matrix"]
 
 FEWEST = 128  # rows and columns; the kernel was measured on thousands
-_LONGEST = (2**31 - 1) // 2**14  # terms of a sum
-_MOST = 2**31 - 1  # elements that the kernel counts in 32 bits
 
 
 def multiplies(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format, Format], numbers: tuple) -> bool:
@@ -37,7 +35,12 @@ def computes(lhs: tuple[int, ...], rhs: tuple[int, ...], formats: tuple[Format, 
     length = math.prod(lhs[a] for a in lhs_axes)
     rows, columns = math.prod(lhs) // max(1, length), math.prod(rhs) // max(1, length)
     sizes = rows * length, columns * length, rows * columns
-    return min(rows, columns) >= FEWEST and length <= _LONGEST and max(sizes) <= _MOST and fits_int32(length, formats)
+    return (
+        min(rows, columns) >= FEWEST
+        and length <= backend.LONGEST_INT8
+        and max(sizes) <= backend.MOST_ELEMENTS
+        and fits_int32(length, formats)
+    )
 
 
 def product(

@@ -37,8 +37,7 @@ from lowbit_jax.scaling import FLOAT32, PerRow, absmax
 from lowbit_jax.scaling.fit import reciprocal
 
 _PACK_UP_TO = 4  # bits; wider codes are kept as int8
-_TERMS = (2**31 - 1) // 2**14  # of a sum of int8 products that cannot overflow int32
-_MOST = 2**31 - 1  # elements that a kernel's 32-bit offsets reach
+_TERMS = backend.LONGEST_INT8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,7 +97,11 @@ def _too_large(length: int, lhs: Array, rhs: Array) -> str | None:
     if length > _TERMS:
         return f"a sum of {length} products of int8 could overflow int32"
     most = max(rows * columns, max(rows, columns) * -(-length // 256) * 256)
-    return f"a matrix has {most} elements, and the kernels count up to {_MOST}" if most > _MOST else None
+    return (
+        f"a matrix has {most} elements, and the kernels count up to {backend.MOST_ELEMENTS}"
+        if most > backend.MOST_ELEMENTS
+        else None
+    )
 
 
 def _to_int8(quantizer: Any) -> bool:

@@ -26,8 +26,6 @@ from lowbit_jax.quantizer import Quantizer
 from lowbit_jax.scaling import FLOAT32, PerRow, PerTensor, rms_optimal
 from lowbit_jax.scaling.gaussian import optimal_scale
 
-MOST_ELEMENTS = (1 << 31) - 1
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedProduct:
@@ -118,8 +116,8 @@ def _why_not(product: PackedProduct, lhs: Array, rhs: PlaneTensor) -> str | None
     if reason := backend.why_not_dtype("the result", product.forward.out_dtype):
         return reason
     results = lhs.size // lhs.shape[dims.lhs] * rhs.rows
-    if max(lhs.size, results, *(word.size for word in rhs.words)) > MOST_ELEMENTS:
-        return f"an array has more than {MOST_ELEMENTS} elements, which the kernels count in 32 bits"
+    if max(lhs.size, results, *(word.size for word in rhs.words)) > backend.MOST_ELEMENTS:
+        return f"an array has more than {backend.MOST_ELEMENTS} elements, which the kernels count in 32 bits"
     if uses_int8(quantizer):
         if fused_options(quantizer, rhs.length) and (reason := backend.why_not_dtype("the activation", lhs.dtype)):
             return reason

@@ -32,6 +32,17 @@ class PreparedKernel:
     def dtype(self) -> Any:
         return self.values.dtype
 
+    def of(self, who: str, ready: bool) -> tuple[Float[Array, "*s"], Float[Array, "*#s"] | None]:
+        """Values and scales, for a product whose recipe says that its weight is `ready`.
+
+        Raises: ValueError, as `who`, for another recipe, which would quantize the values again."""
+        if not ready:
+            raise ValueError(
+                f"{who} got a prepared weight, and a recipe that would quantize it again. Use recipe.with_rhs_ready(),"
+                " or the weight itself."
+            )
+        return self.values, self.scale
+
     def __radd__(self, weight: Any) -> Any:  # where optax adds an update to a weight
         raise TypeError(
             "lb.nn.prepare: this gradient is of the prepared weight, which is rotated and quantized, and not of the"

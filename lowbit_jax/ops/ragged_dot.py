@@ -47,7 +47,7 @@ def ragged_dot(
         raise NotImplementedError(
             f"{_WHO}: implementation={recipe.implementation!r}, and no kernel computes grouped products. Use 'auto'."
         )
-    w: Any = rhs.values if isinstance(rhs, PreparedKernel) else rhs
+    w: Any = rhs.of(_WHO, recipe.rhs_ready)[0] if isinstance(rhs, PreparedKernel) else rhs
     check_operands(_WHO, lhs, w, key)
     _check_shapes(lhs, w, group_sizes)
     learned = checked_scales(_WHO, recipe, scales, packed=isinstance(w, QTensor))

@@ -157,6 +157,12 @@ def test_a_prepared_weight_is_not_taken_for_the_original(key):
         lb.dot_general(lhs, prepare_rhs(rhs, numbers, recipe), numbers, recipe=recipe.with_rhs_ready())
 
 
+def test_a_prepared_weight_is_not_quantized_again(key):
+    lhs, rhs, numbers = operands(key, "matrix")
+    with pytest.raises(ValueError, match="would quantize it again"):
+        lb.dot_general(lhs, prepare_rhs(rhs, numbers, lb.quest(4)), numbers, recipe=lb.quest(4))
+
+
 def test_a_cotangent_rounds_stochastically_alike(key):
     """The same draws, multiplied as int8 or as values."""
     lhs, rhs, numbers = operands(key, "tokens")
